@@ -1,1 +1,4 @@
-//! Placeholder while the floors are built.
+//! flannel core.
+pub mod act;
+pub mod touch;
+pub mod words;

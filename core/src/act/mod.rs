@@ -1,0 +1,3 @@
+//! Where deciding meets touching, synchronously: all that the CNI binary needs.
+
+pub mod pass;

@@ -1,0 +1,69 @@
+//! A pass: observe, diff, apply, look again, until nothing is left to do or the bound is reached.
+
+use crate::touch::world::{World, WorldError};
+use crate::words::fact::{Change, Facts, diff};
+use crate::words::report::{Made, Report};
+use crate::words::territory::Territory;
+
+/// Most looks a pass takes. Replacing a link takes its addresses, neighbors and routes with it, so a second round is
+/// ordinary; a third is for what the kernel removed along with those; the last look only verifies.
+pub const ROUNDS_MAX: usize = 3;
+
+/// Brings the territory to the plan. Fails only when the world cannot be looked at: what could not be changed is in
+/// the report and will be in the next diff.
+pub fn converge(
+    world: &mut dyn World,
+    territory: &Territory,
+    desired: &Facts,
+) -> Result<Report, WorldError> {
+    let mut report = Report { desired: desired.len(), ..Report::default() };
+    for _ in 0..ROUNDS_MAX {
+        let observed = world.observe(territory)?;
+        report.looks += 1;
+        let changes = diff(desired, &observed);
+        if changes.is_empty() {
+            report.clean = true;
+            return Ok(report);
+        }
+        if !round(world, &changes, &mut report) {
+            return Ok(report);
+        }
+    }
+    report.looks += 1;
+    report.clean = diff(desired, &world.observe(territory)?).is_empty();
+    Ok(report)
+}
+
+/// Makes the changes; false if none of them could be made, so that another round would be the same.
+fn round(world: &mut dyn World, changes: &[Change<'_>], report: &mut Report) -> bool {
+    report.failed.clear();
+    let results = world.apply(changes);
+    let mut progress = false;
+    for (change, result) in changes.iter().zip(results) {
+        match result {
+            Ok(()) => {
+                progress = true;
+                report.made.push(made(change));
+            }
+            Err(error) => report.failed.push((made(change), chain(&error))),
+        }
+    }
+    progress
+}
+
+fn made(change: &Change<'_>) -> Made {
+    let fact = change.fact();
+    Made { verb: change.verb(), kind: fact.kind(), text: fact.to_string() }
+}
+
+/// An error with all its causes on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

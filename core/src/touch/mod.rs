@@ -1,0 +1,3 @@
+//! Synchronous effects, one subject each. Nothing here decides.
+
+pub mod world;

@@ -1,0 +1,84 @@
+//! The catalogue of everything that can be wrong in a way the operator must know of. A number is never used again.
+
+use std::fmt;
+
+/// A stable number for one kind of trouble: in log lines (`E101`), as CNI error code (>= 100), in the documentation.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Code(u16);
+
+macro_rules! catalogue {
+    ($($name:ident = $number:literal, $title:literal, $todo:literal;)*) => {
+        impl Code {
+            $(#[doc = $title] pub const $name: Self = Self($number);)*
+
+            /// Every code, in order.
+            pub const ALL: &'static [Self] = &[$(Self::$name),*];
+
+            /// What is wrong, in a few words.
+            pub fn title(self) -> &'static str {
+                match self.0 { $($number => $title,)* _ => "unknown code" }
+            }
+
+            /// What to do about it.
+            pub fn remedy(self) -> &'static str {
+                match self.0 { $($number => $todo,)* _ => "" }
+            }
+        }
+    };
+}
+
+catalogue! {
+    CONFIG_ABSENT = 101, "no network config in the store",
+        "put one there, for example: etcdctl put /coreos.com/network/config '{\"Network\":\"10.100.0.0/16\",\"Backend\":{\"Type\":\"vxlan\"}}'";
+    CONFIG_BROKEN = 102, "the network config cannot be used",
+        "correct the document in the store; it is watched, no restart is needed";
+    CONFIG_UNKNOWN_KEY = 103, "the network config has a key that nothing reads",
+        "remove it or correct its spelling";
+    BACKEND_ABSENT = 104, "the network config names no backend",
+        "say it: {\"Backend\":{\"Type\":\"vxlan\"}}; Go flanneld would take udp";
+    NETWORK_OVERLAP = 105, "the network overlaps a route of this host",
+        "choose another Network, or remove the route";
+    OUT_OF_SUBNETS = 106, "every subnet of the network is taken",
+        "raise SubnetMax (no restart is needed), or remove leases of hosts that are gone";
+    LEASE_MALFORMED = 107, "a key under the store's subnets is no lease",
+        "remove the key; the other leases are used meanwhile";
+    LEASE_DUPLICATE = 108, "two leases claim the same or overlapping addresses",
+        "remove the one whose host is gone";
+    LEASE_LOST = 109, "this host's lease was taken or has expired",
+        "nothing: it is acquired again, with the same subnet if that is free";
+    PEER_OTHER_BACKEND = 110, "a peer uses another backend",
+        "restart that peer's flanneld, so that it follows the config";
+    PEER_DATA = 111, "a peer's BackendData cannot be read",
+        "look at the peer's lease in the store; the other peers are served";
+    STORE_DOWN = 112, "the store cannot be reached",
+        "start it or correct the endpoints; the data path stays as it is meanwhile";
+    UPLINK_ABSENT = 113, "no interface to reach the peers by",
+        "give one with --iface, or add a default route";
+    PUBLIC_IP_FOREIGN = 114, "host-gw needs the public address on the uplink itself",
+        "choose another backend, or drop --public-ip";
+    CHANGE_FAILED = 115, "the kernel refused a change",
+        "see the reason; it is tried again";
+    AGENT_HELD = 116, "another agent serves this network on this host",
+        "stop one of the two";
+    BRIDGE_NAME = 117, "the network has a bridge of another name on this host",
+        "use that name";
+    FORWARD_DROPPED = 118, "the host's firewall drops forwarded traffic",
+        "accept the network there, for example: iptables -I FORWARD -d CIDR -j ACCEPT";
+    PLAN_CONFLICT = 119, "two parts of the plan contradict each other",
+        "report it: this is a fault of flannel";
+    PEER_UNREACHABLE = 120, "host-gw cannot reach a peer without a gateway",
+        "put the hosts on one network, or use vxlan with DirectRouting";
+}
+
+impl Code {
+    /// The number.
+    pub const fn number(self) -> u16 {
+        self.0
+    }
+}
+
+impl fmt::Display for Code {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "E{}", self.0)
+    }
+}

@@ -1,0 +1,582 @@
+//! The fact: one thing that is true of a kernel, or should be; and the difference between two sets of them.
+//!
+//! A fact prints as the iproute2 (or nft) line that would make it true. That one `Display` serves the golden tests, the
+//! log, the documentation and `plan`.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::fmt;
+use std::net::IpAddr;
+
+use super::addr::{InterfaceAddress, Mac, Prefix};
+use super::name::LinkName;
+use super::rule::{Table, TableName};
+use super::units::{Mtu, Port, Vni};
+
+/// One thing that is true of a kernel, or should be. Holds only fields that we set; a `None` in a desired fact means
+/// that any value will do.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Fact {
+    /// A kernel setting.
+    Sysctl(Sysctl),
+    /// An interface.
+    Link(Box<Link>),
+    /// An interface's place on a bridge.
+    BridgePort(BridgePort),
+    /// An address of an interface.
+    Address(Address),
+    /// A permanent neighbor entry.
+    Neighbor(Neighbor),
+    /// A forwarding database entry of a VXLAN device.
+    Forward(Forward),
+    /// An nftables table of ours.
+    Table(Box<Table>),
+    /// Traffic from and to a network is accepted by the FORWARD chain that iptables-nft keeps (`ip filter FORWARD`):
+    /// another table's accept does not outweigh a drop there.
+    Accept(Accept),
+    /// A route.
+    Route(Route),
+}
+
+/// What a fact is about. **The order of the variants is the order in which the kernel wants them**: creation ascends,
+/// deletion descends.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Key {
+    /// A setting of the whole host, by path below /proc/sys.
+    HostSysctl(String),
+    /// An interface by name.
+    Link(LinkName),
+    /// A setting of one interface.
+    LinkSysctl(LinkName, String),
+    /// An interface on a bridge.
+    BridgePort(LinkName),
+    /// An address on an interface.
+    Address(LinkName, InterfaceAddress),
+    /// A neighbor on an interface.
+    Neighbor(LinkName, IpAddr),
+    /// A MAC behind a VXLAN device.
+    Forward(LinkName, Mac),
+    /// A table.
+    Table(TableName),
+    /// A network in the FORWARD chain.
+    Accept(Prefix),
+    /// A route of the main table: the kernel tells routes apart by destination and metric. Connected routes (false)
+    /// come before those through a gateway (true).
+    Route(bool, Prefix, u32),
+}
+
+/// A kernel setting under /proc/sys.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Sysctl {
+    /// The interface it belongs to, when it comes and goes with one.
+    pub link: Option<LinkName>,
+    /// Path below /proc/sys, like `net/ipv4/ip_forward`.
+    pub path: String,
+    /// Value as the kernel prints it.
+    pub value: String,
+}
+
+/// An interface.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Link {
+    /// Name.
+    pub name: LinkName,
+    /// What it is.
+    pub kind: LinkKind,
+    /// Largest packet.
+    pub mtu: Option<Mtu>,
+    /// Ethernet address.
+    pub mac: Option<Mac>,
+    /// Mark of the owner in the interface's alias; tells our old devices from those of others.
+    pub alias: Option<String>,
+    /// Administratively up.
+    pub up: bool,
+}
+
+/// Kinds of interface.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum LinkKind {
+    /// A bridge.
+    Bridge,
+    /// A VXLAN device with static entries only.
+    Vxlan(Vxlan),
+    /// One end of a veth pair.
+    Veth {
+        /// What the other end is made as, when we make the pair. Never read back: the other end may be in another
+        /// namespace.
+        peer: Option<VethPeer>,
+    },
+    /// Something that exists by itself in a namespace (`lo`): never created, only set up.
+    Given,
+}
+
+/// A VXLAN device's fixed attributes: a change of any of them needs a new device.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Vxlan {
+    /// Network identifier.
+    pub vni: Vni,
+    /// Destination port.
+    pub port: Port,
+    /// Outer source address.
+    pub local: IpAddr,
+    /// The interface encapsulated packets leave by.
+    pub underlay: LinkName,
+    /// Learn addresses from traffic.
+    pub learning: bool,
+    /// Carry group policy (RFC draft-smith-vxlan-group-policy).
+    pub gbp: bool,
+}
+
+/// The other end of a veth pair, as it is born.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VethPeer {
+    /// Name.
+    pub name: LinkName,
+    /// Ethernet address.
+    pub mac: Option<Mac>,
+    /// Largest packet.
+    pub mtu: Option<Mtu>,
+    /// Born in the container's namespace rather than beside its peer.
+    pub in_sandbox: bool,
+}
+
+/// An interface's place on a bridge.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BridgePort {
+    /// The port.
+    pub link: LinkName,
+    /// The bridge.
+    pub bridge: LinkName,
+    /// Frames may leave by the port they came in by.
+    pub hairpin: bool,
+}
+
+/// An address of an interface.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Address {
+    /// The interface.
+    pub link: LinkName,
+    /// Address and prefix length.
+    pub address: InterfaceAddress,
+    /// Ask the kernel not to make the subnet's route by itself. Counts at creation only.
+    pub no_prefix_route: bool,
+}
+
+/// A permanent neighbor entry.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Neighbor {
+    /// The interface.
+    pub link: LinkName,
+    /// Whose.
+    pub ip: IpAddr,
+    /// Its Ethernet address.
+    pub mac: Mac,
+}
+
+/// A VXLAN forwarding entry: frames for `mac` go to `remote`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Forward {
+    /// The VXLAN device.
+    pub link: LinkName,
+    /// Inner destination.
+    pub mac: Mac,
+    /// Outer destination.
+    pub remote: IpAddr,
+}
+
+/// Accept a network in `ip filter FORWARD`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Accept {
+    /// The network's CIDR.
+    pub cidr: Prefix,
+}
+
+/// Who put a route there (rtm_protocol).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct RouteProtocol(pub u8);
+
+impl RouteProtocol {
+    /// `RTPROT_BOOT`, what upstream and a plain `ip route add` write.
+    pub const BOOT: Self = Self(3);
+    /// Ours: marks routes that do not leave by a device of ours (docs/adr: route protocol number).
+    pub const FLANNEL: Self = Self(70);
+}
+
+/// Scope of a route.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum RouteScope {
+    /// `RT_SCOPE_UNIVERSE`
+    Global,
+    /// `RT_SCOPE_LINK`
+    Link,
+}
+
+/// A unicast route of the main table.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Route {
+    /// Destination.
+    pub destination: Prefix,
+    /// Gateway; none for a directly connected destination.
+    pub via: Option<IpAddr>,
+    /// Interface.
+    pub link: LinkName,
+    /// Take the gateway for reachable without a route to it.
+    pub onlink: bool,
+    /// Metric; 0 is none for IPv4. IPv6 always has one, and the kernel fills in 1024 (uapi/linux/ipv6_route.h).
+    pub metric: u32,
+    /// Scope.
+    pub scope: RouteScope,
+    /// Preferred source address.
+    pub source: Option<IpAddr>,
+    /// Owner.
+    pub protocol: RouteProtocol,
+}
+
+impl Fact {
+    /// What this fact is about.
+    pub fn key(&self) -> Key {
+        match self {
+            Self::Sysctl(Sysctl { link: None, path, .. }) => Key::HostSysctl(path.clone()),
+            Self::Sysctl(Sysctl { link: Some(link), path, .. }) => Key::LinkSysctl(*link, path.clone()),
+            Self::Link(link) => Key::Link(link.name),
+            Self::BridgePort(port) => Key::BridgePort(port.link),
+            Self::Address(address) => Key::Address(address.link, address.address),
+            Self::Neighbor(neighbor) => Key::Neighbor(neighbor.link, neighbor.ip),
+            Self::Forward(forward) => Key::Forward(forward.link, forward.mac),
+            Self::Table(table) => Key::Table(table.name.clone()),
+            Self::Accept(accept) => Key::Accept(accept.cidr),
+            Self::Route(route) => Key::Route(route.via.is_some(), route.destination, route.metric),
+        }
+    }
+
+    /// The interface without which the fact cannot be true, if any.
+    pub fn link(&self) -> Option<LinkName> {
+        match self {
+            Self::Sysctl(sysctl) => sysctl.link,
+            Self::Link(link) => Some(link.name),
+            Self::BridgePort(port) => Some(port.link),
+            Self::Address(address) => Some(address.link),
+            Self::Neighbor(neighbor) => Some(neighbor.link),
+            Self::Forward(forward) => Some(forward.link),
+            Self::Route(route) => Some(route.link),
+            Self::Table(_) | Self::Accept(_) => None,
+        }
+    }
+
+    /// A short word for the kind, for counters: `route`, `link`...
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Sysctl(_) => "sysctl",
+            Self::Link(_) => "link",
+            Self::BridgePort(_) => "bridge_port",
+            Self::Address(_) => "address",
+            Self::Neighbor(_) => "neighbor",
+            Self::Forward(_) => "forward",
+            Self::Table(_) => "table",
+            Self::Accept(_) => "accept",
+            Self::Route(_) => "route",
+        }
+    }
+
+    /// Whether what was observed under the same key is what this desired fact asks for.
+    pub fn satisfied_by(&self, observed: &Self) -> bool {
+        match (self, observed) {
+            (Self::Link(want), Self::Link(have)) => want.satisfied_by(have),
+            (Self::Address(want), Self::Address(have)) => want.link == have.link && want.address == have.address,
+            (want, have) => want == have,
+        }
+    }
+}
+
+impl Link {
+    fn satisfied_by(&self, have: &Self) -> bool {
+        self.kind.same_device(&have.kind)
+            && self.name == have.name
+            && (self.mtu.is_none() || self.mtu == have.mtu)
+            && (self.mac.is_none() || self.mac == have.mac)
+            && (self.alias.is_none() || self.alias == have.alias)
+            && (!self.up || have.up)
+    }
+
+    /// Whether the two cannot exist at the same time although their names differ: the kernel refuses a second VXLAN
+    /// device with the same VNI and port (drivers/net/vxlan/vxlan_core.c `vxlan_vni_in_use`).
+    pub fn excludes(&self, other: &Self) -> bool {
+        match (&self.kind, &other.kind) {
+            (LinkKind::Vxlan(a), LinkKind::Vxlan(b)) => {
+                self.name != other.name
+                    && a.vni == b.vni
+                    && a.port == b.port
+                    && a.local.is_ipv4() == b.local.is_ipv4()
+            }
+            _ => false,
+        }
+    }
+}
+
+impl LinkKind {
+    /// Whether a device of the kind `have` can become this one without being made anew.
+    pub fn same_device(&self, have: &Self) -> bool {
+        match (self, have) {
+            (Self::Veth { .. }, Self::Veth { .. }) | (Self::Given, _) => true,
+            (want, have) => want == have,
+        }
+    }
+}
+
+/// Two planners want different things of one key.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("two plans disagree: one wants `{kept}`, another `{refused}`")]
+pub struct Conflict {
+    /// What was there first.
+    pub kept: Box<Fact>,
+    /// What did not get in.
+    pub refused: Box<Fact>,
+}
+
+/// A set of facts, at most one about each key, in the kernel's order.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct Facts(BTreeMap<Key, Fact>);
+
+impl Facts {
+    /// Puts a fact in. Two planners may ask for the same fact, never for two different ones about one key.
+    pub fn add(&mut self, fact: Fact) -> Result<(), Conflict> {
+        match self.0.entry(fact.key()) {
+            Entry::Vacant(free) => {
+                free.insert(fact);
+                Ok(())
+            }
+            Entry::Occupied(kept) if *kept.get() == fact => Ok(()),
+            Entry::Occupied(kept) => {
+                Err(Conflict { kept: Box::new(kept.get().clone()), refused: Box::new(fact) })
+            }
+        }
+    }
+
+    /// Puts a fact in, or in the place of the one about the same key: what was seen last is true.
+    pub fn set(&mut self, fact: Fact) {
+        self.0.insert(fact.key(), fact);
+    }
+
+    /// Every fact of both.
+    pub fn join(&mut self, other: Self) -> Result<(), Conflict> {
+        other.0.into_values().try_for_each(|fact| self.add(fact))
+    }
+
+    /// The fact about a key.
+    pub fn get(&self, key: &Key) -> Option<&Fact> {
+        self.0.get(key)
+    }
+
+    /// Takes the fact about a key out.
+    pub fn remove(&mut self, key: &Key) -> Option<Fact> {
+        self.0.remove(key)
+    }
+
+    /// In the kernel's order.
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = &Fact> {
+        self.0.values()
+    }
+
+    /// How many.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Keeps the facts that the test holds for.
+    pub fn retain(&mut self, mut keep: impl FnMut(&Fact) -> bool) {
+        self.0.retain(|_, fact| keep(fact));
+    }
+}
+
+impl FromIterator<Fact> for Facts {
+    fn from_iter<I: IntoIterator<Item = Fact>>(facts: I) -> Self {
+        Self(facts.into_iter().map(|fact| (fact.key(), fact)).collect())
+    }
+}
+
+impl fmt::Display for Facts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.iter().try_for_each(|fact| writeln!(f, "{fact}"))
+    }
+}
+
+/// One step from what is to what should be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Change<'a> {
+    /// Nothing is there yet.
+    Create(&'a Fact),
+    /// Something else is there; replaced in one step where the kernel can.
+    Replace {
+        /// What is there.
+        old: &'a Fact,
+        /// What should be.
+        new: &'a Fact,
+    },
+    /// Nothing should be there.
+    Delete(&'a Fact),
+}
+
+impl<'a> Change<'a> {
+    /// The fact this is about: the new one, or the one that goes.
+    pub fn fact(&self) -> &'a Fact {
+        match self {
+            Self::Create(fact) | Self::Replace { new: fact, .. } | Self::Delete(fact) => fact,
+        }
+    }
+
+    /// `added`, `replaced` or `removed`.
+    pub fn verb(&self) -> &'static str {
+        match self {
+            Self::Create(_) => "added",
+            Self::Replace { .. } => "replaced",
+            Self::Delete(_) => "removed",
+        }
+    }
+}
+
+/// What is left to do: first the deletion of links that stand in the way of new ones, then creations and replacements
+/// in the kernel's order, then all other deletions in reverse. Sysctls are set, never unset.
+pub fn diff<'a>(desired: &'a Facts, observed: &'a Facts) -> Vec<Change<'a>> {
+    let mut changes = Vec::new();
+    let mut ahead: Vec<&Key> = Vec::new();
+    for (key, fact) in &observed.0 {
+        if let Fact::Link(old) = fact
+            && !desired.0.contains_key(key)
+            && desired.iter().any(|new| matches!(new, Fact::Link(new) if new.excludes(old)))
+        {
+            ahead.push(key);
+            changes.push(Change::Delete(fact));
+        }
+    }
+    for (key, new) in &desired.0 {
+        match observed.0.get(key) {
+            None => changes.push(Change::Create(new)),
+            Some(old) if !new.satisfied_by(old) => changes.push(Change::Replace { old, new }),
+            Some(_) => {}
+        }
+    }
+    for (key, fact) in observed.0.iter().rev() {
+        if !desired.0.contains_key(key) && !ahead.contains(&key) && !matches!(fact, Fact::Sysctl(_)) {
+            changes.push(Change::Delete(fact));
+        }
+    }
+    changes
+}
+
+impl fmt::Display for Change<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Create(fact) => write!(f, "+ {fact}"),
+            Self::Replace { new, .. } => write!(f, "~ {new}"),
+            Self::Delete(fact) => write!(f, "- {fact}"),
+        }
+    }
+}
+
+impl fmt::Display for Fact {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Sysctl(s) => write!(f, "sysctl -w {}={}", s.path.replace('.', "/").replace('/', "."), s.value),
+            Self::Link(link) => write!(f, "{link}"),
+            Self::BridgePort(p) => {
+                write!(f, "ip link set {} master {}", p.link, p.bridge)?;
+                if p.hairpin { f.write_str(" type bridge_slave hairpin on") } else { Ok(()) }
+            }
+            Self::Address(a) => {
+                write!(f, "ip addr replace {} dev {}", a.address, a.link)?;
+                if a.no_prefix_route { f.write_str(" noprefixroute") } else { Ok(()) }
+            }
+            Self::Neighbor(n) => {
+                write!(f, "ip neigh replace {} lladdr {} dev {} nud permanent", n.ip, n.mac, n.link)
+            }
+            Self::Forward(e) => {
+                write!(f, "bridge fdb replace {} dev {} dst {} self permanent", e.mac, e.link, e.remote)
+            }
+            Self::Table(table) => write!(f, "nft '{table}'"),
+            Self::Accept(a) => write!(
+                f,
+                "iptables -I FORWARD -d {0} -j ACCEPT; iptables -I FORWARD -s {0} -j ACCEPT",
+                a.cidr
+            ),
+            Self::Route(route) => write!(f, "{route}"),
+        }
+    }
+}
+
+impl fmt::Display for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verb = if matches!(self.kind, LinkKind::Given) { "set" } else { "add" };
+        write!(f, "ip link {verb} {}", self.name)?;
+        if let Some(mac) = self.mac {
+            write!(f, " address {mac}")?;
+        }
+        if let Some(mtu) = self.mtu {
+            write!(f, " mtu {mtu}")?;
+        }
+        if self.up {
+            f.write_str(" up")?;
+        }
+        match &self.kind {
+            LinkKind::Bridge => f.write_str(" type bridge")?,
+            LinkKind::Vxlan(v) => {
+                let no = if v.learning { "" } else { "no" };
+                write!(f, " type vxlan id {} local {} dev {}", v.vni, v.local, v.underlay)?;
+                write!(f, " dstport {} {no}learning", v.port)?;
+                if v.gbp {
+                    f.write_str(" gbp")?;
+                }
+            }
+            LinkKind::Veth { peer: None } => f.write_str(" type veth")?,
+            LinkKind::Veth { peer: Some(peer) } => {
+                write!(f, " type veth peer name {}", peer.name)?;
+                if let Some(mac) = peer.mac {
+                    write!(f, " address {mac}")?;
+                }
+                if let Some(mtu) = peer.mtu {
+                    write!(f, " mtu {mtu}")?;
+                }
+                if peer.in_sandbox {
+                    f.write_str(" netns SANDBOX")?;
+                }
+            }
+            LinkKind::Given => {}
+        }
+        match &self.alias {
+            Some(alias) => write!(f, " alias {alias}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.destination.is_default() {
+            true => f.write_str("ip route replace default")?,
+            false => write!(f, "ip route replace {}", self.destination)?,
+        }
+        if let Some(via) = self.via {
+            write!(f, " via {via}")?;
+        }
+        write!(f, " dev {}", self.link)?;
+        if self.protocol != RouteProtocol::BOOT {
+            write!(f, " proto {}", self.protocol.0)?;
+        }
+        match (self.scope, self.via) {
+            (RouteScope::Link, _) => f.write_str(" scope link")?,
+            (RouteScope::Global, None) => f.write_str(" scope global")?,
+            (RouteScope::Global, Some(_)) => {}
+        }
+        if let Some(source) = self.source {
+            write!(f, " src {source}")?;
+        }
+        if self.metric != 0 {
+            write!(f, " metric {}", self.metric)?;
+        }
+        if self.onlink { f.write_str(" onlink") } else { Ok(()) }
+    }
+}

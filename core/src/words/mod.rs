@@ -1,0 +1,11 @@
+//! Values everyone shares. No I/O, no clock, no randomness, no imports from the other floors.
+
+pub mod addr;
+pub mod code;
+pub mod fact;
+pub mod name;
+pub mod node;
+pub mod report;
+pub mod rule;
+pub mod territory;
+pub mod units;

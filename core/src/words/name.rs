@@ -1,0 +1,229 @@
+//! Names with the rules of whoever reads them: the kernel's interfaces, our networks, the attachments.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// What is wrong with a name.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum NameError {
+    /// The kernel refuses it (include/linux/netdevice.h `dev_valid_name`).
+    #[error("{0:?} cannot name an interface: 1 to 15 bytes, not \".\" or \"..\", no slash, colon or space")]
+    Link(String),
+    /// Ours to refuse.
+    #[error(
+        "{0:?} cannot name a network: it must match [a-z0-9][a-z0-9_.-]{{0,40}} and be neither \"config\" nor begin with \"subnets\""
+    )]
+    Network(String),
+}
+
+/// Longest interface name, without the final NUL (IFNAMSIZ - 1).
+const LINK_NAME_MAX: usize = 15;
+
+/// The name of an interface, held inline: thousands of facts carry one.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct LinkName([u8; LINK_NAME_MAX + 1]);
+
+impl LinkName {
+    /// Checked by the kernel's rules.
+    pub fn new(name: &str) -> Result<Self, NameError> {
+        let bad = |b: u8| b == b'/' || b == b':' || b.is_ascii_whitespace() || b == 0;
+        if name.is_empty() || name.len() > LINK_NAME_MAX || name == "." || name == ".." || name.bytes().any(bad) {
+            return Err(NameError::Link(name.to_owned()));
+        }
+        let mut bytes = [0; LINK_NAME_MAX + 1];
+        bytes[..name.len()].copy_from_slice(name.as_bytes());
+        Ok(Self(bytes))
+    }
+
+    /// As text.
+    pub fn as_str(&self) -> &str {
+        let end = self.0.iter().position(|b| *b == 0).unwrap_or(LINK_NAME_MAX);
+        // Built from a whole &str only, so this is UTF-8.
+        std::str::from_utf8(&self.0[..end]).unwrap_or("?")
+    }
+}
+
+impl fmt::Display for LinkName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Debug for LinkName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for LinkName {
+    type Err = NameError;
+    fn from_str(name: &str) -> Result<Self, NameError> {
+        Self::new(name)
+    }
+}
+
+impl TryFrom<String> for LinkName {
+    type Error = NameError;
+    fn try_from(name: String) -> Result<Self, NameError> {
+        Self::new(&name)
+    }
+}
+
+impl From<LinkName> for String {
+    fn from(name: LinkName) -> Self {
+        name.as_str().to_owned()
+    }
+}
+
+/// The name of a flannel network. The default network, which lives directly under the store prefix, is called `default`.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct NetworkName(String);
+
+impl NetworkName {
+    const DEFAULT: &str = "default";
+    const LEN_MAX: usize = 41;
+
+    /// The network that every flannel cluster has.
+    pub fn default_network() -> Self {
+        Self(Self::DEFAULT.to_owned())
+    }
+
+    /// Whether this is the default network.
+    pub fn is_default(&self) -> bool {
+        self.0 == Self::DEFAULT
+    }
+
+    /// Checked: `config` and `subnets*` are keys of the default network in the store and cannot name another.
+    pub fn new(name: &str) -> Result<Self, NameError> {
+        let first = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+        let rest = |b: u8| first(b) || matches!(b, b'_' | b'.' | b'-');
+        let shaped = name.len() <= Self::LEN_MAX && name.bytes().next().is_some_and(first) && name.bytes().all(rest);
+        if !shaped || name == "config" || name.starts_with("subnets") {
+            return Err(NameError::Network(name.to_owned()));
+        }
+        Ok(Self(name.to_owned()))
+    }
+
+    /// As text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The node's bridge of this network, when nobody chose another name: `cni0` for the default network, as every
+    /// flannel node has it; `fl-NAME` while that fits an interface name, else `fl-` and a hash of the name.
+    pub fn bridge(&self) -> LinkName {
+        let name = match self.is_default() {
+            true => "cni0".to_owned(),
+            false if self.0.len() + 3 <= LINK_NAME_MAX => format!("fl-{}", self.0),
+            false => format!("fl-{}", &fingerprint(self.0.as_bytes())[..12]),
+        };
+        // Built within the kernel's rules: NetworkName has none of the refused bytes.
+        LinkName::new(&name).unwrap_or(LinkName([b'f'; LINK_NAME_MAX + 1]))
+    }
+}
+
+impl fmt::Display for NetworkName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for NetworkName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for NetworkName {
+    type Err = NameError;
+    fn from_str(name: &str) -> Result<Self, NameError> {
+        Self::new(name)
+    }
+}
+
+impl TryFrom<String> for NetworkName {
+    type Error = NameError;
+    fn try_from(name: String) -> Result<Self, NameError> {
+        Self::new(&name)
+    }
+}
+
+impl From<NetworkName> for String {
+    fn from(name: NetworkName) -> Self {
+        name.0
+    }
+}
+
+/// The identity of an endpoint: a container (CNI container id, or `docker:` and a libnetwork endpoint id) and
+/// the interface in it. CNI 1.1.0 calls this an attachment.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub struct Attachment {
+    /// Container id as the runtime gave it; Docker endpoints carry the prefix `docker:`, which no CNI id can have.
+    pub container: String,
+    /// Interface name inside the container.
+    pub interface: String,
+}
+
+impl Attachment {
+    /// Name of the host's end of the veth pair: `veth` and 11 hex digits. Derived, so a DEL needs no memory.
+    pub fn host_link(&self, network: &str) -> LinkName {
+        let text = format!("{network}\0{}\0{}", self.container, self.interface);
+        let name = format!("veth{}", &fingerprint(text.as_bytes())[..11]);
+        LinkName::new(&name).unwrap_or(LinkName([b'v'; LINK_NAME_MAX + 1]))
+    }
+}
+
+impl fmt::Display for Attachment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.container, self.interface)
+    }
+}
+
+/// 16 hex digits of FNV-1a 64 (http://www.isthe.com/chongo/tech/comp/fnv/), finished with the murmur3 mixer so that
+/// every prefix of the text is well spread. For names only, never for secrets.
+fn fingerprint(bytes: &[u8]) -> String {
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    for byte in bytes {
+        hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    }
+    hash = (hash ^ (hash >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    hash = (hash ^ (hash >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    format!("{:016x}", hash ^ (hash >> 33))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interface_names_follow_the_kernel() {
+        for wrong in ["", ".", "..", "a/b", "a:b", "a b", "0123456789abcdef"] {
+            assert!(LinkName::new(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(LinkName::new("0123456789abcde").unwrap().as_str(), "0123456789abcde");
+    }
+
+    #[test]
+    fn network_names_cannot_shadow_keys_of_the_default_network() {
+        for wrong in ["", "config", "subnets", "subnets-old", "Web", "-web", "a/b", &"a".repeat(42)] {
+            assert!(NetworkName::new(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(NetworkName::new("web").unwrap().bridge().as_str(), "fl-web");
+        assert_eq!(NetworkName::default_network().bridge().as_str(), "cni0");
+        let long = NetworkName::new("a-rather-long-network-name").unwrap().bridge();
+        assert!(long.as_str().starts_with("fl-") && long.as_str().len() == 15);
+    }
+
+    #[test]
+    fn two_interfaces_of_one_container_get_two_veths() {
+        let a = Attachment { container: "c1".into(), interface: "eth0".into() };
+        let b = Attachment { container: "c1".into(), interface: "eth1".into() };
+        assert_ne!(a.host_link("default"), b.host_link("default"));
+        assert_ne!(a.host_link("default"), a.host_link("web"));
+        assert_eq!(a.host_link("default").as_str().len(), 15);
+    }
+}

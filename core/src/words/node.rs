@@ -1,0 +1,78 @@
+//! This host as the planners see it.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use super::addr::{InterfaceAddress, Mac, Prefix};
+use super::fact::RouteProtocol;
+use super::name::LinkName;
+use super::units::Mtu;
+
+/// The interface that carries us to our peers.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Uplink {
+    /// Name.
+    pub link: LinkName,
+    /// Largest packet.
+    pub mtu: Mtu,
+    /// Its IPv4 address with the length of its subnet.
+    pub v4: Option<InterfaceAddress>,
+    /// Its IPv6 address with the length of its subnet.
+    pub v6: Option<InterfaceAddress>,
+}
+
+/// What is made once and kept: a restart must change nothing on the wire.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Identity {
+    /// MAC of our IPv4 VXLAN device.
+    pub vtep_mac: Mac,
+    /// MAC of our IPv6 VXLAN device.
+    pub vtep_mac_v6: Mac,
+}
+
+/// A route of the main table that is not ours.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HostRoute {
+    /// Destination.
+    pub destination: Prefix,
+    /// Gateway; none if directly connected.
+    pub via: Option<IpAddr>,
+    /// Interface; none for multipath and for blackholes.
+    pub link: Option<LinkName>,
+    /// Whether that interface is a bridge.
+    pub bridge: bool,
+    /// Who made it.
+    pub protocol: RouteProtocol,
+    /// True for `RT_SCOPE_LINK`.
+    pub scope_link: bool,
+}
+
+/// This host.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Node {
+    /// The interface that carries us.
+    pub uplink: Uplink,
+    /// How peers reach us; may differ from the uplink's address (NAT).
+    pub public_v4: Option<Ipv4Addr>,
+    /// The same for IPv6.
+    pub public_v6: Option<Ipv6Addr>,
+    /// What we keep.
+    pub identity: Identity,
+    /// Routes of others, for direct routing and for overlaps.
+    pub routes: Vec<HostRoute>,
+    /// Whether iptables-nft keeps a FORWARD chain (`ip filter FORWARD` exists).
+    pub forward_chain: bool,
+    /// Host ends of our endpoints of this network that exist now.
+    pub ports: BTreeSet<LinkName>,
+}
+
+impl Node {
+    /// Whether packets to `address` leave by the uplink without a gateway: longest prefix of the host's own routes.
+    pub fn reaches_directly(&self, address: IpAddr) -> bool {
+        self.routes
+            .iter()
+            .filter(|route| route.destination.contains(address))
+            .max_by_key(|route| route.destination.len())
+            .is_some_and(|route| route.via.is_none() && route.link == Some(self.uplink.link))
+    }
+}

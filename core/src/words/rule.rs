@@ -1,0 +1,299 @@
+//! nftables as values: a table is one whole value that is compared and written at once.
+//!
+//! Only what we plan can be said here; everything that can be said prints as `nft` would list it, is encoded for the
+//! kernel and read back from it, so that a table read equals the table written.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use super::addr::{Family, Prefix};
+use super::name::LinkName;
+
+/// The family of a table. `Inet` sees both IPv4 and IPv6.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum TableFamily {
+    /// `ip`
+    Ip,
+    /// `ip6`
+    Ip6,
+    /// `inet`
+    Inet,
+}
+
+impl fmt::Display for TableFamily {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ip => "ip",
+            Self::Ip6 => "ip6",
+            Self::Inet => "inet",
+        })
+    }
+}
+
+/// A table's family and name.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct TableName {
+    /// Family.
+    pub family: TableFamily,
+    /// Name, at most 31 bytes.
+    pub name: String,
+}
+
+impl fmt::Display for TableName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.family, self.name)
+    }
+}
+
+/// A table with everything in it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Table {
+    /// Which.
+    pub name: TableName,
+    /// Sets by name.
+    pub sets: BTreeMap<String, Set>,
+    /// Chains by name.
+    pub chains: BTreeMap<String, Chain>,
+}
+
+/// A named set of prefixes (`flags interval`).
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Set {
+    /// Family of the elements.
+    pub family: Family,
+    /// The elements; disjoint, as the kernel wants interval sets.
+    pub elements: BTreeSet<Prefix>,
+}
+
+/// A chain: hooked into the packet path if it has a base.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Chain {
+    /// Where it is hooked in; none for a chain that is only jumped to.
+    pub base: Option<Base>,
+    /// Rules in order.
+    pub rules: Vec<Rule>,
+}
+
+/// Type of a base chain.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ChainKind {
+    /// `filter`
+    Filter,
+    /// `nat`
+    Nat,
+}
+
+/// Netfilter hook (uapi/linux/netfilter.h).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Hook {
+    /// Before routing.
+    Prerouting,
+    /// To this host.
+    Input,
+    /// Through this host.
+    Forward,
+    /// From this host.
+    Output,
+    /// After routing.
+    Postrouting,
+}
+
+/// Type, hook and priority of a base chain; the policy is always accept.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Base {
+    /// Type.
+    pub kind: ChainKind,
+    /// Hook.
+    pub hook: Hook,
+    /// Priority: 0 is `filter`, 100 `srcnat`, -100 `dstnat`.
+    pub priority: i32,
+}
+
+/// A rule: all matches must hold.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Rule {
+    /// Tests, in order.
+    pub matches: Vec<Match>,
+    /// Whether packets and bytes are counted. The counts themselves are not part of the value.
+    pub counter: bool,
+    /// What happens.
+    pub verdict: Verdict,
+}
+
+/// Source or destination.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Side {
+    /// `saddr`
+    Source,
+    /// `daddr`
+    Destination,
+}
+
+/// One test of a packet.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Match {
+    /// `ip saddr [!=] 10.1.0.0/16`
+    Address {
+        /// Which address.
+        side: Side,
+        /// True for `!=`.
+        negated: bool,
+        /// The prefix.
+        prefix: Prefix,
+    },
+    /// `ip saddr [!=] @set`
+    AddressIn {
+        /// Which address.
+        side: Side,
+        /// True for `!=`.
+        negated: bool,
+        /// Family of the set.
+        family: Family,
+        /// Name of a set of the same table.
+        set: String,
+    },
+    /// `iifname [!=] "cni0"`
+    Input {
+        /// True for `!=`.
+        negated: bool,
+        /// The interface the packet came in by.
+        link: LinkName,
+    },
+    /// `oifname [!=] "cni0"`
+    Output {
+        /// True for `!=`.
+        negated: bool,
+        /// The interface the packet leaves by.
+        link: LinkName,
+    },
+    /// `meta mark and MASK == VALUE`
+    Mark {
+        /// Bits looked at.
+        mask: u32,
+        /// What they must be.
+        value: u32,
+    },
+}
+
+/// What happens to a packet that matched.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// Let it pass this chain.
+    Accept,
+    /// Throw it away.
+    Drop,
+    /// Go on in the calling chain.
+    Return,
+    /// Go on in that chain.
+    Jump(String),
+    /// Give it the outgoing interface's address.
+    Masquerade {
+        /// Choose the port at random (`fully-random`).
+        fully_random: bool,
+    },
+}
+
+impl fmt::Display for Match {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let not = |negated: &bool| if *negated { "!= " } else { "" };
+        match self {
+            Self::Address { side, negated, prefix } => {
+                write!(f, "{} {side} {}{prefix}", ip(prefix.family()), not(negated))
+            }
+            Self::AddressIn { side, negated, family, set } => {
+                write!(f, "{} {side} {}@{set}", ip(*family), not(negated))
+            }
+            Self::Input { negated, link } => write!(f, "iifname {}\"{link}\"", not(negated)),
+            Self::Output { negated, link } => write!(f, "oifname {}\"{link}\"", not(negated)),
+            Self::Mark { mask, value } => write!(f, "meta mark & {mask:#010x} == {value:#010x}"),
+        }
+    }
+}
+
+fn ip(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip6",
+    }
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Source => "saddr",
+            Self::Destination => "daddr",
+        })
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Accept => f.write_str("accept"),
+            Self::Drop => f.write_str("drop"),
+            Self::Return => f.write_str("return"),
+            Self::Jump(chain) => write!(f, "jump {chain}"),
+            Self::Masquerade { fully_random: true } => f.write_str("masquerade fully-random"),
+            Self::Masquerade { fully_random: false } => f.write_str("masquerade"),
+        }
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for test in &self.matches {
+            write!(f, "{test} ")?;
+        }
+        if self.counter {
+            f.write_str("counter ")?;
+        }
+        write!(f, "{}", self.verdict)
+    }
+}
+
+impl fmt::Display for Base {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.kind {
+            ChainKind::Filter => "filter",
+            ChainKind::Nat => "nat",
+        };
+        let hook = match self.hook {
+            Hook::Prerouting => "prerouting",
+            Hook::Input => "input",
+            Hook::Forward => "forward",
+            Hook::Output => "output",
+            Hook::Postrouting => "postrouting",
+        };
+        write!(f, "type {kind} hook {hook} priority {}; policy accept;", self.priority)
+    }
+}
+
+/// The table as a ruleset that `nft -f` accepts.
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "table {} {{", self.name)?;
+        for (name, set) in &self.sets {
+            let kind = match set.family {
+                Family::V4 => "ipv4_addr",
+                Family::V6 => "ipv6_addr",
+            };
+            let elements = set.elements.iter().map(Prefix::to_string).collect::<Vec<_>>().join(", ");
+            write!(f, "\tset {name} {{ type {kind}; flags interval; ")?;
+            if !elements.is_empty() {
+                write!(f, "elements = {{ {elements} }}; ")?;
+            }
+            writeln!(f, "}}")?;
+        }
+        for (name, chain) in &self.chains {
+            writeln!(f, "\tchain {name} {{")?;
+            if let Some(base) = &chain.base {
+                writeln!(f, "\t\t{base}")?;
+            }
+            for rule in &chain.rules {
+                writeln!(f, "\t\t{rule}")?;
+            }
+            writeln!(f, "\t}}")?;
+        }
+        f.write_str("}")
+    }
+}

@@ -1,0 +1,96 @@
+//! What is ours to see and to delete. Nothing else is ever observed, so nothing else can ever be removed.
+//!
+//! A reviewer who wants to know what this software may delete on a host reads this file.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use super::addr::Prefix;
+use super::fact::{Address, Fact, Link, Route, RouteProtocol, Sysctl};
+use super::name::{LinkName, NetworkName};
+use super::rule::TableName;
+
+/// The kernel objects that belong to one plan: a node's part of one network, or one endpoint.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Territory {
+    /// Interfaces by name: the ones planned now.
+    pub links: BTreeSet<LinkName>,
+    /// Interfaces that carry this alias are ours too: what an earlier configuration made. None means that only the
+    /// interfaces in `links` are looked at, one by one, as an attach does.
+    pub alias: Option<String>,
+    /// Routes marked with our protocol number and with a destination inside one of these are ours, whatever
+    /// interface they leave by.
+    pub cidrs: BTreeSet<Prefix>,
+    /// Our tables.
+    pub tables: BTreeSet<TableName>,
+    /// Settings that are planned, and therefore looked at.
+    pub sysctls: BTreeSet<(Option<LinkName>, String)>,
+    /// Whether the FORWARD chain of iptables-nft is looked at for `cidrs`.
+    pub accepts: bool,
+}
+
+impl Territory {
+    /// The mark that devices of a network carry as their alias.
+    pub fn alias_of(network: &NetworkName) -> String {
+        format!("flannel network {network}")
+    }
+
+    /// Whether an interface is ours.
+    pub fn holds_link(&self, link: &Link) -> bool {
+        self.links.contains(&link.name) || (self.alias.is_some() && self.alias == link.alias)
+    }
+
+    /// Whether an address is ours: any on one of our links that the kernel did not make by itself.
+    pub fn holds_address(&self, ours: &BTreeSet<LinkName>, address: &Address) -> bool {
+        let automatic = match address.address.address() {
+            IpAddr::V4(_) => false,
+            IpAddr::V6(v6) => v6.is_unicast_link_local(),
+        };
+        ours.contains(&address.link) && !automatic
+    }
+
+    /// Whether a unicast route of the main table is ours. `ours` are the links found to be ours on this look.
+    /// Routes that the kernel made (RTPROT_KERNEL) go with their addresses and are nobody's.
+    pub fn holds_route(&self, ours: &BTreeSet<LinkName>, route: &Route) -> bool {
+        const KERNEL: RouteProtocol = RouteProtocol(2);
+        if route.protocol == KERNEL {
+            return false;
+        }
+        ours.contains(&route.link)
+            || (route.protocol == RouteProtocol::FLANNEL
+                && self.cidrs.iter().any(|cidr| cidr.covers(&route.destination)))
+    }
+
+    /// Whether a table is ours.
+    pub fn holds_table(&self, name: &TableName) -> bool {
+        self.tables.contains(name)
+    }
+
+    /// A territory that holds what these facts are about, and nothing more.
+    pub fn of<'a>(facts: impl IntoIterator<Item = &'a Fact>) -> Self {
+        let mut territory = Self::default();
+        for fact in facts {
+            match fact {
+                Fact::Sysctl(Sysctl { link, path, .. }) => {
+                    territory.sysctls.insert((*link, path.clone()));
+                }
+                Fact::Link(link) => {
+                    territory.links.insert(link.name);
+                }
+                Fact::Table(table) => {
+                    territory.tables.insert(table.name.clone());
+                }
+                Fact::Accept(accept) => {
+                    territory.accepts = true;
+                    territory.cidrs.insert(accept.cidr);
+                }
+                Fact::BridgePort(_)
+                | Fact::Address(_)
+                | Fact::Neighbor(_)
+                | Fact::Forward(_)
+                | Fact::Route(_) => {}
+            }
+        }
+        territory
+    }
+}
