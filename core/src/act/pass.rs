@@ -11,11 +11,7 @@ pub const ROUNDS_MAX: usize = 3;
 
 /// Brings the territory to the plan. Fails only when the world cannot be looked at: what could not be changed is in
 /// the report and will be in the next diff.
-pub fn converge(
-    world: &mut dyn World,
-    territory: &Territory,
-    desired: &Facts,
-) -> Result<Report, WorldError> {
+pub fn converge(world: &mut dyn World, territory: &Territory, desired: &Facts) -> Result<Report, WorldError> {
     let mut report = Report { desired: desired.len(), ..Report::default() };
     for _ in 0..ROUNDS_MAX {
         let observed = world.observe(territory)?;

@@ -381,7 +381,9 @@ mod tests {
             "10.5.1.7/24".parse::<Prefix>().unwrap_err().to_string(),
             "10.5.1.7/24 has host bits set; the network is 10.5.1.0/24"
         );
-        for wrong in ["10.5.0.0", "10.5.0.0/", "10.5.0.0/33", "10.5.0.0/016", "010.5.0.0/16", "x/8", "10.5.0.0/+8"] {
+        for wrong in
+            ["10.5.0.0", "10.5.0.0/", "10.5.0.0/33", "10.5.0.0/016", "010.5.0.0/16", "x/8", "10.5.0.0/+8"]
+        {
             assert!(wrong.parse::<Prefix>().is_err(), "{wrong}");
         }
         assert_eq!(prefix("fd42:cafe::/48").to_string(), "fd42:cafe::/48");
@@ -394,7 +396,10 @@ mod tests {
         assert_eq!(prefix("10.5.1.0/24").nth(256), None);
         assert_eq!(prefix("255.255.255.0/24").step(1), None);
         assert_eq!(prefix("10.5.1.0/24").step(2), Some(prefix("10.5.3.0/24")));
-        assert_eq!(prefix("::/0").last(), "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff".parse::<IpAddr>().unwrap());
+        assert_eq!(
+            prefix("::/0").last(),
+            "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff".parse::<IpAddr>().unwrap()
+        );
         assert_eq!(prefix("::/0").step(1), None);
     }
 

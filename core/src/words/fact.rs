@@ -282,7 +282,9 @@ impl Fact {
     pub fn satisfied_by(&self, observed: &Self) -> bool {
         match (self, observed) {
             (Self::Link(want), Self::Link(have)) => want.satisfied_by(have),
-            (Self::Address(want), Self::Address(have)) => want.link == have.link && want.address == have.address,
+            (Self::Address(want), Self::Address(have)) => {
+                want.link == have.link && want.address == have.address
+            }
             (want, have) => want == have,
         }
     }
@@ -481,7 +483,9 @@ impl fmt::Display for Change<'_> {
 impl fmt::Display for Fact {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Sysctl(s) => write!(f, "sysctl -w {}={}", s.path.replace('.', "/").replace('/', "."), s.value),
+            Self::Sysctl(s) => {
+                write!(f, "sysctl -w {}={}", s.path.replace('.', "/").replace('/', "."), s.value)
+            }
             Self::Link(link) => write!(f, "{link}"),
             Self::BridgePort(p) => {
                 write!(f, "ip link set {} master {}", p.link, p.bridge)?;

@@ -2,7 +2,9 @@
 
 pub mod addr;
 pub mod code;
+pub mod config;
 pub mod fact;
+pub mod lease;
 pub mod name;
 pub mod node;
 pub mod report;

@@ -30,7 +30,12 @@ impl LinkName {
     /// Checked by the kernel's rules.
     pub fn new(name: &str) -> Result<Self, NameError> {
         let bad = |b: u8| b == b'/' || b == b':' || b.is_ascii_whitespace() || b == 0;
-        if name.is_empty() || name.len() > LINK_NAME_MAX || name == "." || name == ".." || name.bytes().any(bad) {
+        if name.is_empty()
+            || name.len() > LINK_NAME_MAX
+            || name == "."
+            || name == ".."
+            || name.bytes().any(bad)
+        {
             return Err(NameError::Link(name.to_owned()));
         }
         let mut bytes = [0; LINK_NAME_MAX + 1];
@@ -101,7 +106,8 @@ impl NetworkName {
     pub fn new(name: &str) -> Result<Self, NameError> {
         let first = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
         let rest = |b: u8| first(b) || matches!(b, b'_' | b'.' | b'-');
-        let shaped = name.len() <= Self::LEN_MAX && name.bytes().next().is_some_and(first) && name.bytes().all(rest);
+        let shaped =
+            name.len() <= Self::LEN_MAX && name.bytes().next().is_some_and(first) && name.bytes().all(rest);
         if !shaped || name == "config" || name.starts_with("subnets") {
             return Err(NameError::Network(name.to_owned()));
         }

@@ -82,6 +82,9 @@ impl Overhead {
 pub struct Vni(u32);
 
 impl Vni {
+    /// What upstream takes when none is given.
+    pub const ONE: Self = Self(1);
+
     /// Checked.
     pub fn new(id: u64) -> Result<Self, OutOfRange> {
         within("VNI", id, 0, (1 << 24) - 1).map(|id| Self(id as u32))

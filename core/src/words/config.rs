@@ -1,0 +1,436 @@
+//! The network config document, and the only door to a [`NetworkConfig`].
+//!
+//! **Shape** — a JSON object with upstream's keys (`Network`, `SubnetLen`, `SubnetMin`, `SubnetMax`, their `IPv6…`
+//! twins, `EnableIPv4`, `EnableIPv6`, `EnableNFTables`, `Backend`), matched without regard to case; of a key given
+//! twice the last one counts. Unknown keys are findings.
+//! **Source** — upstream pkg/subnet/config.go `ParseConfig`, `CheckNetworkConfig`.
+
+mod document;
+
+use std::net::IpAddr;
+
+use serde_json::json;
+
+use self::document::Document;
+use super::addr::{Family, Prefix};
+use super::code::Code;
+use super::report::Finding;
+use super::units::{Mtu, Port, Vni};
+
+/// Why a document cannot be used: what, where, and what to do.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ConfigError {
+    /// Not JSON.
+    #[error("not valid JSON at line {line}, column {column}: {cause}")]
+    Json {
+        /// Line, from 1.
+        line: usize,
+        /// Column, from 1.
+        column: usize,
+        /// What the parser said.
+        cause: String,
+    },
+    /// A key's value cannot be used.
+    #[error("{key} at line {line}, column {column} is {found}: {cause}")]
+    Value {
+        /// The key, with its path.
+        key: String,
+        /// Line of the value, from 1.
+        line: usize,
+        /// Column of the value, from 1.
+        column: usize,
+        /// The value as written.
+        found: String,
+        /// What is wrong with it.
+        cause: String,
+    },
+    /// A key that is needed is not there.
+    #[error("{key} is missing: {cause}")]
+    Missing {
+        /// The key.
+        key: &'static str,
+        /// Why it is needed.
+        cause: &'static str,
+    },
+}
+
+/// A network's configuration, checked.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NetworkConfig {
+    /// IPv4, unless `EnableIPv4` is false.
+    pub v4: Option<Range>,
+    /// IPv6, if `EnableIPv6` is true.
+    pub v6: Option<Range>,
+    /// `EnableNFTables`: the operator's wish for the firewall's kind.
+    pub nftables: bool,
+    /// How packets travel between the hosts.
+    pub backend: BackendConfig,
+}
+
+/// One family's addresses and how they are cut into subnets.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Range {
+    /// All of them.
+    pub cidr: Prefix,
+    /// First subnet that may be leased; its length is the subnets' length.
+    pub first: Prefix,
+    /// Last subnet that may be leased.
+    pub last: Prefix,
+}
+
+impl Range {
+    /// Length of a subnet in bits.
+    pub fn subnet_len(&self) -> u8 {
+        self.first.len()
+    }
+
+    /// Whether a subnet is one of those that may be leased.
+    pub fn allows(&self, subnet: &Prefix) -> bool {
+        subnet.len() == self.subnet_len() && (self.first.base()..=self.last.base()).contains(&subnet.base())
+    }
+}
+
+/// How packets travel.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum BackendConfig {
+    /// Not at all: only leases.
+    Alloc,
+    /// Routes through the peers' own addresses.
+    HostGw,
+    /// VXLAN.
+    Vxlan(VxlanConfig),
+}
+
+impl BackendConfig {
+    /// `Backend.Type`, as upstream spells it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Alloc => "alloc",
+            Self::HostGw => "host-gw",
+            Self::Vxlan(_) => "vxlan",
+        }
+    }
+}
+
+/// `Backend` of type vxlan.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VxlanConfig {
+    /// `VNI`
+    pub vni: Vni,
+    /// `Port`; 0 or absent is the kernel's 8472.
+    pub port: Port,
+    /// `GBP`
+    pub gbp: bool,
+    /// `Learning`
+    pub learning: bool,
+    /// `DirectRouting`: peers on our own link get a plain route.
+    pub direct_routing: bool,
+    /// `MTU` of the underlay, if not the uplink's.
+    pub mtu: Option<Mtu>,
+}
+
+impl Default for VxlanConfig {
+    fn default() -> Self {
+        Self {
+            vni: Vni::ONE,
+            port: Port::VXLAN,
+            gbp: false,
+            learning: false,
+            direct_routing: false,
+            mtu: None,
+        }
+    }
+}
+
+/// A document that was read, and what the operator should know of it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Parsed {
+    /// What it says.
+    pub config: NetworkConfig,
+    /// Keys nobody reads, and the like.
+    pub findings: Vec<Finding>,
+}
+
+const KEYS: &[&str] = &[
+    "EnableIPv4",
+    "EnableIPv6",
+    "EnableNFTables",
+    "Network",
+    "IPv6Network",
+    "SubnetLen",
+    "IPv6SubnetLen",
+    "SubnetMin",
+    "SubnetMax",
+    "IPv6SubnetMin",
+    "IPv6SubnetMax",
+    "Backend",
+];
+const VXLAN_KEYS: &[&str] = &["Type", "VNI", "Port", "GBP", "Learning", "DirectRouting", "MTU"];
+/// Upstream's types that this software does not have yet.
+const NOT_BUILT: &[&str] = &["udp", "ipip", "wireguard", "ipsec", "extension", "tencent-vpc"];
+
+impl NetworkConfig {
+    /// Reads and checks a document.
+    pub fn parse(text: &str) -> Result<Parsed, ConfigError> {
+        let document = Document::parse(text)?;
+        let mut findings = document.unknown_keys(KEYS);
+        let enable_v4 = document.get("EnableIPv4").map(|v| v.bool()).transpose()?.unwrap_or(true);
+        let enable_v6 = document.get("EnableIPv6").map(|v| v.bool()).transpose()?.unwrap_or(false);
+        if !enable_v4 && !enable_v6 {
+            return Err(ConfigError::Missing {
+                key: "EnableIPv4 or EnableIPv6",
+                cause: "both are false, so there is nothing to lease",
+            });
+        }
+        let config = Self {
+            v4: if enable_v4 { Some(range(&document, &V4_KEYS)?) } else { None },
+            v6: if enable_v6 { Some(range(&document, &V6_KEYS)?) } else { None },
+            nftables: document.get("EnableNFTables").map(|v| v.bool()).transpose()?.unwrap_or(false),
+            backend: backend(&document, &mut findings)?,
+        };
+        Ok(Parsed { config, findings })
+    }
+
+    /// The range of a family.
+    pub fn range(&self, family: Family) -> Option<&Range> {
+        match family {
+            Family::V4 => self.v4.as_ref(),
+            Family::V6 => self.v6.as_ref(),
+        }
+    }
+
+    /// The CIDRs of the enabled families.
+    pub fn cidrs(&self) -> impl Iterator<Item = Prefix> {
+        self.v4.iter().chain(self.v6.iter()).map(|range| range.cidr)
+    }
+
+    /// A document that reads back as this configuration.
+    pub fn to_json(&self) -> String {
+        let mut document = serde_json::Map::new();
+        if let Some(v4) = &self.v4 {
+            put_range(&mut document, v4, &V4_KEYS);
+        } else {
+            document.insert("EnableIPv4".into(), json!(false));
+        }
+        if let Some(v6) = &self.v6 {
+            document.insert("EnableIPv6".into(), json!(true));
+            put_range(&mut document, v6, &V6_KEYS);
+        }
+        if self.nftables {
+            document.insert("EnableNFTables".into(), json!(true));
+        }
+        let mut backend = serde_json::Map::new();
+        backend.insert("Type".into(), json!(self.backend.name()));
+        if let BackendConfig::Vxlan(vxlan) = &self.backend {
+            backend.insert("VNI".into(), json!(vxlan.vni.id()));
+            if vxlan.port != Port::VXLAN {
+                backend.insert("Port".into(), json!(vxlan.port.number()));
+            }
+            for (key, on) in
+                [("GBP", vxlan.gbp), ("Learning", vxlan.learning), ("DirectRouting", vxlan.direct_routing)]
+            {
+                if on {
+                    backend.insert(key.into(), json!(true));
+                }
+            }
+            if let Some(mtu) = vxlan.mtu {
+                backend.insert("MTU".into(), json!(mtu.bytes()));
+            }
+        }
+        document.insert("Backend".into(), backend.into());
+        serde_json::Value::from(document).to_string()
+    }
+}
+
+fn put_range(document: &mut serde_json::Map<String, serde_json::Value>, range: &Range, keys: &FamilyKeys) {
+    document.insert(keys.network.into(), json!(range.cidr.to_string()));
+    document.insert(keys.len.into(), json!(range.subnet_len()));
+    document.insert(keys.min.into(), json!(range.first.base().to_string()));
+    document.insert(keys.max.into(), json!(range.last.base().to_string()));
+}
+
+/// A family's keys and limits: the same rules with other numbers.
+struct FamilyKeys {
+    family: Family,
+    network: &'static str,
+    len: &'static str,
+    min: &'static str,
+    max: &'static str,
+    /// Longest subnet that may be asked for.
+    len_max: u8,
+    /// Longest network that gets a default subnet length.
+    net_len_max: u8,
+    /// The default subnet length, for networks up to two bits shorter.
+    len_default: u8,
+}
+
+const V4_KEYS: FamilyKeys = FamilyKeys {
+    family: Family::V4,
+    network: "Network",
+    len: "SubnetLen",
+    min: "SubnetMin",
+    max: "SubnetMax",
+    len_max: 30,
+    net_len_max: 28,
+    len_default: 24,
+};
+
+const V6_KEYS: FamilyKeys = FamilyKeys {
+    family: Family::V6,
+    network: "IPv6Network",
+    len: "IPv6SubnetLen",
+    min: "IPv6SubnetMin",
+    max: "IPv6SubnetMax",
+    len_max: 126,
+    net_len_max: 124,
+    len_default: 64,
+};
+
+fn range(document: &Document<'_>, keys: &FamilyKeys) -> Result<Range, ConfigError> {
+    let cidr = cidr(document, keys)?;
+    let len = subnet_len(document, keys, cidr)?;
+    let whole = |base: IpAddr| Prefix::containing(base, len).ok();
+    // len > cidr.len(), so both exist.
+    let (Some(base), Some(end)) = (whole(cidr.base()), whole(cidr.last())) else {
+        return Err(ConfigError::Missing { key: keys.len, cause: "no subnet fits the network" });
+    };
+    let first = bound(document, keys, keys.min, cidr, len)?;
+    let last = bound(document, keys, keys.max, cidr, len)?;
+    let range =
+        Range { cidr, first: first.or_else(|| base.step(1)).unwrap_or(base), last: last.unwrap_or(end) };
+    match document.get(keys.max).or_else(|| document.get(keys.min)) {
+        Some(value) if range.first > range.last => Err(value.error(format!(
+            "{} {} is above {} {}",
+            keys.min,
+            range.first.base(),
+            keys.max,
+            range.last.base()
+        ))),
+        _ => Ok(range),
+    }
+}
+
+fn cidr(document: &Document<'_>, keys: &FamilyKeys) -> Result<Prefix, ConfigError> {
+    const NEEDED: &str = "define the network, for example \"10.100.0.0/16\"";
+    let Some(value) = document.get(keys.network).filter(|v| !v.is_null()) else {
+        return Err(ConfigError::Missing { key: keys.network, cause: NEEDED });
+    };
+    let text = value.string()?;
+    let (address, len) = text
+        .split_once('/')
+        .and_then(|(a, l)| Some((a.parse::<IpAddr>().ok()?, l.parse::<u8>().ok()?)))
+        .ok_or_else(|| value.error(NEEDED))?;
+    if Family::of(address) != keys.family {
+        return Err(value.error(match keys.family {
+            Family::V4 => "an IPv6 network; put it into IPv6Network and set EnableIPv6",
+            Family::V6 => "an IPv4 network; put it into Network",
+        }));
+    }
+    let cidr = Prefix::containing(address, len).map_err(|error| value.error(error))?;
+    if cidr.is_default() {
+        return Err(value.error(NEEDED));
+    }
+    Ok(cidr)
+}
+
+fn subnet_len(document: &Document<'_>, keys: &FamilyKeys, cidr: Prefix) -> Result<u8, ConfigError> {
+    if let Some(value) = document.get(keys.len)
+        && value.number()? != 0
+    {
+        let len = value.number()?;
+        if len > u64::from(keys.len_max) {
+            return Err(value.error(format!("it must be less than /{}", keys.len_max + 1)));
+        }
+        if len < u64::from(cidr.len()) + 2 {
+            return Err(value.error(format!(
+                "the network {cidr} must hold at least four subnets: at least {}",
+                cidr.len() + 2
+            )));
+        }
+        return Ok(len as u8);
+    }
+    if cidr.len() > keys.net_len_max {
+        let text = format!("the network is too small, the smallest useful one is a /{}", keys.net_len_max);
+        return Err(document
+            .get(keys.network)
+            .map_or(ConfigError::Missing { key: keys.len, cause: "the network is too small" }, |value| {
+                value.error(text)
+            }));
+    }
+    Ok(keys.len_default.max(cidr.len() + 2))
+}
+
+fn bound(
+    document: &Document<'_>,
+    keys: &FamilyKeys,
+    key: &str,
+    cidr: Prefix,
+    len: u8,
+) -> Result<Option<Prefix>, ConfigError> {
+    let Some(value) = document.get(key).filter(|v| !v.is_null()) else { return Ok(None) };
+    let text = value.string()?;
+    let address: IpAddr = text.parse().map_err(|_| value.error("an address was wanted, without a length"))?;
+    if Family::of(address) != keys.family {
+        return Err(value.error("of the wrong address family"));
+    }
+    if address.is_unspecified() {
+        return Ok(None);
+    }
+    if !cidr.contains(address) {
+        return Err(value.error(format!("not in the range of the network {cidr}")));
+    }
+    Prefix::new(address, len)
+        .map(Some)
+        .map_err(|_| value.error(format!("not on a {} boundary (/{len})", keys.len)))
+}
+
+fn backend(document: &Document<'_>, findings: &mut Vec<Finding>) -> Result<BackendConfig, ConfigError> {
+    let Some(value) = document.get("Backend") else {
+        findings.push(Finding::new(Code::BACKEND_ABSENT, "Backend is missing, vxlan is used"));
+        return Ok(BackendConfig::Vxlan(VxlanConfig::default()));
+    };
+    let options = value.document()?;
+    let Some(kind) = options.get("Type") else {
+        return Err(value.error("Backend has no Type; say one of alloc, host-gw, vxlan"));
+    };
+    let name = kind.string()?.to_ascii_lowercase();
+    match name.as_str() {
+        "alloc" | "host-gw" => {
+            findings.extend(options.unknown_keys(&["Type"]));
+            Ok(if name == "alloc" { BackendConfig::Alloc } else { BackendConfig::HostGw })
+        }
+        "vxlan" => {
+            findings.extend(options.unknown_keys(VXLAN_KEYS));
+            vxlan(&options).map(BackendConfig::Vxlan)
+        }
+        name if NOT_BUILT.contains(&name) => {
+            Err(kind
+                .error(format!("backend {name} is not built yet; this version has alloc, host-gw and vxlan")))
+        }
+        _ => Err(kind.error("unknown backend type; say one of alloc, host-gw, vxlan")),
+    }
+}
+
+fn vxlan(options: &Document<'_>) -> Result<VxlanConfig, ConfigError> {
+    let number = |key: &str| options.get(key).map(|v| v.number().map(|n| (v, n))).transpose();
+    let flag = |key: &str| options.get(key).map(|v| v.bool()).transpose().map(|on| on.unwrap_or(false));
+    let default = VxlanConfig::default();
+    Ok(VxlanConfig {
+        vni: number("VNI")?.map_or(Ok(default.vni), |(v, n)| Vni::new(n).map_err(|e| v.error(e)))?,
+        port: match number("Port")? {
+            None | Some((_, 0)) => default.port,
+            Some((value, n)) => Port::new(n).map_err(|e| value.error(e))?,
+        },
+        gbp: flag("GBP")?,
+        learning: flag("Learning")?,
+        direct_routing: flag("DirectRouting")?,
+        mtu: match number("MTU")? {
+            None | Some((_, 0)) => None,
+            Some((value, n)) => Some(Mtu::new(n).map_err(|e| value.error(e))?),
+        },
+    })
+}
+
+#[cfg(test)]
+#[path = "config/tests.rs"]
+mod tests;

@@ -1,0 +1,134 @@
+use super::*;
+
+fn parsed(text: &str) -> Parsed {
+    NetworkConfig::parse(text).unwrap_or_else(|error| panic!("{text}: {error}"))
+}
+
+fn v4(text: &str) -> (u8, String, String) {
+    let range = parsed(text).config.v4.unwrap();
+    (range.subnet_len(), range.first.base().to_string(), range.last.base().to_string())
+}
+
+fn error(text: &str) -> String {
+    NetworkConfig::parse(text).map(|p| format!("{p:?}")).unwrap_err().to_string()
+}
+
+#[test]
+fn defaults_of_the_subnets_are_upstreams() {
+    let cases = [
+        ("10.5.0.0/16", 24, "10.5.1.0", "10.5.255.0"),
+        ("10.5.0.0/22", 24, "10.5.1.0", "10.5.3.0"),
+        ("10.5.0.0/23", 25, "10.5.0.128", "10.5.1.128"),
+        ("10.5.0.0/28", 30, "10.5.0.4", "10.5.0.12"),
+        ("10.5.7.9/16", 24, "10.5.1.0", "10.5.255.0"),
+    ];
+    for (network, len, first, last) in cases {
+        let text = format!(r#"{{"Network":"{network}","Backend":{{"Type":"vxlan"}}}}"#);
+        assert_eq!(v4(&text), (len, first.into(), last.into()), "{network}");
+    }
+    let v6 = parsed(
+        r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd42:cafe::/48","Backend":{"Type":"vxlan"}}"#,
+    );
+    let range = v6.config.v6.unwrap();
+    assert_eq!((range.subnet_len(), range.first.base().to_string()), (64, "fd42:cafe:0:1::".into()));
+    assert_eq!(range.last.base().to_string(), "fd42:cafe:0:ffff::");
+    assert_eq!(v6.config.v4, None);
+}
+
+#[test]
+fn what_operators_type_is_understood() {
+    let text = r#"{"Network":"172.7.0.0/16","Backend":{"Type":"VxLAN","Directrouting":true}}"#;
+    let BackendConfig::Vxlan(vxlan) = parsed(text).config.backend else { panic!() };
+    assert!(vxlan.direct_routing);
+    assert_eq!((vxlan.vni.id(), vxlan.port.number()), (1, 8472));
+
+    let text =
+        r#"{"Network":"10.100.0.0/16","SubnetLen":25,"SubnetMin":"10.100.0.0","SubnetMax":"10.100.1.0"}"#;
+    assert_eq!(v4(text), (25, "10.100.0.0".into(), "10.100.1.0".into()));
+    assert_eq!(parsed(text).findings[0].code, Code::BACKEND_ABSENT);
+
+    assert_eq!(
+        v4(r#"{"network":"10.0.0.0/8","NETWORK":"10.5.0.0/16","Backend":{"Type":"alloc"}}"#).1,
+        "10.5.1.0"
+    );
+    let findings =
+        parsed(r#"{"Network":"10.5.0.0/16","SubnetLength":25,"Backend":{"type":"host-gw","VNI":3}}"#)
+            .findings;
+    let texts: Vec<_> = findings.iter().map(|f| f.text.as_str()).collect();
+    assert_eq!(texts, ["SubnetLength", "Backend.VNI"]);
+}
+
+#[test]
+fn errors_say_what_where_and_why() {
+    let cases = [
+        (
+            r#"{"Network": "10.100.0.0/16""#,
+            "not valid JSON at line 1, column 27: EOF while parsing an object",
+        ),
+        ("[]", "not valid JSON at line 1, column 0: invalid type: sequence, expected a JSON object"),
+        ("{}", "Network is missing: define the network, for example \"10.100.0.0/16\""),
+        (
+            "{\n \"Network\": \"fd00::/48\"}",
+            "Network at line 2, column 13 is \"fd00::/48\": an IPv6 network; put it into IPv6Network and set EnableIPv6",
+        ),
+        (
+            r#"{"Network":"10.100.0.0/16","SubnetLen":31}"#,
+            "SubnetLen at line 1, column 40 is 31: it must be less than /31",
+        ),
+        (
+            r#"{"Network":"10.100.0.0/16","SubnetLen":17}"#,
+            "SubnetLen at line 1, column 40 is 17: the network 10.100.0.0/16 must hold at least four subnets: at least 18",
+        ),
+        (
+            r#"{"Network":"10.100.0.0/29"}"#,
+            "Network at line 1, column 12 is \"10.100.0.0/29\": the network is too small, the smallest useful one is a /28",
+        ),
+        (
+            r#"{"Network":"10.100.0.0/16","SubnetLen":"24"}"#,
+            "SubnetLen at line 1, column 40 is \"24\": a whole number, not negative and without quotes, was wanted",
+        ),
+        (
+            r#"{"Network":"10.100.0.0/16","SubnetMin":"10.99.0.0"}"#,
+            "SubnetMin at line 1, column 40 is \"10.99.0.0\": not in the range of the network 10.100.0.0/16",
+        ),
+        (
+            r#"{"Network":"10.100.0.0/16","SubnetMax":"10.100.1.128"}"#,
+            "SubnetMax at line 1, column 40 is \"10.100.1.128\": not on a SubnetLen boundary (/24)",
+        ),
+        (
+            r#"{"Network":"10.100.0.0/16","SubnetMin":"10.100.9.0","SubnetMax":"10.100.1.0"}"#,
+            "SubnetMax at line 1, column 65 is \"10.100.1.0\": SubnetMin 10.100.9.0 is above SubnetMax 10.100.1.0",
+        ),
+        (
+            r#"{"Network":"10.100.0.0/16","Backend":{"Type":"udp"}}"#,
+            "Backend.Type at line 1, column 46 is \"udp\": backend udp is not built yet; this version has alloc, host-gw and vxlan",
+        ),
+        (
+            r#"{"Network":"10.100.0.0/16","Backend":{}}"#,
+            "Backend at line 1, column 38 is {}: Backend has no Type; say one of alloc, host-gw, vxlan",
+        ),
+        (
+            r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan","VNI":16777216}}"#,
+            "Backend.VNI at line 1, column 60 is 16777216: VNI 16777216 is outside 0..=16777215",
+        ),
+        (
+            r#"{"EnableIPv4":false,"Network":"10.100.0.0/16"}"#,
+            "EnableIPv4 or EnableIPv6 is missing: both are false, so there is nothing to lease",
+        ),
+    ];
+    for (text, wanted) in cases {
+        assert_eq!(error(text), wanted, "{text}");
+    }
+}
+
+#[test]
+fn a_written_config_reads_back() {
+    for text in [
+        r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan","VNI":7,"Port":4789,"DirectRouting":true,"MTU":1400}}"#,
+        r#"{"Network":"10.5.0.0/16","SubnetLen":26,"Backend":{"Type":"host-gw"}}"#,
+        r#"{"EnableIPv6":true,"Network":"10.5.0.0/16","IPv6Network":"fd00::/48","Backend":{"Type":"alloc"}}"#,
+    ] {
+        let config = parsed(text).config;
+        assert_eq!(parsed(&config.to_json()).config, config);
+    }
+}
