@@ -1,1 +1,59 @@
-//! The lab.
+//! The lab: several hosts on one machine, made of namespaces, with real engines, a real etcd and the real kernel.
+//!
+//! # A test in twenty lines
+//! ```no_run
+//! use anyhow::ensure;
+//! use flannel_tests::{Lab, eventually, in_lab, secs};
+//!
+//! # #[allow(clippy::test_attr_in_doctest)]
+//! #[test]
+//! fn a_lease_is_written() {
+//!     // Skipped by name where the machine lacks something; shows the hosts and their logs when it fails.
+//!     in_lab(Lab::new("lease").hosts(2).etcd(), |lab| {
+//!         lab.etcdctl(&["put", "/coreos.com/network/config", r#"{"Network":"10.100.0.0/16"}"#])?;
+//!         let endpoint = lab.etcd_endpoint();
+//!         for host in lab.hosts() {
+//!             // The binaries under test are on every host's search path.
+//!             host.spawn("flanneld", &["flanneld", "--etcd-endpoints", &endpoint, "--iface", "eth0"], &[])?;
+//!         }
+//!         for host in lab.hosts() {
+//!             let env = eventually("subnet.env", secs(10), || host.read("/run/flannel/subnet.env"))?;
+//!             ensure!(env.contains("FLANNEL_NETWORK=10.100.0.0/16"), "{env}");
+//!         }
+//!         lab.link(lab.host(2), false)?; // pull the cable
+//!         Ok(())
+//!     });
+//! }
+//! ```
+//!
+//! # What a host is
+//! A [`Host`] has namespaces of its own (net, mount, uts, ipc, pid, cgroup) held by one process that is process 1 inside. Own are
+//! /run, /var/lib, /var/log, /etc, /opt, /sys, /proc, the cgroups; /usr and /tmp are the machine's (`TMPDIR` points elsewhere). What
+//! is written to the own ones is on a tmpfs that dies with the host. eth0 leads to the lab's switch, the default route to its
+//! router; there is no way out. Addresses: 10.77.0.11, .12, … (fd77::b, …), router .1, etcd .100; 10.77.1.0/24 behind the router.
+//!
+//! # How it ends
+//! A lab is gone when it is dropped: processes, mounts, links, cgroups, directories. When the test process is killed, the kernel
+//! closes the pipe that process 1 of every host reads from, and they end, and everything inside with them; the directory and
+//! the empty cgroups are swept by the next lab that starts. Nothing ever appears in the machine's own network namespace.
+//!
+//! # Rules for suites
+//! - Wait with [`eventually`] on a state, never with a sleep for "long enough".
+//! - Assert text of the kernel or of the product, not calls.
+//! - A test that needs a program says so with [`LabPlan::needs`].
+
+pub mod binaries;
+mod cgroup;
+mod command;
+mod daemon;
+mod host;
+mod lab;
+pub mod needs;
+pub mod probe;
+
+pub use command::{COMMAND_DEADLINE, Output};
+pub use daemon::{Daemon, Usage};
+pub use host::{BIN_DIR, Host, Place, SHARED_DIR};
+pub use lab::{Lab, LabPlan, ids, in_lab, sweep};
+pub use nix::sys::signal::Signal;
+pub use probe::{eventually, secs};
