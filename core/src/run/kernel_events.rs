@@ -1,0 +1,119 @@
+//! Notices from the kernel that something of interest may have changed. They only wake the reconciler: what really
+//! changed it finds by looking.
+//!
+//! The sockets are the reader's own: a netlink socket is not told of changes that it made itself, and the reconciler's
+//! changes are of no interest as events but cost only one more look.
+
+use std::io;
+use std::sync::Arc;
+
+use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket, protocols};
+use tokio::sync::Notify;
+
+/// Multicast groups of NETLINK_ROUTE (uapi/linux/rtnetlink.h `enum rtnetlink_groups`), as a bit mask.
+const ROUTE_GROUPS: u32 = 1 // RTNLGRP_LINK
+    | 1 << 2 // RTNLGRP_NEIGH: neighbors and forwarding entries
+    | 1 << 4 // RTNLGRP_IPV4_IFADDR
+    | 1 << 6 // RTNLGRP_IPV4_ROUTE
+    | 1 << 8 // RTNLGRP_IPV6_IFADDR
+    | 1 << 10; // RTNLGRP_IPV6_ROUTE
+
+/// NFNLGRP_NFTABLES of NETLINK_NETFILTER (uapi/linux/netfilter/nfnetlink.h), as a bit mask.
+const NFTABLES_GROUP: u32 = 1 << 6;
+
+/// Wakes `wake` whenever a notice of interest arrives, until dropped. Call inside a tokio runtime.
+pub struct KernelEvents {
+    tasks: [tokio::task::JoinHandle<()>; 2],
+}
+
+impl KernelEvents {
+    /// Subscribes in the network namespace of the calling thread.
+    pub fn subscribe(wake: Arc<Notify>) -> io::Result<Self> {
+        let route = open(protocols::NETLINK_ROUTE, ROUTE_GROUPS)?;
+        let nftables = open(protocols::NETLINK_NETFILTER, NFTABLES_GROUP)?;
+        Ok(Self {
+            tasks: [
+                tokio::spawn(listen(route, wake.clone(), of_interest)),
+                tokio::spawn(listen(nftables, wake, |_| true)),
+            ],
+        })
+    }
+}
+
+impl Drop for KernelEvents {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
+    }
+}
+
+fn open(protocol: isize, groups: u32) -> io::Result<TokioSocket> {
+    let mut socket = TokioSocket::new(protocol)?;
+    socket.socket_mut().bind(&SocketAddr::new(0, groups))?;
+    Ok(socket)
+}
+
+/// An overrun (ENOBUFS) means that notices were lost: reason enough to look.
+async fn listen(socket: TokioSocket, wake: Arc<Notify>, interest: fn(&[u8]) -> bool) {
+    loop {
+        match socket.recv_from_full().await {
+            Ok((datagram, _)) => {
+                if interest(&datagram) {
+                    wake.notify_one();
+                }
+            }
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => wake.notify_one(),
+            Err(error) => {
+                tracing::warn!("kernel notices ended ({error}); only the regular looks are left");
+                return;
+            }
+        }
+    }
+}
+
+/// Whether one of the messages may concern us. A busy host sends many that cannot: every container that comes or
+/// goes, every neighbor that is confirmed.
+fn of_interest(datagram: &[u8]) -> bool {
+    let mut rest = datagram;
+    while let Some(header) = rest.first_chunk::<16>() {
+        let len = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
+        let kind = u16::from_ne_bytes([header[4], header[5]]);
+        let Some(body) = rest.get(16..len) else { return true };
+        if message_of_interest(kind, body) {
+            return true;
+        }
+        rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
+    }
+    false
+}
+
+fn message_of_interest(kind: u16, body: &[u8]) -> bool {
+    match kind {
+        libc::RTM_NEWLINK | libc::RTM_DELLINK => {
+            !link_name(body).is_some_and(|name| name.starts_with(b"veth"))
+        }
+        // struct rtmsg: the table is the fifth byte.
+        libc::RTM_NEWROUTE | libc::RTM_DELROUTE => body.get(4) == Some(&libc::RT_TABLE_MAIN),
+        // struct ndmsg: family, then the state at offset 8.
+        libc::RTM_NEWNEIGH | libc::RTM_DELNEIGH => {
+            let bridge = body.first() == Some(&(libc::AF_BRIDGE as u8));
+            let permanent = body.get(8).is_some_and(|state| u16::from(*state) & libc::NUD_PERMANENT != 0);
+            permanent || (kind == libc::RTM_DELNEIGH && !bridge)
+        }
+        _ => true,
+    }
+}
+
+/// IFLA_IFNAME of a link message: attributes follow the 16 bytes of struct ifinfomsg.
+fn link_name(body: &[u8]) -> Option<&[u8]> {
+    let mut rest = body.get(16..)?;
+    while let Some(header) = rest.first_chunk::<4>() {
+        let len = usize::from(u16::from_ne_bytes([header[0], header[1]]));
+        let kind = u16::from_ne_bytes([header[2], header[3]]);
+        let value = rest.get(4..len)?;
+        if kind == libc::IFLA_IFNAME {
+            return Some(value);
+        }
+        rest = rest.get(len.next_multiple_of(4)..)?;
+    }
+    None
+}
