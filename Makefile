@@ -1,0 +1,54 @@
+# Every recipe is one or two plain commands, so that everything can be typed by hand where make is missing.
+
+CARGO ?= cargo
+TARGET := x86_64-unknown-linux-gnu
+DIST := target/$(TARGET)/release
+PLUGIN ?= flannel:latest
+# nextest runs every test in a process of its own and says which was slow; plain cargo test does without.
+NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
+
+.PHONY: help setup build test quickstart bench check dist rootfs plugin
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+setup: ## install what is missing (Debian packages, nothing is started)
+	@tests/setup
+
+build: setup ## debug binaries of everything
+	$(CARGO) build --locked --workspace --bins
+
+test: build ## every suite; what this machine lacks is skipped by name
+ifeq ($(NEXTEST),yes)
+	$(CARGO) nextest run --locked --workspace --success-output never --no-fail-fast
+	$(CARGO) test --locked --workspace --doc
+else
+	$(CARGO) test --locked --workspace --no-fail-fast -- --test-threads=2
+endif
+
+quickstart: setup ## two hosts in a lab: networks, containers, a ping across, and everything gone again
+	$(CARGO) build --locked -q --workspace --bins
+	target/debug/quickstart
+
+bench: dist ## the benchmarks: ratios measured in one run
+	$(CARGO) build --locked --release -p flannel-tests --bins
+	FLANNEL_BIN_DIR=$(CURDIR)/$(DIST) target/release/bench all
+
+check: ## format, lints, documentation
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps -q
+
+# An explicit --target keeps +crt-static away from build scripts and procedural macros. The CNI binary is built by
+# itself, so that the features which the daemons switch on in flannel-core stay out of it.
+dist: setup ## static release binaries in target/x86_64-unknown-linux-gnu/release
+	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --locked --release --target $(TARGET) -p flannel-core -p flannel-docker-plugin
+	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --locked --release --target $(TARGET) -p flannel-cni
+
+rootfs: dist ## config.json and rootfs/ of the managed plugin in build/plugin
+	rm -rf build/plugin && mkdir -p build/plugin/rootfs
+	cp $(DIST)/flannel-docker-plugin build/plugin/rootfs/ && cp config.json build/plugin/
+
+plugin: rootfs ## create the managed plugin on this machine's Docker engine (PLUGIN=name:tag)
+	docker plugin create $(PLUGIN) build/plugin
+	@echo "now: docker plugin enable $(PLUGIN)"
