@@ -66,7 +66,7 @@ impl fmt::Display for Output {
 
 /// Runs `command` (called `label` in messages) and collects what it says. It gets its own process group, so that at the
 /// deadline everything it started is killed with it. Errors: it could not be started, or the deadline passed.
-pub(crate) fn run(mut command: Command, label: &str, deadline: Duration) -> Result<Output> {
+pub(crate) fn run(command: &mut Command, label: &str, deadline: Duration) -> Result<Output> {
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
     let mut child = command.spawn().with_context(|| format!("could not start `{label}`"))?;
     let stdout = Stream::collect(child.stdout.take());

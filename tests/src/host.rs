@@ -34,6 +34,9 @@ pub trait Place: Sync {
     /// Name for messages.
     fn name(&self) -> String;
 
+    /// The host it is, or is on.
+    fn host(&self) -> &Host;
+
     /// A command that will run there once it is started.
     fn enter(&self, argv: &[&str]) -> Command;
 
@@ -41,7 +44,7 @@ pub trait Place: Sync {
     fn run_for(&self, deadline: Duration, argv: &[&str]) -> Result<Output> {
         let mut command = self.enter(argv);
         command.stdin(Stdio::null());
-        command::run(command, &format!("{}: {}", self.name(), argv.join(" ")), deadline)
+        command::run(&mut command, &format!("{}: {}", self.name(), argv.join(" ")), deadline)
     }
 
     /// Same with the deadline of a minute.
@@ -57,6 +60,24 @@ pub trait Place: Sync {
     /// Runs a shell script that must succeed (`sh -e`), returns what it printed (trimmed).
     fn sh(&self, script: &str) -> Result<String> {
         self.out(&["sh", "-ec", script])
+    }
+
+    /// Starts a program that stays. `name` names its log; spawned again under the same name, it appends to it.
+    fn spawn(&self, name: &str, argv: &[&str], env: &[(&str, &str)]) -> Result<Daemon> {
+        let place = self.name();
+        let host = self.host();
+        // A container's log lies with its host's and carries both names.
+        let file =
+            if place == host.name() { name.to_owned() } else { format!("{place} {name}").replace(' ', "-") };
+        let log = host.0.log_dir.join(format!("{file}.log"));
+        let file = OpenOptions::new().create(true).append(true).open(&log);
+        let file = file.with_context(|| format!("could not open {}", log.display()))?;
+        let log_start = file.metadata()?.len();
+        let mut command = self.enter(argv);
+        command.envs(env.iter().copied()).stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        let child =
+            command.spawn().with_context(|| format!("{place}: could not start `{}`", argv.join(" ")))?;
+        Daemon::adopt(&place, name, child, log, log_start)
     }
 }
 
@@ -185,6 +206,10 @@ impl Place for Host {
         self.0.name.clone()
     }
 
+    fn host(&self) -> &Host {
+        self
+    }
+
     fn enter(&self, argv: &[&str]) -> Command {
         let mut command = Command::new("/bin/sh");
         let pid = self.0.pid.to_string();
@@ -285,14 +310,14 @@ impl Host {
     pub fn run_env(&self, argv: &[&str], env: &[(&str, &str)]) -> Result<Output> {
         let mut command = self.enter(argv);
         command.stdin(Stdio::null()).envs(env.iter().copied());
-        command::run(command, &self.label(argv), COMMAND_DEADLINE)
+        command::run(&mut command, &self.label(argv), COMMAND_DEADLINE)
     }
 
     /// Runs a command that reads `input` (an open file, a pipe).
     pub fn run_input(&self, argv: &[&str], input: impl Into<Stdio>) -> Result<Output> {
         let mut command = self.enter(argv);
         command.stdin(input);
-        command::run(command, &self.label(argv), COMMAND_DEADLINE)
+        command::run(&mut command, &self.label(argv), COMMAND_DEADLINE)
     }
 
     /// Runs a command that must succeed, returns what it printed (trimmed).
@@ -307,14 +332,7 @@ impl Host {
 
     /// Starts a program that stays. `name` names its log; spawned again under the same name, it appends to it.
     pub fn spawn(&self, name: &str, argv: &[&str], env: &[(&str, &str)]) -> Result<Daemon> {
-        let log = self.0.log_dir.join(format!("{name}.log"));
-        let file = OpenOptions::new().create(true).append(true).open(&log);
-        let file = file.with_context(|| format!("could not open {}", log.display()))?;
-        let log_start = file.metadata()?.len();
-        let mut command = self.enter(argv);
-        command.envs(env.iter().copied()).stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
-        let child = command.spawn().with_context(|| format!("could not start `{}`", self.label(argv)))?;
-        Daemon::adopt(&self.0.name, name, child, log, log_start)
+        Place::spawn(self, name, argv, env)
     }
 
     /// Links, addresses, routes and rules as text, without what changes by itself (counters, lifetimes): equal before and

@@ -46,14 +46,21 @@ pub mod binaries;
 mod cgroup;
 mod command;
 mod daemon;
+mod engine;
 mod host;
+mod image;
 mod lab;
 pub mod needs;
 pub mod probe;
 
 pub use command::{COMMAND_DEADLINE, Output};
 pub use daemon::{Daemon, Usage};
+pub use engine::Container;
 pub use host::{BIN_DIR, Host, Place, SHARED_DIR};
+pub use image::{IMAGE, IMAGE_REFERENCE};
 pub use lab::{Lab, LabPlan, ids, in_lab, sweep};
 pub use nix::sys::signal::Signal;
-pub use probe::{eventually, secs};
+pub use probe::{
+    HttpServer, PingCount, PingStream, eventually, http_get, largest_packet, ping, ping_within, secs,
+    seen_as, tcp_opens,
+};

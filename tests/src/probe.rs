@@ -2,9 +2,13 @@
 
 use std::fmt::Display;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+
+use crate::daemon::Daemon;
+use crate::host::Place;
 
 /// Between two looks.
 const NAP: Duration = Duration::from_millis(10);
@@ -58,5 +62,191 @@ pub fn eventually<C: Condition>(
             Err(seen) if last_look => bail!("waited {deadline:?} for: {what}\nlast seen: {seen}"),
             Err(_) => thread::sleep(NAP),
         }
+    }
+}
+
+/// One echo request; an error shows what ping said. Waits a second for the answer.
+pub fn ping(from: &dyn Place, to: impl Display) -> Result<()> {
+    from.out(&["ping", "-n", "-c", "1", "-W", "1", &to.to_string()]).map(|_| ())
+}
+
+/// Pings until an answer comes.
+pub fn ping_within(deadline: Duration, from: &dyn Place, to: impl Display) -> Result<()> {
+    eventually(format!("{} reaches {to}", from.name()), deadline, || ping(from, &to))
+}
+
+/// The largest IPv4 packet (bytes, headers included) that gets through unfragmented, up to 9,000: the path's MTU.
+pub fn largest_packet(from: &dyn Place, to: impl Display) -> Result<u32> {
+    /// IPv4 and ICMP headers.
+    const HEADERS: u32 = 28;
+    let to = to.to_string();
+    let passes = |size: u32| -> Result<bool> {
+        let payload = (size - HEADERS).to_string();
+        // Two: the first too large one may only teach the path's MTU.
+        let said =
+            from.run(&["ping", "-n", "-M", "do", "-c", "2", "-i", "0.01", "-W", "0.3", "-s", &payload, &to])?;
+        Ok(said.stdout.contains(" 0% packet loss"))
+    };
+    let (mut passed, mut failed) = (HEADERS, 9001);
+    if !passes(passed)? {
+        bail!("{}: {to} does not answer at all", from.name());
+    }
+    while failed - passed > 1 {
+        let middle = passed.midpoint(failed);
+        if passes(middle)? { passed = middle } else { failed = middle }
+    }
+    Ok(passed)
+}
+
+/// A ping that goes on until it is stopped.
+#[derive(Debug)]
+pub struct PingStream {
+    ping: Daemon,
+}
+
+/// What a [`PingStream`] saw.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PingCount {
+    /// Requests sent, but for a last one that was still on its way.
+    pub sent: u32,
+    /// Requests that were answered.
+    pub received: u32,
+    /// The longest time without an answer, from the first answer to the end; about the interval where nothing was lost.
+    pub longest_gap: Duration,
+}
+
+impl PingCount {
+    /// Requests without an answer.
+    pub fn lost(&self) -> u32 {
+        self.sent.saturating_sub(self.received)
+    }
+}
+
+impl PingStream {
+    /// Starts pinging.
+    pub fn start(from: &dyn Place, to: impl Display, interval: Duration) -> Result<Self> {
+        let (to, every) = (to.to_string(), format!("{:.3}", interval.as_secs_f64()));
+        // -D: each answer with its time; -W: how long ping waits for the last ones after its SIGINT.
+        let ping =
+            from.spawn(&format!("ping-{to}"), &["ping", "-n", "-D", "-i", &every, "-W", "1", &to], &[])?;
+        Ok(Self { ping })
+    }
+
+    /// Ends it and counts.
+    pub fn stop(self) -> Result<PingCount> {
+        let end = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
+        self.ping.kill(Signal::SIGINT)?;
+        self.ping.wait(secs(5))?;
+        let log = self.ping.log();
+        count(&log, end).with_context(|| format!("no statistics from ping:\n{log}"))
+    }
+}
+
+/// Reads the output of `ping -D`: `[1700000000.123456] 64 bytes from 10.0.0.1: icmp_seq=7 ttl=64 time=0.05 ms`.
+fn count(log: &str, end: f64) -> Option<PingCount> {
+    let answer = |line: &str| -> Option<(u32, f64)> {
+        let (time, rest) = line.strip_prefix('[')?.split_once("] ")?;
+        let (_, sequence) = rest.split_once("icmp_seq=")?;
+        (rest.contains(" ttl=") && !rest.contains("DUP!")).then_some(())?;
+        Some((sequence.split(' ').next()?.parse().ok()?, time.parse().ok()?))
+    };
+    let answers: Vec<(u32, f64)> = log.lines().filter_map(answer).collect();
+    let summary = log.lines().find(|line| line.contains(" packets transmitted"))?;
+    let sent: u32 = summary.split(' ').next()?.parse().ok()?;
+    let last = answers.iter().map(|(sequence, _)| *sequence).max().unwrap_or(0);
+    let mut times: Vec<f64> = answers.iter().map(|(_, time)| *time).collect();
+    times.push(end);
+    let gap = times.windows(2).map(|pair| pair[1] - pair[0]).fold(0.0, f64::max);
+    Some(PingCount {
+        sent: if sent == last + 1 { last } else { sent },
+        received: u32::try_from(answers.len()).ok()?,
+        longest_gap: Duration::from_secs_f64(gap),
+    })
+}
+
+/// A web server in some place. It serves one text at `/`, and at `/cgi-bin/who` the address that the client seems to have.
+#[derive(Debug)]
+pub struct HttpServer {
+    daemon: Daemon,
+}
+
+impl HttpServer {
+    /// Starts one and waits until it listens.
+    pub fn start(place: &dyn Place, port: u16, text: &str) -> Result<Self> {
+        let name = format!("httpd-{port}");
+        let dir = format!("/run/lab/www/{}-{port}", place.name().replace(' ', "-"));
+        place.host().write(&format!("{dir}/index.html"), text)?;
+        let who = "#!/bin/sh\nprintf 'Content-Type: text/plain\\r\\n\\r\\n%s' \"$REMOTE_ADDR\"\n";
+        place.host().write(&format!("{dir}/cgi-bin/who"), who)?;
+        place.host().out(&["chmod", "755", &format!("{dir}/cgi-bin/who")])?;
+        let listen = format!("0.0.0.0:{port}");
+        let daemon = place.spawn(&name, &["busybox", "httpd", "-f", "-p", &listen, "-h", &dir], &[])?;
+        let server = Self { daemon };
+        eventually(format!("{name} listens"), secs(5), || {
+            if !server.daemon.alive() {
+                return Ok(()); // its log says why, below
+            }
+            http_get(place, &format!("http://127.0.0.1:{port}/")).map(|_| ())
+        })
+        .context(server.daemon.tail())?;
+        if !server.daemon.alive() {
+            bail!("{name} ended at once\n{}", server.daemon.tail());
+        }
+        Ok(server)
+    }
+
+    /// Ends it.
+    pub fn stop(self) -> Result<()> {
+        self.daemon.crash()
+    }
+}
+
+/// Fetches a page; waits two seconds for it.
+pub fn http_get(from: &dyn Place, url: &str) -> Result<String> {
+    // Not wget's own -T: Debian 12's busybox crashes on it.
+    from.out(&["timeout", "2", "busybox", "wget", "-q", "-O", "-", url])
+}
+
+/// The address under which `from` appears to an [`HttpServer`].
+pub fn seen_as(from: &dyn Place, server: impl Display, port: u16) -> Result<String> {
+    http_get(from, &format!("http://{server}:{port}/cgi-bin/who"))
+}
+
+/// Whether a TCP connection to there opens within two seconds.
+pub fn tcp_opens(from: &dyn Place, to: impl Display, port: u16) -> Result<()> {
+    from.out(&["busybox", "nc", "-w", "2", &to.to_string(), &port.to_string()]).map(|_| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pings_are_counted_with_their_gaps() {
+        let log = "PING 10.0.0.1 (10.0.0.1) 56(84) bytes of data.\n\
+            [100.000000] 64 bytes from 10.0.0.1: icmp_seq=1 ttl=64 time=0.05 ms\n\
+            [100.100000] 64 bytes from 10.0.0.1: icmp_seq=2 ttl=64 time=0.05 ms\n\
+            [100.100100] 64 bytes from 10.0.0.1: icmp_seq=2 ttl=64 time=0.05 ms (DUP!)\n\
+            [100.150000] From 10.0.0.2 icmp_seq=3 Destination Host Unreachable\n\
+            [100.600000] 64 bytes from 10.0.0.1: icmp_seq=7 ttl=64 time=0.05 ms\n\
+            \n--- 10.0.0.1 ping statistics ---\n\
+            8 packets transmitted, 3 received, +1 duplicates, 50% packet loss, time 700ms\n";
+        let seen = count(log, 100.65).unwrap();
+        assert_eq!((seen.sent, seen.received, seen.lost()), (7, 3, 4));
+        assert_eq!(seen.longest_gap.as_millis(), 500);
+        assert_eq!(count(log, 102.0).unwrap().longest_gap.as_millis(), 1400);
+        assert_eq!(count("ping: connect: Network is unreachable\n", 0.0), None);
+    }
+
+    #[test]
+    fn a_condition_that_never_holds_says_what_was_seen() {
+        let error = eventually("the moon", Duration::from_millis(20), || Option::<()>::None).unwrap_err();
+        assert!(format!("{error:#}").contains("for: the moon\nlast seen: nothing"), "{error:#}");
+        let mut looks = 0;
+        let third = eventually("third look", secs(1), || {
+            looks += 1;
+            (looks == 3).then_some(looks)
+        });
+        assert_eq!(third.unwrap(), 3);
     }
 }

@@ -117,7 +117,7 @@ fn ip_batch(host: &Host, batch: &str) -> Result<()> {
         .arg(format!("--net={}", host.netns().display()))
         .args(["ip", "-batch", "-"])
         .stdin(Stdio::from(input));
-    command::run(command, &format!("{}: ip -batch\n{batch}", host.name()), COMMAND_DEADLINE)?
+    command::run(&mut command, &format!("{}: ip -batch\n{batch}", host.name()), COMMAND_DEADLINE)?
         .text()
         .map(|_| ())
 }
