@@ -11,7 +11,10 @@ pub const BIN_DIR_VARIABLE: &str = "FLANNEL_BIN_DIR";
 /// The directory of the binaries: `FLANNEL_BIN_DIR`, else that of this profile, found from the running test.
 pub fn dir() -> Result<PathBuf> {
     if let Some(dir) = env::var_os(BIN_DIR_VARIABLE) {
-        return Ok(dir.into());
+        let dir = PathBuf::from(dir);
+        let absolute = dir.canonicalize();
+        return absolute
+            .with_context(|| format!("{BIN_DIR_VARIABLE} names {}, which is not there", dir.display()));
     }
     let test = env::current_exe().context("could not find out where this test runs from")?;
     // A test is target/<profile>/deps/<name>-<hash>, a binary (the quickstart) is target/<profile>/<name>.

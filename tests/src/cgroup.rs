@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{AccessFlags, Pid, access};
 
 const MOUNT_ROOT: &str = "/sys/fs/cgroup";
 
@@ -161,7 +161,7 @@ fn remove_tree(dir: &Path) {
     let _ = fs::remove_dir(dir); // busy: the next try
 }
 
-/// The hierarchies that the machine has mounted, each once.
+/// The hierarchies that the machine has mounted and lets us write to, each once.
 fn hierarchies() -> Result<Vec<Hierarchy>> {
     let text = fs::read_to_string("/proc/self/mountinfo").context("could not read /proc/self/mountinfo")?;
     let mut found: Vec<Hierarchy> = Vec::new();
@@ -171,6 +171,10 @@ fn hierarchies() -> Result<Vec<Hierarchy>> {
         let mut tail = tail.split(' ');
         let (kind, options) = (tail.next().unwrap_or_default(), tail.nth(1).unwrap_or_default());
         if !mount.starts_with(MOUNT_ROOT) || found.iter().any(|h| h.mount == mount) {
+            continue;
+        }
+        // Inside a container they may be read-only: hosts then do without, which is enough where no engine runs.
+        if access(&mount, AccessFlags::W_OK).is_err() {
             continue;
         }
         match kind {

@@ -212,10 +212,9 @@ impl Container {
     }
 
     /// A path in the container as the test can open it.
-    pub fn path(&self, inside: &str) -> PathBuf {
-        self.host
-            .path(format!("/proc/{}/root", self.pid))
-            .join(Path::new(inside).strip_prefix("/").unwrap_or(Path::new(inside)))
+    pub fn path(&self, inside: impl AsRef<Path>) -> PathBuf {
+        let inside = inside.as_ref();
+        self.host.path(format!("/proc/{}/root", self.pid)).join(inside.strip_prefix("/").unwrap_or(inside))
     }
 
     /// The IPv4 address and prefix length of one of its interfaces, as the kernel has it: `10.100.3.2/24`.

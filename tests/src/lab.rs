@@ -20,7 +20,7 @@ use crate::command::Output;
 use crate::daemon::Daemon;
 use crate::host::{Host, SHARED_DIR, Spec, Starting};
 use crate::needs;
-use crate::probe::eventually;
+use crate::probe::{eventually, http_get};
 use wiring::{Cable, Lan};
 
 pub use sweep::{ids, sweep};
@@ -279,14 +279,19 @@ impl Lab {
             "--heartbeat-interval", "20", "--election-timeout", "100",
         ];
         let daemon = self.etcd_host().spawn("etcd", &argv, &[])?;
-        let ready = eventually("etcd answers", ETCD_DEADLINE, || {
-            match self.try_etcdctl(&["endpoint", "health"])?.text() {
-                Err(error) if daemon.alive() => Err(error),
-                // Waiting longer does not help a dead one.
-                answer => Ok(answer),
-            }
-        });
-        ready?.with_context(|| daemon.tail())?;
+        // Over HTTP: etcdctl finding nobody there would wait a second before it tried again.
+        let health = format!("{client}/health");
+        eventually("etcd answers", ETCD_DEADLINE, || match http_get(self.etcd_host(), &health) {
+            Ok(said) if said.contains("true") => Ok(()),
+            Ok(said) => Err(anyhow!("{said}")),
+            // Waiting longer does not help a dead one.
+            Err(_) if !daemon.alive() => Ok(()),
+            Err(error) => Err(error),
+        })
+        .with_context(|| daemon.tail())?;
+        if !daemon.alive() {
+            bail!("etcd ended at once\n{}", daemon.tail());
+        }
         *running = Some(daemon);
         Ok(())
     }
@@ -324,7 +329,7 @@ impl Lab {
 
     /// Starts all nodes at once, then waits for each.
     fn make_nodes(&mut self, plan: &LabPlan, life: &std::io::PipeReader) -> Result<()> {
-        let bin_dir = binaries::dir().unwrap_or_default();
+        let bin_dir = binaries::dir()?;
         let base = Spec {
             lab: &self.id,
             name: "",
