@@ -66,6 +66,7 @@ pub enum AddrError {
 #[serde(try_from = "String", into = "String")]
 pub struct Prefix(IpNetwork);
 
+#[expect(clippy::len_without_is_empty, reason = "the length of a prefix, not of a collection")]
 impl Prefix {
     /// The network with exactly this base; host bits are an error.
     pub fn new(base: IpAddr, len: u8) -> Result<Self, AddrError> {
@@ -187,6 +188,7 @@ impl From<Prefix> for String {
 #[serde(try_from = "String", into = "String")]
 pub struct InterfaceAddress(IpNetwork);
 
+#[expect(clippy::len_without_is_empty, reason = "the length of a prefix, not of a collection")]
 impl InterfaceAddress {
     /// From an address and the length of its subnet in bits.
     pub fn new(address: IpAddr, len: u8) -> Result<Self, AddrError> {

@@ -68,6 +68,14 @@ catalogue! {
         "report it: this is a fault of flannel";
     PEER_UNREACHABLE = 120, "host-gw cannot reach a peer without a gateway",
         "put the hosts on one network, or use vxlan with DirectRouting";
+    LEASE_OUTSIDE = 121, "a peer's subnet is not in the network",
+        "remove its lease if the host is gone; after a change of Network the peer moves when it restarts";
+    PUBLIC_IP_SHARED = 122, "a peer's lease has this host's own public address",
+        "remove the lease if it was this host's; hosts behind one address need --public-ip each";
+    VTEP_MAC_SHARED = 123, "two hosts have the same VtepMAC",
+        "one was cloned from the other: delete its flannel device and state directory, and restart it";
+    MTU_ABOVE_UPLINK = 124, "the MTU of the config does not fit the uplink",
+        "lower Backend.MTU, or raise the uplink's MTU";
 }
 
 impl Code {

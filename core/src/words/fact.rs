@@ -551,7 +551,7 @@ impl fmt::Display for Link {
             LinkKind::Given => {}
         }
         match &self.alias {
-            Some(alias) => write!(f, " alias {alias}"),
+            Some(alias) => write!(f, "; ip link set {} alias '{alias}'", self.name),
             None => Ok(()),
         }
     }

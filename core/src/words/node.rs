@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use super::addr::{InterfaceAddress, Mac, Prefix};
+use super::addr::{Family, InterfaceAddress, Mac, Prefix};
 use super::fact::RouteProtocol;
 use super::name::LinkName;
 use super::units::Mtu;
@@ -19,6 +19,17 @@ pub struct Uplink {
     pub v4: Option<InterfaceAddress>,
     /// Its IPv6 address with the length of its subnet.
     pub v6: Option<InterfaceAddress>,
+}
+
+impl Uplink {
+    /// Its address of a family.
+    pub fn address(&self, family: Family) -> Option<IpAddr> {
+        match family {
+            Family::V4 => self.v4,
+            Family::V6 => self.v6,
+        }
+        .map(|address| address.address())
+    }
 }
 
 /// What is made once and kept: a restart must change nothing on the wire.

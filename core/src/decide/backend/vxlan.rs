@@ -1,0 +1,216 @@
+//! `vxlan`: the kernel's VXLAN with static entries, and plain routes to near peers if `DirectRouting` is on.
+//!
+//! **Shape** — one device per family; per peer a neighbor entry for the base address of its subnet, a forwarding entry for
+//! its VtepMAC, and an on-link route through that base address. Peers never answer ARP for it.
+//! **Source** — upstream pkg/backend/vxlan (`vxlan.go`, `device.go`, `vxlan_network.go`); RFC 7348.
+
+use std::collections::HashMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::decide::scene::{Draft, Place, Scene};
+use crate::words::addr::{Family, InterfaceAddress, Mac};
+use crate::words::code::Code;
+use crate::words::config::{NetworkConfig, VxlanConfig};
+use crate::words::fact::{
+    self, Address, Fact, Forward, Link, LinkKind, Neighbor, Route, RouteProtocol, RouteScope, Sysctl,
+};
+use crate::words::lease::Advertisement;
+use crate::words::name::{LinkName, NameError};
+use crate::words::node::{Identity, Node};
+use crate::words::territory::Territory;
+use crate::words::units::{Mtu, OutOfRange, Overhead, Vni};
+
+use super::{Backend, metric};
+
+/// Packets in VXLAN.
+pub(super) struct Vxlan {
+    options: VxlanConfig,
+}
+
+/// `BackendData` as it is written: field order is upstream's.
+#[derive(Serialize)]
+struct Written {
+    #[serde(rename = "VNI")]
+    vni: Vni,
+    #[serde(rename = "VtepMAC")]
+    mac: Mac,
+}
+
+impl Backend for Vxlan {
+    fn advertise(&self, config: &NetworkConfig, node: &Node) -> Advertisement {
+        let data = |family: Family| {
+            config.range(family)?;
+            let written = Written { vni: self.options.vni, mac: mac(&node.identity, family) };
+            serde_json::value::to_raw_value(&written).ok()
+        };
+        Advertisement { backend: "vxlan".into(), data: data(Family::V4), v6_data: data(Family::V6) }
+    }
+
+    /// The smallest of the enabled families': a dual-stack container has one MTU for both.
+    fn mtu(&self, config: &NetworkConfig, node: &Node) -> Result<Mtu, OutOfRange> {
+        [Family::V4, Family::V6]
+            .into_iter()
+            .filter(|family| config.range(*family).is_some())
+            .map(|family| self.device_mtu(node, family))
+            .try_fold(node.uplink.mtu, |least, mtu| Ok(least.min(mtu?)))
+    }
+
+    fn plan(&self, scene: &Scene<'_>, draft: &mut Draft) {
+        if let Some(mtu) = self.options.mtu.filter(|mtu| *mtu > scene.node.uplink.mtu) {
+            let uplink = &scene.node.uplink;
+            let text = format!("MTU is {mtu}, {} has {}, which is used", uplink.link, uplink.mtu);
+            draft.find(Code::MTU_ABOVE_UPLINK, text);
+        }
+        for family in scene.families() {
+            self.plan_family(scene, family, draft);
+        }
+    }
+}
+
+impl Vxlan {
+    pub(super) fn new(options: VxlanConfig) -> Self {
+        Self { options }
+    }
+
+    /// The kernel refuses a device that is larger than its underlay allows (drivers/net/vxlan/vxlan_core.c
+    /// `vxlan_change_mtu`), so a larger `MTU` in the config cannot be had.
+    fn device_mtu(&self, node: &Node, family: Family) -> Result<Mtu, OutOfRange> {
+        let underlay = self.options.mtu.unwrap_or(node.uplink.mtu).min(node.uplink.mtu);
+        underlay.less(match family {
+            Family::V4 => Overhead::VXLAN_OVER_V4,
+            Family::V6 => Overhead::VXLAN_OVER_V6,
+        })
+    }
+
+    fn device(&self, family: Family) -> Result<LinkName, NameError> {
+        match family {
+            Family::V4 => LinkName::new(&format!("flannel.{}", self.options.vni)),
+            Family::V6 => LinkName::new(&format!("flannel-v6.{}", self.options.vni)),
+        }
+    }
+
+    fn plan_family(&self, scene: &Scene<'_>, family: Family, draft: &mut Draft) {
+        let (Some(own), Some(local)) = (scene.own.subnets.of(family), scene.own.value.public(family)) else {
+            draft.find(Code::UPLINK_ABSENT, format!("no public address for {}", scene.own.subnets));
+            return;
+        };
+        // Checked before by whoever asked for the MTU; a name is at most "flannel-v6.16777215", which is too long.
+        let (Ok(mtu), Ok(device)) = (self.device_mtu(scene.node, family), self.device(family)) else {
+            draft.find(Code::CONFIG_BROKEN, format!("VNI {} makes no device here", self.options.vni));
+            return;
+        };
+        draft.add(Fact::Link(Box::new(Link {
+            name: device,
+            kind: LinkKind::Vxlan(fact::Vxlan {
+                vni: self.options.vni,
+                port: self.options.port,
+                local,
+                underlay: scene.node.uplink.link,
+                learning: self.options.learning,
+                gbp: self.options.gbp,
+            }),
+            mtu: Some(mtu),
+            mac: Some(mac(&scene.node.identity, family)),
+            alias: Some(Territory::alias_of(scene.network)),
+            up: true,
+        })));
+        draft.add(Fact::Sysctl(Sysctl {
+            link: Some(device),
+            path: format!("net/ipv6/conf/{device}/accept_ra"),
+            value: "0".into(),
+        }));
+        if let Ok(address) = InterfaceAddress::new(own.base(), family.bits()) {
+            draft.add(Fact::Address(Address { link: device, address, no_prefix_route: false }));
+        }
+        self.plan_peers(scene, family, device, draft);
+    }
+
+    fn plan_peers(&self, scene: &Scene<'_>, family: Family, device: LinkName, draft: &mut Draft) {
+        let places = scene.places(family, draft);
+        let count = places.len();
+        let mut macs = HashMap::from([(mac(&scene.node.identity, family), "this host".to_owned())]);
+        for place in places {
+            let metric = metric(&place.subnet, count);
+            if self.options.direct_routing && scene.node.reaches_directly(place.public) {
+                draft.add(direct(scene.node, &place, metric));
+                continue;
+            }
+            let mac = match place.data.map_or(Err("there is no BackendData"), vtep_mac) {
+                Ok(mac) => mac,
+                Err(cause) => {
+                    draft.find(Code::PEER_DATA, format!("{} of {}: {cause}", place.subnet, place.public));
+                    continue;
+                }
+            };
+            if let Some(first) = macs.get(&mac) {
+                let text = format!("{} of {} has {mac}, as {first} has", place.subnet, place.public);
+                draft.find(Code::VTEP_MAC_SHARED, text);
+                continue;
+            }
+            macs.insert(mac, format!("{} of {}", place.subnet, place.public));
+            tunnel(device, &place, mac, metric).into_iter().for_each(|fact| draft.add(fact));
+        }
+    }
+}
+
+fn mac(identity: &Identity, family: Family) -> Mac {
+    match family {
+        Family::V4 => identity.vtep_mac,
+        Family::V6 => identity.vtep_mac_v6,
+    }
+}
+
+/// A peer on our own link needs no tunnel.
+fn direct(node: &Node, place: &Place<'_>, metric: u32) -> Fact {
+    Fact::Route(Route {
+        destination: place.subnet,
+        via: Some(place.public),
+        link: node.uplink.link,
+        onlink: false,
+        metric,
+        scope: RouteScope::Global,
+        source: None,
+        protocol: RouteProtocol::FLANNEL,
+    })
+}
+
+fn tunnel(device: LinkName, place: &Place<'_>, mac: Mac, metric: u32) -> [Fact; 3] {
+    let gateway = place.subnet.base();
+    [
+        Fact::Neighbor(Neighbor { link: device, ip: gateway, mac }),
+        Fact::Forward(Forward { link: device, mac, remote: place.public }),
+        Fact::Route(Route {
+            destination: place.subnet,
+            via: Some(gateway),
+            link: device,
+            onlink: true,
+            metric,
+            scope: RouteScope::Global,
+            source: None,
+            protocol: RouteProtocol::BOOT,
+        }),
+    ]
+}
+
+/// Reads a peer's `BackendData`: keys in any case as Go matches them, the VNI is the peer's own business.
+fn vtep_mac(data: &RawValue) -> Result<Mac, &'static str> {
+    #[derive(Deserialize)]
+    #[serde(transparent)]
+    struct Read(HashMap<String, serde_json::Value>);
+
+    let Read(fields) = serde_json::from_str(data.get()).map_err(|_| "BackendData is not a JSON object")?;
+    let mac: Mac = fields
+        .iter()
+        .find(|(key, _)| key.eq_ignore_ascii_case("VtepMAC"))
+        .and_then(|(_, value)| value.as_str())
+        .ok_or("BackendData has no VtepMAC")?
+        .parse()
+        .map_err(|_| "its VtepMAC is not a MAC address")?;
+    // The zero address is the kernel's entry for unknown destinations, the group bit marks multicast.
+    if mac.0 == [0; 6] || mac.0[0] & 1 == 1 {
+        return Err("its VtepMAC is not the address of one host");
+    }
+    Ok(mac)
+}

@@ -1,0 +1,5 @@
+//! Pure functions from words to words: what should be true. No I/O, no clock, no randomness.
+
+pub mod backend;
+pub mod plan;
+pub mod scene;

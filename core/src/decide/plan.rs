@@ -1,0 +1,135 @@
+//! Everything that should be true on this node for one network, and what of the kernel it may touch for that.
+
+use std::collections::BTreeSet;
+
+use super::backend;
+use super::scene::{Draft, Scene};
+use crate::words::addr::Prefix;
+use crate::words::code::Code;
+use crate::words::config::NetworkConfig;
+use crate::words::fact::Facts;
+use crate::words::lease::{LeaseSet, OwnLease};
+use crate::words::name::NetworkName;
+use crate::words::node::{HostRoute, Node};
+use crate::words::report::Finding;
+use crate::words::territory::Territory;
+use crate::words::units::{Mtu, OutOfRange};
+
+/// What a plan is made from: whole values, at one moment.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a> {
+    /// Which network.
+    pub network: &'a NetworkName,
+    /// Its configuration.
+    pub config: &'a NetworkConfig,
+    /// This host.
+    pub node: &'a Node,
+    /// Our lease.
+    pub own: &'a OwnLease,
+    /// Everybody's leases.
+    pub leases: &'a LeaseSet,
+}
+
+/// What should be true, and where.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Plan {
+    /// What should be true.
+    pub facts: Facts,
+    /// What may be looked at and deleted.
+    pub territory: Territory,
+    /// What the operator should know.
+    pub findings: Vec<Finding>,
+    /// Largest packet of a container: `FLANNEL_MTU`.
+    pub mtu: Mtu,
+}
+
+/// Why there is no plan at all.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PlanError {
+    /// The encapsulation does not fit.
+    #[error("backend {backend} leaves no room for a packet on {uplink}, whose MTU is {mtu}")]
+    Mtu {
+        /// The backend.
+        backend: &'static str,
+        /// The uplink.
+        uplink: String,
+        /// The uplink's MTU in bytes.
+        mtu: Mtu,
+        /// The number that came out.
+        source: OutOfRange,
+    },
+}
+
+/// Plans a node's part of a network. The same inputs give the same plan, in whatever order the leases came.
+pub fn plan(inputs: &Inputs<'_>) -> Result<Plan, PlanError> {
+    let Inputs { network, config, node, own, leases } = *inputs;
+    let backend = backend::of(&config.backend);
+    let mtu = backend.mtu(config, node).map_err(|source| PlanError::Mtu {
+        backend: config.backend.name(),
+        uplink: node.uplink.link.to_string(),
+        mtu: node.uplink.mtu,
+        source,
+    })?;
+    let mut draft = Draft::default();
+    let advertised = backend.advertise(config, node).backend;
+    let scene = Scene::new(network, config, node, own, leases, &advertised, &mut draft);
+    backend.plan(&scene, &mut draft);
+
+    let Draft { facts, findings } = draft;
+    let territory = territory(network, config, &facts, node.forward_chain);
+    Ok(Plan { facts, territory, findings, mtu })
+}
+
+impl Plan {
+    /// The plan of a network that has left this node: the same territory, and nothing in it.
+    pub fn retired(self) -> Self {
+        Self { facts: Facts::default(), findings: Vec::new(), ..self }
+    }
+}
+
+/// The territory of a network of which nothing is known any more but its name and, perhaps, its CIDRs: what is left of an
+/// agent that does not run. To be emptied.
+pub fn remains(network: &NetworkName, cidrs: impl IntoIterator<Item = Prefix>) -> Territory {
+    Territory {
+        alias: Some(Territory::alias_of(network)),
+        cidrs: cidrs.into_iter().collect(),
+        accepts: true,
+        ..Territory::default()
+    }
+}
+
+fn territory(network: &NetworkName, config: &NetworkConfig, facts: &Facts, accepts: bool) -> Territory {
+    let planned = Territory::of(facts.iter());
+    let rest = remains(network, config.cidrs());
+    Territory {
+        alias: rest.alias,
+        cidrs: rest.cidrs,
+        tables: planned.tables.into_iter().chain(rest.tables).collect::<BTreeSet<_>>(),
+        accepts,
+        ..planned
+    }
+}
+
+/// Whether a network would take addresses that this host already reaches elsewhere. Such a network is refused before
+/// anything is planned: it could cut the host off.
+///
+/// No conflict are default routes, routes of flannel devices, and what lies inside the network with at least a subnet's
+/// length and leaves by a bridge or through a gateway: `docker0` with `--bip`, `cni0`, the peer routes that Go's
+/// host-gw left behind.
+pub fn overlap(config: &NetworkConfig, routes: &[HostRoute]) -> Option<Finding> {
+    let ranges = || config.v4.iter().chain(config.v6.iter());
+    let (route, range) = routes.iter().flat_map(|route| ranges().map(move |range| (route, range))).find(
+        |(route, range)| {
+            let part = range.cidr.covers(&route.destination)
+                && route.destination.len() >= range.subnet_len()
+                && (route.bridge || route.via.is_some());
+            let flannels = route.link.is_some_and(|link| link.as_str().starts_with("flannel"));
+            range.cidr.overlaps(&route.destination) && !route.destination.is_default() && !flannels && !part
+        },
+    )?;
+    let link = route.link.map(|link| format!(" dev {link}")).unwrap_or_default();
+    let via = route.via.map(|via| format!(" via {via}")).unwrap_or_default();
+    let text =
+        format!("the network is {}, this host has the route {}{via}{link}", range.cidr, route.destination);
+    Some(Finding::new(Code::NETWORK_OVERLAP, text))
+}

@@ -1,0 +1,353 @@
+//! Golden plans: every backend and mode as the lines that iproute2 would take. The files under `golden/` are the
+//! expected text; `GOLDEN=write cargo test --test plan` writes them anew, and the diff is for the reviewer.
+
+use std::path::Path;
+
+use flannel_core::decide::backend;
+use flannel_core::decide::plan::{Inputs, Plan, overlap, plan};
+use flannel_core::words::addr::Prefix;
+use flannel_core::words::config::NetworkConfig;
+use flannel_core::words::fact::RouteProtocol;
+use flannel_core::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
+use flannel_core::words::name::{LinkName, NetworkName};
+use flannel_core::words::node::{HostRoute, Identity, Node, Uplink};
+use flannel_core::words::units::Mtu;
+
+const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
+const DIRECT: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"VxLAN","Directrouting":true}}"#;
+const HOST_GW: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"host-gw"}}"#;
+const DUAL: &str = r#"{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd42:cafe::/48","Backend":{"Type":"vxlan"}}"#;
+const DUAL_HOST_GW: &str = r#"{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd42:cafe::/48","Backend":{"Type":"host-gw"}}"#;
+
+/// A host at 192.168.100.1/24 (fd00:100::1/64) on eth0, with a default route through a router.
+fn node() -> Node {
+    let eth0 = LinkName::new("eth0").unwrap();
+    let route = |destination: &str, via: Option<&str>| HostRoute {
+        destination: destination.parse().unwrap(),
+        via: via.map(|via| via.parse().unwrap()),
+        link: Some(eth0),
+        bridge: false,
+        protocol: RouteProtocol::BOOT,
+        scope_link: via.is_none(),
+    };
+    Node {
+        uplink: Uplink {
+            link: eth0,
+            mtu: Mtu::new(1500).unwrap(),
+            v4: Some("192.168.100.1/24".parse().unwrap()),
+            v6: Some("fd00:100::1/64".parse().unwrap()),
+        },
+        public_v4: Some("192.168.100.1".parse().unwrap()),
+        public_v6: Some("fd00:100::1".parse().unwrap()),
+        identity: Identity {
+            vtep_mac: "02:00:00:00:04:01".parse().unwrap(),
+            vtep_mac_v6: "02:00:00:00:06:01".parse().unwrap(),
+        },
+        routes: vec![
+            route("0.0.0.0/0", Some("192.168.100.254")),
+            route("192.168.100.0/24", None),
+            route("::/0", Some("fd00:100::fe")),
+            route("fd00:100::/64", None),
+        ],
+        forward_chain: false,
+        ports: Default::default(),
+    }
+}
+
+/// The world of one test: what is in the store, and the host.
+struct Case {
+    network: NetworkName,
+    config: NetworkConfig,
+    node: Node,
+    own: OwnLease,
+    leases: LeaseSet,
+}
+
+impl Case {
+    fn new(config: &str, own: &str) -> Self {
+        let node = node();
+        let config = NetworkConfig::parse(config).unwrap().config;
+        let value = LeaseValue {
+            public_ip: node.public_v4.unwrap(),
+            public_ipv6: node.public_v6.filter(|_| config.v6.is_some()),
+            advertisement: backend::of(&config.backend).advertise(&config, &node),
+        };
+        let own = OwnLease { subnets: Subnets::parse_key(own).unwrap(), value };
+        let mut leases = LeaseSet::default();
+        leases.leases.insert(own.subnets, own.value.clone());
+        Self { network: NetworkName::default_network(), config, node, own, leases }
+    }
+
+    /// A lease of another host, key and value as in the store.
+    fn peer(mut self, key: &str, value: &str) -> Self {
+        let value = LeaseValue::from_json(value).unwrap();
+        self.leases.leases.insert(Subnets::parse_key(key).unwrap(), value);
+        self
+    }
+
+    fn plan(&self) -> Plan {
+        let Self { network, config, node, own, leases } = self;
+        plan(&Inputs { network, config, node, own, leases }).unwrap()
+    }
+
+    fn findings(&self) -> Vec<String> {
+        let mut lines: Vec<_> =
+            self.plan().findings.iter().map(|f| format!("{} {}", f.code, f.text)).collect();
+        lines.sort();
+        lines
+    }
+}
+
+fn vxlan_peer(n: u8) -> String {
+    format!(
+        r#"{{"PublicIP":"192.168.100.{n}","PublicIPv6":null,"BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"02:00:00:00:04:{n:02x}"}}}}"#
+    )
+}
+
+fn host_gw_peer(public: &str) -> String {
+    format!(r#"{{"PublicIP":"{public}","PublicIPv6":null,"BackendType":"host-gw"}}"#)
+}
+
+/// Compares with the file, or writes it.
+#[track_caller]
+fn golden(name: &str, case: &Case) {
+    let plan = case.plan();
+    let mut text = format!("# {}\n# MTU {}\n{}", case.config.to_json(), plan.mtu, plan.facts);
+    for finding in &plan.findings {
+        text.push_str(&format!("# {} {}: {}\n", finding.code, finding.code.title(), finding.text));
+    }
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name).with_extension("txt");
+    if std::env::var_os("GOLDEN").is_some_and(|v| v == "write") {
+        std::fs::write(&path, &text).unwrap();
+    }
+    let expected = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(text == expected, "{} differs\n--- expected\n{expected}--- planned\n{text}", path.display());
+}
+
+#[test]
+fn vxlan() {
+    golden("vxlan", &Case::new(VXLAN, "10.100.5.0-24").peer("10.100.9.0-24", &vxlan_peer(2)));
+}
+
+#[test]
+fn vxlan_with_direct_routing() {
+    let beyond_the_router = r#"{"PublicIP":"192.168.200.3","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:04:03"}}"#;
+    let case = Case::new(DIRECT, "10.100.5.0-24")
+        .peer("10.100.9.0-24", &vxlan_peer(2))
+        .peer("10.100.12.0-24", beyond_the_router);
+    golden("vxlan-direct-routing", &case);
+}
+
+#[test]
+fn vxlan_with_every_option() {
+    let config = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan","VNI":4096,"Port":4789,"GBP":true,"Learning":true,"MTU":1400}}"#;
+    let mut case = Case::new(config, "10.100.5.0-24").peer("10.100.9.0-24", &vxlan_peer(2));
+    case.network = NetworkName::new("web").unwrap();
+    golden("vxlan-options", &case);
+}
+
+#[test]
+fn vxlan_in_both_families() {
+    let both = r#"{"PublicIP":"192.168.100.2","PublicIPv6":"fd00:100::2","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:04:02"},"BackendV6Data":{"VNI":1,"VtepMAC":"02:00:00:00:06:02"}}"#;
+    let case = Case::new(DUAL, "10.5.70.0-24&fd42:cafe:0:2::-64")
+        .peer("10.5.68.0-24&fd42:cafe:0:1::-64", both)
+        .peer("10.5.71.0-24", &vxlan_peer(4));
+    golden("vxlan-dual-stack", &case);
+}
+
+#[test]
+fn vxlan_with_ipv6_alone() {
+    let config = r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd42:cafe::/48","Backend":{"Type":"vxlan","DirectRouting":true}}"#;
+    let far = r#"{"PublicIP":"0.0.0.0","PublicIPv6":"fd00:200::3","BackendType":"vxlan","BackendV6Data":{"VNI":1,"VtepMAC":"02:00:00:00:06:03"}}"#;
+    let near = r#"{"PublicIP":"0.0.0.0","PublicIPv6":"fd00:100::2","BackendType":"vxlan","BackendV6Data":{"VNI":1,"VtepMAC":"02:00:00:00:06:02"}}"#;
+    let case = Case::new(config, "0.0.0.0-0&fd42:cafe:0:2::-64")
+        .peer("0.0.0.0-0&fd42:cafe:0:1::-64", near)
+        .peer("0.0.0.0-0&fd42:cafe:0:3::-64", far);
+    golden("vxlan-ipv6", &case);
+}
+
+#[test]
+fn host_gw() {
+    let case = Case::new(HOST_GW, "10.100.5.0-24")
+        .peer("10.100.9.0-24", &host_gw_peer("192.168.100.2"))
+        .peer("10.100.12.0-24", &host_gw_peer("192.168.200.3"));
+    golden("host-gw", &case);
+}
+
+#[test]
+fn host_gw_in_both_families() {
+    let both = r#"{"PublicIP":"192.168.100.2","PublicIPv6":"fd00:100::2","BackendType":"host-gw"}"#;
+    let case = Case::new(DUAL_HOST_GW, "10.5.70.0-24&fd42:cafe:0:2::-64")
+        .peer("10.5.68.0-24&fd42:cafe:0:1::-64", both);
+    golden("host-gw-dual-stack", &case);
+}
+
+#[test]
+fn alloc() {
+    let config = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"alloc"}}"#;
+    let case = Case::new(config, "10.100.5.0-24")
+        .peer("10.100.9.0-24", r#"{"PublicIP":"192.168.100.2","PublicIPv6":null}"#);
+    golden("alloc", &case);
+}
+
+#[test]
+fn advertisements_are_upstreams_byte_for_byte() {
+    let json = |config: &str| Case::new(config, "10.100.5.0-24").own.value.to_json();
+    assert_eq!(
+        json(VXLAN),
+        r#"{"PublicIP":"192.168.100.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:04:01"}}"#
+    );
+    assert_eq!(
+        json(DUAL),
+        r#"{"PublicIP":"192.168.100.1","PublicIPv6":"fd00:100::1","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:04:01"},"BackendV6Data":{"VNI":1,"VtepMAC":"02:00:00:00:06:01"}}"#
+    );
+    assert_eq!(json(HOST_GW), r#"{"PublicIP":"192.168.100.1","PublicIPv6":null,"BackendType":"host-gw"}"#);
+    assert_eq!(
+        json(r#"{"Network":"10.100.0.0/16","Backend":{"Type":"alloc"}}"#),
+        r#"{"PublicIP":"192.168.100.1","PublicIPv6":null}"#
+    );
+}
+
+#[test]
+fn a_peer_that_cannot_be_served_is_a_finding_and_the_others_are_served() {
+    let case = Case::new(VXLAN, "10.100.5.0-24")
+        .peer("10.100.9.0-24", &vxlan_peer(2))
+        .peer("10.100.10.0-24", &host_gw_peer("192.168.100.10"))
+        .peer("10.100.11.0-24", r#"{"PublicIP":"192.168.100.11","BackendType":"vxlan","BackendData":{"VNI":1}}"#)
+        .peer("10.100.12.0-24", r#"{"PublicIP":"192.168.100.12","BackendType":"vxlan","BackendData":"text"}"#)
+        .peer("10.100.13.0-24", r#"{"PublicIP":"192.168.100.13","BackendType":"vxlan"}"#)
+        .peer("10.100.14.0-24", r#"{"PublicIP":"192.168.100.14","BackendType":"vxlan","BackendData":{"VtepMAC":"00:00:00:00:00:00"}}"#)
+        .peer("10.100.15.0-24", &vxlan_peer(1))
+        .peer("10.101.1.0-24", &vxlan_peer(16))
+        .peer("10.100.17.0-24", r#"{"PublicIP":"192.168.100.17","BackendType":"vxlan","BackendData":{"VtepMAC":"02:00:00:00:04:01"}}"#)
+        .peer("10.100.18.0-24", r#"{"PublicIP":"192.168.100.18","BackendType":"vxlan","BackendData":{"vtepmac":"02:00:00:00:04:02"}}"#)
+        .peer("10.100.19.0-24", r#"{"PublicIP":"127.0.0.1","BackendType":"vxlan","BackendData":{"VtepMAC":"02:00:00:00:04:13"}}"#)
+        .peer("10.100.20.0-24", r#"{"BackendType":"vxlan","BackendData":{"VtepMAC":"02:00:00:00:04:14"}}"#);
+    golden("vxlan-trouble", &case);
+    assert_eq!(case.findings().len(), 11, "{:#?}", case.findings());
+}
+
+#[test]
+fn overlapping_leases_have_one_winner_whatever_their_order() {
+    let case = Case::new(VXLAN, "10.100.5.0-24")
+        .peer("10.100.0.0-20", &vxlan_peer(7)) // around ours
+        .peer("10.100.8.0-21", &vxlan_peer(3)) // around the next two
+        .peer("10.100.9.0-24", &vxlan_peer(2))
+        .peer("10.100.10.0-24", &vxlan_peer(4))
+        .peer("10.100.9.128-25", &vxlan_peer(5));
+    assert_eq!(
+        case.findings(),
+        [
+            "E108 10.100.0.0/20 of 192.168.100.7 overlaps 10.100.5.0/24; 10.100.5.0/24 is used",
+            "E108 10.100.8.0/21 of 192.168.100.3 overlaps 10.100.9.0/24; 10.100.9.0/24 is used",
+            "E108 10.100.9.128/25 of 192.168.100.5 overlaps 10.100.9.0/24; 10.100.9.0/24 is used",
+        ]
+    );
+    let routes = case.plan().facts.to_string().matches("ip route").count();
+    assert_eq!(routes, 2);
+}
+
+#[test]
+fn host_gw_behind_nat_plans_nothing_and_says_why() {
+    let mut case = Case::new(HOST_GW, "10.100.5.0-24").peer("10.100.9.0-24", &host_gw_peer("192.168.100.2"));
+    case.own.value.public_ip = "203.0.113.7".parse().unwrap();
+    assert!(case.plan().facts.is_empty());
+    assert_eq!(case.findings(), ["E114 the public address is 203.0.113.7, eth0 has 192.168.100.1"]);
+}
+
+#[test]
+fn an_mtu_that_cannot_be_had_is_said() {
+    let config = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan","MTU":9000}}"#;
+    let mut case = Case::new(config, "10.100.5.0-24");
+    assert_eq!(case.plan().mtu, Mtu::new(1450).unwrap());
+    assert_eq!(case.findings(), ["E124 MTU is 9000, eth0 has 1500, which is used"]);
+    case.node.uplink.mtu = Mtu::new(100).unwrap();
+    let Case { network, config, node, own, leases } = &case;
+    let error = plan(&Inputs { network, config, node, own, leases }).unwrap_err();
+    assert_eq!(error.to_string(), "backend vxlan leaves no room for a packet on eth0, whose MTU is 100");
+}
+
+#[test]
+fn a_family_that_is_not_enabled_here_is_ignored() {
+    let both = r#"{"PublicIP":"192.168.100.2","PublicIPv6":"fd00:100::2","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:04:02"},"BackendV6Data":"junk"}"#;
+    let six =
+        r#"{"PublicIP":"0.0.0.0","PublicIPv6":"fd00:100::3","BackendType":"vxlan","BackendV6Data":"junk"}"#;
+    let case = Case::new(VXLAN, "10.100.5.0-24")
+        .peer("10.100.9.0-24&fd42:cafe:0:1::-64", both)
+        .peer("0.0.0.0-0&fd42:cafe:0:3::-64", six);
+    assert_eq!(case.findings(), [""; 0]);
+    let text = case.plan().facts.to_string();
+    assert!(text.contains("ip route replace 10.100.9.0/24") && !text.contains("fd42"), "{text}");
+}
+
+#[test]
+fn a_retired_network_keeps_its_territory_and_wants_nothing() {
+    let case = Case::new(VXLAN, "10.100.5.0-24").peer("10.100.9.0-24", &vxlan_peer(2));
+    let (plan, retired) = (case.plan(), case.plan().retired());
+    assert!(retired.facts.is_empty() && !plan.facts.is_empty());
+    assert_eq!(retired.territory, plan.territory);
+    assert_eq!(plan.territory.alias.as_deref(), Some("flannel network default"));
+    assert_eq!(plan.territory.cidrs.iter().map(Prefix::to_string).collect::<Vec<_>>(), ["10.100.0.0/16"]);
+}
+
+#[test]
+fn four_thousand_peers_take_milliseconds() {
+    let mut case = Case::new(r#"{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}"#, "10.255.255.0-24");
+    for n in 1..=4000u32 {
+        let [_, a, b, c] = n.to_be_bytes();
+        let value = format!(
+            r#"{{"PublicIP":"172.{}.{b}.{c}","BackendType":"vxlan","BackendData":{{"VtepMAC":"02:01:00:{a:02x}:{b:02x}:{c:02x}"}}}}"#,
+            16 + a
+        );
+        case = case.peer(&format!("10.{b}.{c}.0-24"), &value);
+    }
+    let start = std::time::Instant::now();
+    let plan = case.plan();
+    let took = start.elapsed();
+    assert_eq!((plan.facts.len(), plan.findings.len()), (3 + 3 * 4000, 0));
+    println!("planned {} facts in {took:?}", plan.facts.len());
+    // Generous: a debug build on a loaded machine. Quadratic work would take minutes.
+    assert!(took.as_secs() < 2, "{took:?}");
+}
+
+#[test]
+fn routes_of_the_host_that_a_network_may_not_cover() {
+    let config = NetworkConfig::parse(HOST_GW).unwrap().config;
+    let found = |destination: &str, via: Option<&str>, link: &str, bridge: bool| {
+        let route = HostRoute {
+            destination: destination.parse().unwrap(),
+            via: via.map(|via| via.parse().unwrap()),
+            link: Some(LinkName::new(link).unwrap()),
+            bridge,
+            protocol: RouteProtocol::BOOT,
+            scope_link: via.is_none(),
+        };
+        overlap(&config, &[route]).map(|finding| finding.text)
+    };
+    for (destination, via, link, bridge) in [
+        ("0.0.0.0/0", Some("192.168.100.254"), "eth0", false),
+        ("10.101.0.0/16", None, "eth0", false),
+        ("10.100.0.0/16", None, "flannel0", false),
+        ("10.100.5.0/24", Some("10.100.5.0"), "flannel.1", false),
+        ("10.100.5.0/24", None, "docker0", true),
+        ("10.100.5.0/24", None, "cni0", true),
+        ("10.100.9.0/24", Some("192.168.100.2"), "eth0", false),
+    ] {
+        assert_eq!(found(destination, via, link, bridge), None, "{destination} {link}");
+    }
+    for (destination, via, link, bridge) in [
+        ("10.100.5.0/24", None, "eth0", false),
+        ("10.0.0.0/8", None, "eth0", false),
+        ("10.0.0.0/8", Some("192.168.100.254"), "eth0", false),
+        ("10.100.0.0/17", Some("192.168.100.254"), "eth0", false),
+        ("10.100.0.0/16", None, "br0", true),
+    ] {
+        let via_text = via.map(|via| format!(" via {via}")).unwrap_or_default();
+        assert_eq!(
+            found(destination, via, link, bridge),
+            Some(format!(
+                "the network is 10.100.0.0/16, this host has the route {destination}{via_text} dev {link}"
+            )),
+        );
+    }
+}
