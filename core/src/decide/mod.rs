@@ -1,5 +1,8 @@
 //! Pure functions from words to words: what should be true. No I/O, no clock, no randomness.
 
 pub mod backend;
+pub mod bridge;
+pub mod endpoint;
 pub mod plan;
+pub mod pool;
 pub mod scene;
