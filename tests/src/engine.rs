@@ -72,6 +72,21 @@ impl Host {
         self.docker_container(name)
     }
 
+    /// Starts the machine's etcd in a container with the host's network, listening on all addresses at port 2379; its data
+    /// lies in a volume. `args` are those of `docker run` before the image.
+    pub fn docker_run_etcd(&self, name: &str, args: &[&str]) -> Result<()> {
+        let url = format!("http://{}:2379", self.ip());
+        let mut start = vec!["run", "-d", "--name", name, "--network", "host", "-v", "lab-etcd:/data"];
+        // The image has no etcd, but the machine has, and its libraries.
+        let machine = ["/usr", "/lib", "/lib64"].map(|dir| format!("{dir}:{dir}:ro"));
+        for volume in &machine {
+            start.extend(["-v", volume]);
+        }
+        let etcd = ["/usr/bin/etcd", "--data-dir", "/data", "--advertise-client-urls", &url];
+        let listen = ["--listen-client-urls", "http://0.0.0.0:2379"];
+        self.docker(&[&start, args, &[image::IMAGE], &etcd, &listen].concat()).map(|_| ())
+    }
+
     /// A running container of dockerd.
     pub fn docker_container(&self, name: &str) -> Result<Container> {
         let pid = self.docker(&["inspect", "-f", "{{.State.Pid}}", name])?;

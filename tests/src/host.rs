@@ -341,7 +341,7 @@ impl Host {
         self.sh(
             "ip -o link | sed 's/^[0-9]*: //; s/@if[0-9]*/@if/; s/ link-netns[id]* [^ ]*//; s/state [A-Z]* //'; \
              for f in -4 -6; do ip $f -o addr | sed 's/^[0-9]*: //; s/valid_lft.*//'; ip $f rule; \
-             ip $f route show table all; done; ip neigh show nud permanent; bridge fdb show; \
+             ip $f route show table all; done; ip neigh show nud permanent; bridge fdb show | grep -v -e ^33:33 -e ^01:00:5e | sort; \
              nft -s list ruleset; iptables-save 2>/dev/null | grep -v '^#' | sed 's/\\[[0-9:]*\\]//'",
         )
     }

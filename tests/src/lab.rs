@@ -33,6 +33,8 @@ const ETCD: u8 = 100;
 /// A test that has not ended by itself by then is not going to.
 const TIME_TO_LIVE: Duration = Duration::from_secs(3600);
 
+const REBOOT: &str = include_str!("lab/reboot.sh");
+
 const ETCD_DEADLINE: Duration = Duration::from_secs(30);
 
 /// What the lab is to be. Made by [`Lab::new`], ended by [`start`](Self::start).
@@ -140,6 +142,7 @@ impl LabPlan {
             hosts: Vec::new(),
             others: Vec::new(),
             etcd: Mutex::new(None),
+            ip_forward: self.ip_forward,
             life: Some(keep),
             swept: false,
         };
@@ -171,6 +174,7 @@ pub struct Lab {
     /// switch, router and, where asked for, etcd and outside
     others: Vec<Host>,
     etcd: Mutex<Option<Daemon>>,
+    ip_forward: bool,
     /// All nodes read from the other end; the kernel closes this one however the test ends.
     life: Option<PipeWriter>,
     swept: bool,
@@ -243,6 +247,17 @@ impl Lab {
         self.other("switch")
             .out(&["ip", "link", "set", &wiring::port(host.name(), "eth0"), state])
             .map(|_| ())
+    }
+
+    /// Cuts the power of a host and switches it on again. Disks stay (/etc, /opt, /var/lib, /var/log); processes, mounts, links,
+    /// addresses, rules and /run are gone, and the boot id is another. Nothing is started: the test plays systemd.
+    pub fn reboot(&self, host: &Host) -> Result<()> {
+        let forward = u8::from(self.ip_forward).to_string();
+        host.run_env(&["sh", "-c", REBOOT], &[("IP_FORWARD", &forward)])?.text()?;
+        let number =
+            self.hosts.iter().position(|h| h.name() == host.name()).context("not a host of this lab")? + 1;
+        let lan = if host.ip().octets()[2] == 1 { Lan::B } else { Lan::A };
+        wiring::address(&Cable { host, link: "eth0", lan, last: last_octet(number), default_route: true })
     }
 
     /// Etcd's client URL.

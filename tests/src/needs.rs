@@ -1,5 +1,7 @@
 //! What a test needs of the machine, and the one way to skip: by name, saying what is missing.
 
+use std::fs::OpenOptions;
+use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
@@ -7,6 +9,9 @@ use std::{env, thread};
 
 /// Set to anything but `0`: a test that lacks something fails instead of being skipped (for the one job that must run all).
 pub const NO_SKIP_VARIABLE: &str = "FLANNEL_TESTS_NO_SKIP";
+
+/// A file that every skip is written to.
+pub const SKIP_LOG_VARIABLE: &str = "FLANNEL_TESTS_SKIP_LOG";
 
 /// Whether the machine lets us make the namespaces of a lab; says what is in the way otherwise.
 pub fn require_root_and_namespaces() -> bool {
@@ -36,6 +41,11 @@ pub fn skipped(lack: &str) -> bool {
     let message = format!("skipped: {}: this machine lacks {lack}", test_name());
     assert!(env::var_os(NO_SKIP_VARIABLE).is_none_or(|v| v == "0"), "{message}");
     eprintln!("{message}");
+    if let Some(log) = env::var_os(SKIP_LOG_VARIABLE) {
+        // A test runner may keep what a passing test says to itself; this file is shown at the end.
+        let file = OpenOptions::new().create(true).append(true).open(log);
+        let _ = file.and_then(|mut file| writeln!(file, "{message}"));
+    }
     false
 }
 

@@ -155,10 +155,69 @@ fn a_killed_test_leaves_nothing() {
     .unwrap();
 }
 
+/// Set in the process that is going to fail: how.
+const FAILURE: &str = "LAB_TEST_FAILURE";
+
+#[test]
+fn a_failing_test_shows_its_hosts() {
+    if !Lab::new("failure").can_run() {
+        return;
+    }
+    if let Some(how) = env::var_os(FAILURE) {
+        in_lab(Lab::new("failure").hosts(1), |lab| {
+            println!("\nlab {}", lab.id());
+            lab.host(1).spawn("talker", &["sh", "-c", "echo my last words"], &[])?.wait(secs(5))?;
+            assert!(how != "panic", "it panicked");
+            lab.host(1).out(&["ip", "link", "show", "dev", "no-such-link"]).map(|_| ())
+        });
+    }
+    for (how, message) in [("panic", "it panicked"), ("error", "Device \"no-such-link\" does not exist")] {
+        let output = Command::new(env::current_exe().unwrap())
+            .args(["--exact", "a_failing_test_shows_its_hosts", "--nocapture"])
+            .env(FAILURE, how)
+            .output()
+            .unwrap();
+        let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap()).concat();
+        assert!(!output.status.success(), "{said}");
+        for part in [message, "=== host h1", "default via 10.77.0.1", "my last words"] {
+            assert!(said.contains(part), "no {part:?} in\n{said}");
+        }
+        let id = said.lines().find_map(|line| line.strip_prefix("lab ")).unwrap();
+        assert!(!ids().iter().any(|left| left == id), "{id} was left");
+    }
+}
+
 #[test]
 fn a_lab_has_an_end() {
     in_lab(Lab::new("ttl").hosts(1).time_to_live(secs(1)), |lab| {
         eventually("the host ends by itself", secs(5), || !lab.host(1).alive())
+    });
+}
+
+#[test]
+fn a_rebooted_host_has_its_disks_and_nothing_else() {
+    in_lab(Lab::new("reboot").hosts(2).needs(&["dockerd", "docker"]), |lab| {
+        let (host, other) = (lab.host(1), lab.host(2));
+        let before = host.network_state()?;
+        let boot = host.read("/proc/sys/kernel/random/boot_id")?;
+        let dockerd = host.start_dockerd(&[])?;
+        host.load_image()?;
+        host.docker_run("c1", &["--restart=always"])?;
+        host.write("/var/lib/flannel/state", "kept")?;
+        host.write("/run/flannel/subnet.env", "lost")?;
+        host.sh("ip link add flannel.1 type vxlan id 1 dstport 8472; ip route add 10.9.0.0/24 via 10.77.0.12; ip rule add pref 5 table 5")?;
+
+        for _ in 0..2 {
+            lab.reboot(host)?;
+            ensure!(!dockerd.alive());
+            ensure!(host.network_state()? == before, "before\n{before}\nafter\n{}", host.network_state()?);
+            ensure!(host.exists("/var/lib/flannel/state") && !host.exists("/run/flannel"));
+            ensure!(host.read("/proc/sys/kernel/random/boot_id")? != boot);
+            ping_within(secs(3), other, host.ip())?;
+        }
+        host.start_dockerd(&[])?;
+        let container = eventually("the engine brings c1 back", secs(10), || host.docker_container("c1"))?;
+        ping_within(secs(3), host, container.ip()?)
     });
 }
 
@@ -213,6 +272,19 @@ fn docker_runs_a_container() {
         host.docker(&["rm", "-f", "c1"])?;
         ensure!(dockerd.usage()?.rss_kib > 1000 && dockerd.usage()?.cpu_seconds > 0.0);
         dockerd.stop(secs(20))?;
+        Ok(())
+    });
+}
+
+#[test]
+fn a_container_runs_the_machines_etcd() {
+    in_lab(Lab::new("own-etcd").hosts(2).needs(&["dockerd", "docker", "etcd"]), |lab| {
+        let host = lab.host(1);
+        host.start_dockerd(&[])?;
+        host.load_image()?;
+        host.docker_run_etcd("store", &["--restart=always"])?;
+        let health = format!("http://{}:2379/health", host.ip());
+        eventually("etcd answers", secs(20), || http_get(lab.host(2), &health))?;
         Ok(())
     });
 }

@@ -95,7 +95,8 @@ pub(super) fn connect(switch: &Host, mtu: u32, cables: &[Cable<'_>]) -> Result<(
     })
 }
 
-fn address(cable: &Cable<'_>) -> Result<()> {
+/// Gives the host's end of a cable its addresses and routes.
+pub(super) fn address(cable: &Cable<'_>) -> Result<()> {
     let Cable { host, link, lan, last, default_route } = cable;
     let mut batch = format!("addr add {}/24 brd + dev {link}\n", lan.ip(*last));
     writeln!(batch, "addr add {}/64 dev {link} nodad", lan.ip6(*last))?;
