@@ -56,7 +56,7 @@ impl Daemon {
     ) -> Result<Self> {
         let start = Instant::now();
         let pid = loop {
-            if let Some(pid) = first_child(child.id()) {
+            if let Some(pid) = first_child(child.id()).filter(|&pid| is_itself(pid)) {
                 break pid;
             }
             if child.try_wait()?.is_some() {
@@ -220,6 +220,11 @@ fn read_from(log: &Path, start: u64) -> String {
         let _ = file.seek(SeekFrom::Start(start)).and_then(|_| file.read_to_end(&mut bytes));
     }
     String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// Whether the process has become what it was started for, and is not still on its way into the namespaces.
+fn is_itself(pid: i32) -> bool {
+    fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|program| !program.ends_with("nsenter"))
 }
 
 /// A process may fork from any of its threads: all of them are asked.

@@ -32,6 +32,15 @@
 //! is written to the own ones is on a tmpfs that dies with the host. eth0 leads to the lab's switch, the default route to its
 //! router; there is no way out. Addresses: 10.77.0.11, .12, … (fd77::b, …), router .1, etcd .100; 10.77.1.0/24 behind the router.
 //!
+//! # What a test does there
+//! - [`Host`]: `run`, `out`, `sh` for commands, `spawn` for a [`Daemon`], `read`, `write`, `path` for files; `lab.link` pulls a
+//!   cable, `lab.reboot` cuts the power, `lab.etcd_stop` and `etcd_start` take the store away and bring it back.
+//! - Engines: `start_dockerd`, `load_image`, `docker_run`, `docker`; `start_containerd`, `import_image`, `install_cni`, `ctr_run`, `ctr`.
+//! - A [`Container`] is a [`Place`] as a host is: commands run in its network namespace with the machine's own programs.
+//! - [`probe`]: `ping`, [`PingStream`] (how many were lost, the longest gap), [`HttpServer`] and `http_get`, `seen_as` (which
+//!   source address the other side sees), `largest_packet` (the path's MTU).
+//! - `Host::network_state` before and after: equal when nothing was left behind.
+//!
 //! # How it ends
 //! A lab is gone when it is dropped: processes, mounts, links, cgroups, directories. When the test process is killed, the kernel
 //! closes the pipe that process 1 of every host reads from, and they end, and everything inside with them; the directory and

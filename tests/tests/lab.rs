@@ -210,7 +210,11 @@ fn a_rebooted_host_has_its_disks_and_nothing_else() {
         for _ in 0..2 {
             lab.reboot(host)?;
             ensure!(!dockerd.alive());
-            ensure!(host.network_state()? == before, "before\n{before}\nafter\n{}", host.network_state()?);
+            eventually("the network is as before", secs(3), || {
+                let after = host.network_state()?;
+                ensure!(after == before, "before\n{before}\nafter\n{after}");
+                Ok(())
+            })?;
             ensure!(host.exists("/var/lib/flannel/state") && !host.exists("/run/flannel"));
             ensure!(host.read("/proc/sys/kernel/random/boot_id")? != boot);
             ping_within(secs(3), other, host.ip())?;

@@ -13,6 +13,7 @@ mount -n --bind "$SHARED_DIR" lab/shared
 cd /
 mount -n --move /mnt /run
 mount -n -t proc proc /proc
+mount -n -t sysfs sysfs /sys
 
 if [ "$KIND" = host ]; then
     mount -n -t overlay overlay -o lowerdir=/etc,upperdir=/run/lab/etc/u,workdir=/run/lab/etc/w /etc
@@ -27,7 +28,6 @@ if [ "$KIND" = host ]; then
     # The router answers no names, so asking it fails at once. An empty list would make engines use one of the internet.
     echo "nameserver 10.77.0.1
 options timeout:1 attempts:1" > /etc/resolv.conf
-    mount -n -t sysfs sysfs /sys
     if [ -n "$CGROUP_V2" ] && [ "$CGROUP_V2" = . ]; then
         mount -n -t cgroup2 cgroup2 /sys/fs/cgroup
     else

@@ -6,11 +6,16 @@ use std::io::{Seek, Write as _};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::process::{Command, Stdio};
 use std::thread;
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::command::{self, COMMAND_DEADLINE};
 use crate::host::Host;
+use crate::probe::eventually;
+
+/// How long the kernel may take to notice that a cable is plugged in at both ends.
+const CARRIER_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A segment: one bridge of the switch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,7 +110,14 @@ pub(super) fn address(cable: &Cable<'_>) -> Result<()> {
         writeln!(batch, "route add default via {}", lan.ip(1))?;
         writeln!(batch, "route add default via {}", lan.ip6(1))?;
     }
-    ip_batch(host, &batch)
+    ip_batch(host, &batch)?;
+    // The kernel notices the other end's carrier a moment later; until then there is neither a link-local address nor a path.
+    let state = format!("/sys/class/net/{link}/operstate");
+    eventually(format!("{} of {} is up", link, host.name()), CARRIER_DEADLINE, || {
+        let state = host.read(&state)?;
+        ensure!(state.trim() == "up", "it is {}", state.trim());
+        Ok(())
+    })
 }
 
 /// `ip -batch` in the node's network namespace only: peers are named by the machine's pids, so /proc must be the machine's.
