@@ -1,5 +1,7 @@
 //! Something facts can be true of: the kernel of one network namespace, or a fake that models one.
 
+pub mod kernel;
+
 use crate::words::fact::{Change, Facts};
 use crate::words::territory::Territory;
 

@@ -1,0 +1,4 @@
+//! The kernel of one network namespace.
+
+mod iptables;
+pub mod nftables;
