@@ -190,7 +190,7 @@ mod tests {
             plan.host.to_string(),
             "ip link add veth0123456789a address 0e:59:0a:05:1d:07 mtu 1450 up type veth peer name eth0 \
              address 0a:58:0a:05:1d:07 mtu 1450 netns SANDBOX\n\
-             ip link set veth0123456789a master cni0 type bridge_slave hairpin on\n"
+             ip link set veth0123456789a master cni0; bridge link set dev veth0123456789a hairpin on\n"
         );
         assert_eq!(
             plan.container.to_string(),

@@ -43,8 +43,8 @@ impl Territory {
     /// Whether an address is ours: any on one of our links that the kernel did not make by itself.
     pub fn holds_address(&self, ours: &BTreeSet<LinkName>, address: &Address) -> bool {
         let automatic = match address.address.address() {
-            IpAddr::V4(_) => false,
-            IpAddr::V6(v6) => v6.is_unicast_link_local(),
+            IpAddr::V4(v4) => v4.is_loopback(),
+            IpAddr::V6(v6) => v6.is_unicast_link_local() || v6.is_loopback(),
         };
         ours.contains(&address.link) && !automatic
     }

@@ -1,4 +1,332 @@
 //! The kernel of one network namespace.
+//!
+//! A [`Kernel`] is bound to the namespace it was opened in or for, and can never act on another. Interface indices are
+//! looked up at the moment of use and never leave this directory.
 
-mod iptables;
-pub mod nftables;
+mod address;
+mod bridge_port;
+mod forward;
+mod link;
+mod neighbor;
+mod netlink;
+mod netns;
+mod read;
+mod route;
+mod sysctl;
+mod writer;
+
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use self::netlink::{Refusal, Socket};
+pub use self::netns::Namespace;
+pub use self::read::{DefaultRoute, HostAddress, Interface};
+use self::writer::Writer;
+use super::{World, WorldError};
+use crate::words::addr::Family;
+use crate::words::fact::{Address, Change, Fact, Facts, Forward, Neighbor, Sysctl};
+use crate::words::name::LinkName;
+use crate::words::territory::Territory;
+
+/// With up to this many interfaces the kernel is asked about each of them; with more, about all, and the answer is
+/// sifted here.
+const ASKED_SINGLY_MAX: usize = 4;
+
+/// The kernel of one network namespace.
+pub struct Kernel {
+    socket: Socket,
+    /// None: the namespace of the threads of this process.
+    namespace: Option<Namespace>,
+    /// Where veth peers are born that belong into the container.
+    sandbox: Option<Namespace>,
+}
+
+impl Kernel {
+    /// The kernel as the calling thread sees it.
+    pub fn open() -> Result<Self, WorldError> {
+        let socket = Socket::open().map_err(|e| io_error("open a netlink socket", e))?;
+        Ok(Self { socket, namespace: None, sandbox: None })
+    }
+
+    /// The kernel of another namespace, given by path.
+    pub fn open_in(path: &Path) -> Result<Self, WorldError> {
+        let opened = Namespace::open(path).and_then(Self::inside);
+        opened.map_err(|e| io_error(format!("open a netlink socket in the namespace {}", path.display()), e))
+    }
+
+    /// The kernel of another namespace.
+    pub fn open_inside(namespace: Namespace) -> Result<Self, WorldError> {
+        Self::inside(namespace).map_err(|e| io_error("open a netlink socket in another namespace", e))
+    }
+
+    fn inside(namespace: Namespace) -> io::Result<Self> {
+        let socket = namespace.run(Socket::open)??;
+        Ok(Self { socket, namespace: Some(namespace), sandbox: None })
+    }
+
+    /// Says where the peers of veth pairs are born that belong into the container.
+    pub fn set_sandbox(&mut self, sandbox: Namespace) {
+        self.sandbox = Some(sandbox);
+    }
+
+    /// Does something in this kernel's namespace: here, or on a short-lived thread inside.
+    fn here<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+        match &self.namespace {
+            None => Ok(work()),
+            Some(namespace) => namespace.run(work),
+        }
+    }
+
+    fn observe_sysctls(&self, territory: &Territory, facts: &mut Facts) -> Result<(), WorldError> {
+        if territory.sysctls.is_empty() {
+            return Ok(());
+        }
+        let read = || -> Result<Vec<Fact>, WorldError> {
+            let mut found = Vec::new();
+            for (link, path) in &territory.sysctls {
+                let value =
+                    sysctl::read(path).map_err(|e| io_error(format!("read the setting {path}"), e))?;
+                found.extend(
+                    value.map(|value| Fact::Sysctl(Sysctl { link: *link, path: path.clone(), value })),
+                );
+            }
+            Ok(found)
+        };
+        let found = self.here(read).map_err(|e| io_error("enter the namespace", e))??;
+        found.into_iter().for_each(|fact| facts.set(fact));
+        Ok(())
+    }
+
+    /// Our interfaces, and the names behind the indices that facts about them need.
+    fn look(&mut self, territory: &Territory) -> Result<Ours, WorldError> {
+        let failed = |e| io_error("look at the interfaces", e);
+        let socket = &mut self.socket;
+        let mut names = HashMap::new();
+        let seen = match territory.alias {
+            Some(_) => {
+                let all =
+                    link::all(socket).map_err(failed)?.map_err(|r| refused("look at the interfaces", r))?;
+                names.extend(all.iter().map(|seen| (seen.index, seen.name)));
+                all
+            }
+            None => {
+                let asked: Vec<_> = territory.links.iter().copied().collect();
+                let found: Vec<_> =
+                    link::by_name(socket, &asked).map_err(failed)?.into_iter().flatten().collect();
+                names.extend(found.iter().map(|seen| (seen.index, seen.name)));
+                let missing: BTreeSet<_> =
+                    found.iter().flat_map(leads_to).filter(|index| !names.contains_key(index)).collect();
+                let missing: Vec<_> = missing.into_iter().collect();
+                let others = link::by_index(socket, &missing).map_err(failed)?;
+                names.extend(others.into_iter().flatten().map(|seen| (seen.index, seen.name)));
+                found
+            }
+        };
+        let name_of = |index: u32| names.get(&index).copied();
+        let seen: Vec<_> =
+            seen.into_iter().filter(|seen| territory.holds_link(&seen.fact(name_of))).collect();
+        let links = seen.iter().map(|seen| seen.name).collect();
+        Ok(Ours { seen, links, names })
+    }
+
+    fn observe_addresses(&mut self, t: &Territory, ours: &Ours, facts: &mut Facts) -> Result<(), WorldError> {
+        for index in ours.asked() {
+            let found = address::dump(&mut self.socket, index);
+            for seen in settled("look at the addresses", found)? {
+                let Some(link) = ours.name(seen.index) else { continue };
+                let no_prefix_route = seen.no_prefix_route();
+                let address = Address { link, address: seen.address, no_prefix_route };
+                if t.holds_address(&ours.links, &address) {
+                    facts.set(Fact::Address(address));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn observe_neighbors(&mut self, ours: &Ours, facts: &mut Facts) -> Result<(), WorldError> {
+        for index in ours.asked() {
+            let found = neighbor::dump(&mut self.socket, index);
+            for neighbor::Seen { index, ip, mac } in settled("look at the neighbors", found)? {
+                if let Some(link) = ours.name(index) {
+                    facts.set(Fact::Neighbor(Neighbor { link, ip, mac }));
+                }
+            }
+        }
+        let vxlans = ours.seen.iter().filter(|seen| matches!(seen.kind, link::SeenKind::Vxlan(_)));
+        for vxlan in vxlans {
+            let found = forward::dump(&mut self.socket, vxlan.index);
+            for forward::Seen { index, mac, remote } in settled("look at the forwarding entries", found)? {
+                if index == vxlan.index {
+                    facts.set(Fact::Forward(Forward { link: vxlan.name, mac, remote }));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn observe_routes(&mut self, t: &Territory, ours: &Ours, facts: &mut Facts) -> Result<(), WorldError> {
+        let mut filters: Vec<route::Filter> =
+            ours.asked().map(|index| route::Filter { index, protocol: None, unicast: true }).collect();
+        if !t.cidrs.is_empty() && filters.iter().all(|filter| filter.index.is_some()) {
+            let marked = Some(crate::words::fact::RouteProtocol::FLANNEL.0);
+            filters.push(route::Filter { index: None, protocol: marked, unicast: true });
+        }
+        for family in [Family::V4, Family::V6] {
+            for filter in &filters {
+                let found = route::dump(&mut self.socket, family, *filter, |seen| {
+                    let route = seen.fact(|index| ours.names.get(&index).copied())?;
+                    t.holds_route(&ours.links, &route).then_some(route)
+                });
+                settled("look at the routes", found)?
+                    .into_iter()
+                    .for_each(|route| facts.set(Fact::Route(route)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Names of the interfaces that routes with our mark leave by, when they are not ours.
+    fn name_outsiders(&mut self, t: &Territory, ours: &mut Ours) -> Result<(), WorldError> {
+        if t.alias.is_some() || t.cidrs.is_empty() {
+            return Ok(());
+        }
+        let marked = Some(crate::words::fact::RouteProtocol::FLANNEL.0);
+        let filter = route::Filter { index: None, protocol: marked, unicast: true };
+        let mut missing = BTreeSet::new();
+        for family in [Family::V4, Family::V6] {
+            let found = route::dump(&mut self.socket, family, filter, |seen| {
+                missing.extend(seen.index.filter(|index| !ours.names.contains_key(index)));
+                None::<()>
+            });
+            settled("look at the routes", found)?;
+        }
+        let missing: Vec<_> = missing.into_iter().collect();
+        let found =
+            link::by_index(&mut self.socket, &missing).map_err(|e| io_error("look at the interfaces", e))?;
+        ours.names.extend(found.into_iter().flatten().map(|seen| (seen.index, seen.name)));
+        Ok(())
+    }
+}
+
+impl World for Kernel {
+    fn observe(&mut self, territory: &Territory) -> Result<Facts, WorldError> {
+        let mut facts = Facts::default();
+        self.observe_sysctls(territory, &mut facts)?;
+        let mut ours = self.look(territory)?;
+        for seen in &ours.seen {
+            let name_of = |index| ours.names.get(&index).copied();
+            facts.set(Fact::Link(Box::new(seen.fact(name_of))));
+            if let Some(port) = bridge_port::fact(seen, name_of) {
+                facts.set(Fact::BridgePort(port));
+            }
+        }
+        self.observe_addresses(territory, &ours, &mut facts)?;
+        self.observe_neighbors(&ours, &mut facts)?;
+        self.name_outsiders(territory, &mut ours)?;
+        self.observe_routes(territory, &ours, &mut facts)?;
+        Ok(facts)
+    }
+
+    fn apply(&mut self, changes: &[Change<'_>]) -> Vec<Result<(), WorldError>> {
+        let sandbox = self.sandbox.as_ref().map(AsRawFd::as_raw_fd);
+        let namespace = &self.namespace;
+        let mut writer = Writer::new(&mut self.socket, changes, sandbox);
+        for (place, change) in changes.iter().enumerate() {
+            match change.fact() {
+                Fact::Sysctl(sysctl) => {
+                    // A setting of an interface needs the interface.
+                    writer.flush();
+                    writer.record(place, write_sysctl(namespace.as_ref(), change, sysctl));
+                }
+                Fact::Table(_) | Fact::Accept(_) => writer.record(
+                    place,
+                    Err(WorldError::Unsupported {
+                        action: action(change),
+                        what: "this build does not write firewall rules".to_owned(),
+                    }),
+                ),
+                Fact::Link(_)
+                | Fact::BridgePort(_)
+                | Fact::Address(_)
+                | Fact::Neighbor(_)
+                | Fact::Forward(_)
+                | Fact::Route(_) => writer.write(place),
+            }
+        }
+        writer.finish()
+    }
+}
+
+fn write_sysctl(
+    namespace: Option<&Namespace>,
+    change: &Change<'_>,
+    sysctl: &Sysctl,
+) -> Result<(), WorldError> {
+    // Settings are set, never unset.
+    if matches!(change, Change::Delete(_)) {
+        return Ok(());
+    }
+    let written = match namespace {
+        None => sysctl::write(sysctl),
+        Some(namespace) => namespace.run(|| sysctl::write(sysctl)).flatten(),
+    };
+    written.map_err(|e| io_error(action(change), e))
+}
+
+/// Our interfaces as they were at one look.
+struct Ours {
+    seen: Vec<link::Seen>,
+    links: BTreeSet<LinkName>,
+    names: HashMap<u32, LinkName>,
+}
+
+impl Ours {
+    /// What to ask about: each of our interfaces, or (none) all interfaces at once.
+    fn asked(&self) -> impl Iterator<Item = Option<u32>> {
+        let single = self.seen.len() <= ASKED_SINGLY_MAX;
+        let each = self.seen.iter().filter(move |_| single).map(|seen| Some(seen.index));
+        each.chain((!single).then_some(None))
+    }
+
+    /// The name of one of ours.
+    fn name(&self, index: u32) -> Option<LinkName> {
+        self.names.get(&index).copied().filter(|name| self.links.contains(name))
+    }
+}
+
+/// Indices that facts about this interface name.
+fn leads_to(seen: &link::Seen) -> impl Iterator<Item = u32> + use<> {
+    let underlay = match &seen.kind {
+        link::SeenKind::Vxlan(vxlan) => vxlan.underlay,
+        link::SeenKind::Bridge | link::SeenKind::Veth | link::SeenKind::Other => None,
+    };
+    underlay.into_iter().chain(seen.master)
+}
+
+/// What a change is called in an error.
+fn action(change: &Change<'_>) -> String {
+    let verb = match change {
+        Change::Create(_) => "add",
+        Change::Replace { .. } => "replace",
+        Change::Delete(_) => "remove",
+    };
+    let fact = change.fact();
+    format!("{verb} {} (`{fact}`)", fact.kind().replace('_', " "))
+}
+
+fn io_error(action: impl Into<String>, source: io::Error) -> WorldError {
+    WorldError::Io { action: action.into(), source }
+}
+
+fn refused(action: impl Into<String>, refusal: Refusal) -> WorldError {
+    let source = io::Error::from_raw_os_error(refusal.errno);
+    WorldError::Refused { action: action.into(), detail: refusal.detail, source }
+}
+
+/// The answer to a dump.
+fn settled<T>(action: &str, answer: io::Result<Result<Vec<T>, Refusal>>) -> Result<Vec<T>, WorldError> {
+    answer.map_err(|e| io_error(action, e))?.map_err(|refusal| refused(action, refusal))
+}

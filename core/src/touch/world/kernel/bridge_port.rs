@@ -1,0 +1,44 @@
+//! Interfaces on bridges: enslaving, hairpin, release.
+
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{
+    InfoBridgePort, InfoPortData, InfoPortKind, LinkAttribute, LinkInfo, LinkMessage,
+};
+
+use super::link::{Request, Seen};
+use crate::words::fact::BridgePort;
+use crate::words::name::LinkName;
+
+/// The fact, if the interface is a bridge's port.
+pub(super) fn fact(seen: &Seen, name_of: impl Fn(u32) -> Option<LinkName>) -> Option<BridgePort> {
+    Some(BridgePort { link: seen.name, bridge: name_of(seen.master?)?, hairpin: seen.hairpin? })
+}
+
+/// Puts the interface on the bridge with this index, then sets hairpin: the kernel looks for the port's bridge before it
+/// enslaves (net/core/rtnetlink.c `rtnl_newlink`), so these are two messages.
+pub(super) fn join(port: &BridgePort, bridge: u32) -> [Request; 2] {
+    let mut mode = named(port.link);
+    mode.attributes.push(LinkAttribute::LinkInfo(vec![
+        LinkInfo::PortKind(InfoPortKind::Bridge),
+        LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(port.hairpin)])),
+    ]));
+    // Only NEWLINK looks at a port's attributes; without NLM_F_CREATE it changes what is there.
+    [controlled_by(port.link, bridge), (RouteNetlinkMessage::NewLink(mode), 0)]
+}
+
+/// Takes the interface off its bridge.
+pub(super) fn leave(port: &BridgePort) -> Request {
+    controlled_by(port.link, 0)
+}
+
+fn controlled_by(link: LinkName, bridge: u32) -> Request {
+    let mut message = named(link);
+    message.attributes.push(LinkAttribute::Controller(bridge));
+    (RouteNetlinkMessage::SetLink(message), 0)
+}
+
+fn named(link: LinkName) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.attributes.push(LinkAttribute::IfName(link.to_string()));
+    message
+}

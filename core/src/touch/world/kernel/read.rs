@@ -1,0 +1,190 @@
+//! Reads beside the facts: what planners need to know of the host, and single links.
+
+use std::collections::{BTreeSet, HashMap};
+
+use netlink_packet_route::address::AddressFlags;
+
+use super::{Kernel, address, io_error, link, route, settled};
+use crate::touch::world::WorldError;
+use crate::words::addr::{Family, InterfaceAddress};
+use crate::words::fact::{Link, RouteProtocol};
+use crate::words::name::LinkName;
+use crate::words::node::HostRoute;
+use crate::words::territory::Territory;
+
+/// An interface of the host with its addresses, in the kernel's order.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Interface {
+    /// Name.
+    pub name: LinkName,
+    /// Largest packet in bytes; as the kernel says it, so it may be 0.
+    pub mtu: u32,
+    /// Administratively up.
+    pub up: bool,
+    /// The interface of the host with itself.
+    pub loopback: bool,
+    /// Its addresses.
+    pub addresses: Vec<HostAddress>,
+}
+
+/// An address of the host, with what the kernel knows about its fitness.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HostAddress {
+    /// The address with the length of its subnet.
+    pub address: InterfaceAddress,
+    /// Not leased for a time.
+    pub permanent: bool,
+    /// Not to be used for anything new.
+    pub deprecated: bool,
+    /// IPv6 privacy address: changes within a day.
+    pub temporary: bool,
+}
+
+/// A default route of the main table.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DefaultRoute {
+    /// The interface; none if it goes over several.
+    pub link: Option<LinkName>,
+    /// Its metric; the lowest wins.
+    pub metric: u32,
+}
+
+impl Kernel {
+    /// Every interface with its addresses, in the order the kernel made them.
+    pub fn interfaces(&mut self) -> Result<Vec<Interface>, WorldError> {
+        let links = settled("look at the interfaces", link::all(&mut self.socket))?;
+        let addresses = settled("look at the addresses", address::dump(&mut self.socket, None))?;
+        let of = |index: u32| {
+            let here = addresses.iter().filter(|seen| seen.index == index);
+            here.map(|seen| HostAddress {
+                address: seen.address,
+                permanent: seen.flags.contains(AddressFlags::Permanent),
+                deprecated: seen.flags.contains(AddressFlags::Deprecated),
+                // The kernel marks IPv6 privacy addresses with the bit that means "secondary" for IPv4.
+                temporary: seen.address.family() == Family::V6
+                    && seen.flags.contains(AddressFlags::Secondary),
+            })
+            .collect()
+        };
+        Ok(links
+            .iter()
+            .map(|seen| Interface {
+                name: seen.name,
+                mtu: seen.mtu,
+                up: seen.is_up(),
+                loopback: seen.is_loopback(),
+                addresses: of(seen.index),
+            })
+            .collect())
+    }
+
+    /// The default routes of a family, best first.
+    pub fn default_routes(&mut self, family: Family) -> Result<Vec<DefaultRoute>, WorldError> {
+        let filter = route::Filter { unicast: true, ..route::Filter::default() };
+        let found = route::dump(&mut self.socket, family, filter, |seen| {
+            seen.destination.is_default().then_some((seen.metric, seen.index))
+        });
+        let mut found = settled("look at the routes", found)?;
+        found.sort_by_key(|(metric, _)| *metric);
+        let names = self.names(found.iter().filter_map(|(_, index)| *index))?;
+        let link = |index: Option<u32>| index.and_then(|index| names.get(&index).copied());
+        Ok(found.into_iter().map(|(metric, index)| DefaultRoute { link: link(index), metric }).collect())
+    }
+
+    /// Routes of the main table that are not in the territory, of both families: what the host had before us. Routes that
+    /// leave by an interface of ours are left out whoever made them, and so are IPv6 link-local ones.
+    pub fn routes_of_others(&mut self, territory: &Territory) -> Result<Vec<HostRoute>, WorldError> {
+        let links = settled("look at the interfaces", link::all(&mut self.socket))?;
+        let names: HashMap<u32, LinkName> = links.iter().map(|seen| (seen.index, seen.name)).collect();
+        let name_of = |index: u32| names.get(&index).copied();
+        let ours: BTreeSet<LinkName> = links
+            .iter()
+            .filter(|seen| territory.holds_link(&seen.fact(name_of)))
+            .map(|seen| seen.name)
+            .collect();
+        let bridges: BTreeSet<LinkName> = links
+            .iter()
+            .filter(|seen| matches!(seen.kind, link::SeenKind::Bridge))
+            .map(|seen| seen.name)
+            .collect();
+        let mut routes = Vec::new();
+        for family in [Family::V4, Family::V6] {
+            let found = route::dump(&mut self.socket, family, route::Filter::default(), |seen| {
+                let link = seen.index.filter(|_| seen.unicast).and_then(name_of);
+                let held = seen.fact(name_of).is_some_and(|route| territory.holds_route(&ours, &route));
+                if held
+                    || link.is_some_and(|link| ours.contains(&link))
+                    || is_link_local(seen.destination.base())
+                {
+                    return None;
+                }
+                Some(HostRoute {
+                    destination: seen.destination,
+                    via: seen.via,
+                    link,
+                    bridge: link.is_some_and(|link| bridges.contains(&link)),
+                    protocol: RouteProtocol(seen.protocol),
+                    scope_link: seen.scope_link,
+                })
+            });
+            routes.extend(settled("look at the routes", found)?);
+        }
+        Ok(routes)
+    }
+
+    /// The interface of this name.
+    pub fn link(&mut self, name: LinkName) -> Result<Option<Link>, WorldError> {
+        let failed = |e| io_error(format!("look at the interface {name}"), e);
+        let found = link::by_name(&mut self.socket, &[name]).map_err(failed)?;
+        let Some(seen) = found.into_iter().flatten().next() else { return Ok(None) };
+        let underlay = match &seen.kind {
+            link::SeenKind::Vxlan(vxlan) => vxlan.underlay,
+            link::SeenKind::Bridge | link::SeenKind::Veth | link::SeenKind::Other => None,
+        };
+        let names = self.names(underlay)?;
+        Ok(Some(seen.fact(|index| names.get(&index).copied())))
+    }
+
+    /// Whether there is an interface of this name.
+    pub fn link_exists(&mut self, name: LinkName) -> Result<bool, WorldError> {
+        let failed = |e| io_error(format!("look at the interface {name}"), e);
+        Ok(link::by_name(&mut self.socket, &[name]).map_err(failed)?.into_iter().flatten().next().is_some())
+    }
+
+    /// The interfaces whose names begin so.
+    pub fn existing_links(&mut self, prefix: &str) -> Result<BTreeSet<LinkName>, WorldError> {
+        let links = settled("look at the interfaces", link::all(&mut self.socket))?;
+        Ok(links.into_iter().map(|seen| seen.name).filter(|name| name.as_str().starts_with(prefix)).collect())
+    }
+
+    /// Deletes an interface; false if there was none.
+    pub fn delete_link(&mut self, name: LinkName) -> Result<bool, WorldError> {
+        let action = || format!("delete the interface {name}");
+        let (message, flags) = link::delete(name);
+        let mut batch = super::netlink::Batch::default();
+        batch.push(&message, flags);
+        let refusals = self.socket.write(&mut batch).map_err(|e| io_error(action(), e))?;
+        match refusals.into_iter().next() {
+            None => Ok(true),
+            Some((_, refusal)) if refusal.errno == libc::ENODEV => Ok(false),
+            Some((_, refusal)) => Err(super::refused(action(), refusal)),
+        }
+    }
+
+    fn names(
+        &mut self,
+        indices: impl IntoIterator<Item = u32>,
+    ) -> Result<HashMap<u32, LinkName>, WorldError> {
+        let indices: Vec<u32> = indices.into_iter().collect::<BTreeSet<_>>().into_iter().collect();
+        let found =
+            link::by_index(&mut self.socket, &indices).map_err(|e| io_error("look at the interfaces", e))?;
+        Ok(found.into_iter().flatten().map(|seen| (seen.index, seen.name)).collect())
+    }
+}
+
+fn is_link_local(address: std::net::IpAddr) -> bool {
+    match address {
+        std::net::IpAddr::V4(_) => false,
+        std::net::IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    }
+}

@@ -1,0 +1,188 @@
+//! Routes of the main table.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteScope as Scope, RouteType,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use super::link::Request;
+use super::netlink::{Refusal, Socket, attributes, ip_of, u32_at};
+use crate::words::addr::{Family, Prefix};
+use crate::words::fact::{Route, RouteProtocol, RouteScope};
+
+/// uapi/linux/rtnetlink.h
+const RTM_NEWROUTE: u16 = 24;
+/// `struct rtmsg`
+const HEADER: usize = 12;
+const RTA_DST: u16 = 1;
+const RTA_OIF: u16 = 4;
+const RTA_GATEWAY: u16 = 5;
+const RTA_PRIORITY: u16 = 6;
+const RTA_PREFSRC: u16 = 7;
+const RTA_MULTIPATH: u16 = 9;
+const RTA_TABLE: u16 = 15;
+const RTA_VIA: u16 = 18;
+const RT_SCOPE_LINK: u8 = 253;
+
+/// A route as the kernel shows it.
+#[derive(Clone, Debug)]
+pub(super) struct Seen {
+    pub(super) destination: Prefix,
+    pub(super) via: Option<IpAddr>,
+    /// Index of the interface; none for a route over several, and for one that leads nowhere.
+    pub(super) index: Option<u32>,
+    pub(super) metric: u32,
+    pub(super) protocol: u8,
+    pub(super) unicast: bool,
+    pub(super) scope_link: bool,
+    onlink: bool,
+    source: Option<IpAddr>,
+}
+
+/// What a dump is limited to, in the kernel.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Filter {
+    /// Leaving by the interface with this index.
+    pub(super) index: Option<u32>,
+    /// Carrying this protocol number.
+    pub(super) protocol: Option<u8>,
+    /// Unicast only.
+    pub(super) unicast: bool,
+}
+
+/// Routes of the main table for which `take` returns something.
+pub(super) fn dump<T>(
+    socket: &mut Socket,
+    family: Family,
+    filter: Filter,
+    mut take: impl FnMut(Seen) -> Option<T>,
+) -> io::Result<Result<Vec<T>, Refusal>> {
+    let mut message = RouteMessage::default();
+    message.header.address_family = inet(family);
+    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.protocol = filter.protocol.unwrap_or(0).into();
+    if filter.unicast {
+        message.header.kind = RouteType::Unicast;
+    }
+    message.attributes.extend(filter.index.map(RouteAttribute::Oif));
+    let found = socket.dump(&RouteNetlinkMessage::GetRoute(message), |kind, body| {
+        (kind == RTM_NEWROUTE).then(|| seen(family, body)).flatten().and_then(&mut take)
+    })?;
+    Ok(match found {
+        // A namespace that never had a route has no main table; one without IPv6 has no IPv6 routes; and the interface
+        // may be gone since it was looked up.
+        Err(Refusal { errno: libc::ENOENT | libc::EOPNOTSUPP | libc::ENODEV, .. }) => Ok(Vec::new()),
+        found => found,
+    })
+}
+
+fn seen(asked: Family, body: &[u8]) -> Option<Seen> {
+    let [family, len, _, _, table, protocol, scope, kind] = *body.first_chunk::<8>()?;
+    let flags = u32_at(body, 8)?;
+    // Without IPv6 the kernel answers for other families.
+    if family != u8::from(inet(asked)) || flags & RouteFlags::Cloned.bits() != 0 {
+        return None;
+    }
+    let (mut destination, mut via, mut index, mut metric) = (unspecified(asked), None, None, 0);
+    let (mut source, mut several, mut table) = (None, false, u32::from(table));
+    for (kind, value) in attributes(body.get(HEADER..)?) {
+        match kind {
+            RTA_DST => destination = ip_of(value)?,
+            RTA_GATEWAY => via = ip_of(value),
+            // Family first, then the address: an IPv4 route through an IPv6 gateway.
+            RTA_VIA => via = ip_of(value.get(2..)?),
+            RTA_OIF => index = u32_at(value, 0),
+            RTA_PRIORITY => metric = u32_at(value, 0)?,
+            RTA_PREFSRC => source = ip_of(value),
+            RTA_TABLE => table = u32_at(value, 0)?,
+            RTA_MULTIPATH => several = true,
+            _ => {}
+        }
+    }
+    if table != u32::from(RouteHeader::RT_TABLE_MAIN) {
+        return None;
+    }
+    Some(Seen {
+        destination: Prefix::new(destination, len).ok()?,
+        via,
+        index: index.filter(|_| !several),
+        metric,
+        protocol,
+        unicast: kind == u8::from(RouteType::Unicast),
+        scope_link: scope == RT_SCOPE_LINK,
+        onlink: flags & RouteFlags::Onlink.bits() != 0,
+        source,
+    })
+}
+
+impl Seen {
+    /// The fact; none if it is not a unicast route out of one interface. IPv6 routes have no scope (the kernel keeps
+    /// and shows global).
+    pub(super) fn fact(
+        &self,
+        name_of: impl Fn(u32) -> Option<crate::words::name::LinkName>,
+    ) -> Option<Route> {
+        Some(Route {
+            destination: self.destination,
+            via: self.via,
+            link: name_of(self.index.filter(|_| self.unicast)?)?,
+            onlink: self.onlink,
+            metric: self.metric,
+            scope: if self.scope_link { RouteScope::Link } else { RouteScope::Global },
+            source: self.source,
+            protocol: RouteProtocol(self.protocol),
+        })
+    }
+}
+
+/// Writes a route, whatever was there for the same destination and metric.
+pub(super) fn write(route: &Route, index: u32) -> Request {
+    (RouteNetlinkMessage::NewRoute(about(route, index)), NLM_F_CREATE | NLM_F_REPLACE)
+}
+
+/// Deletes exactly this route.
+pub(super) fn delete(route: &Route, index: u32) -> Request {
+    (RouteNetlinkMessage::DelRoute(about(route, index)), 0)
+}
+
+fn about(route: &Route, index: u32) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = inet(route.destination.family());
+    message.header.destination_prefix_length = route.destination.len();
+    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.protocol = route.protocol.0.into();
+    message.header.kind = RouteType::Unicast;
+    message.header.scope = match route.scope {
+        RouteScope::Global => Scope::Universe,
+        RouteScope::Link => Scope::Link,
+    };
+    if route.onlink {
+        message.header.flags = RouteFlags::Onlink;
+    }
+    message.attributes.push(RouteAttribute::Destination(route.destination.base().into()));
+    message.attributes.push(RouteAttribute::Oif(index));
+    message.attributes.extend(route.via.map(|via| RouteAttribute::Gateway(RouteAddress::from(via))));
+    message.attributes.extend(route.source.map(|source| RouteAttribute::PrefSource(source.into())));
+    if route.metric != 0 {
+        message.attributes.push(RouteAttribute::Priority(route.metric));
+    }
+    message
+}
+
+fn inet(family: Family) -> AddressFamily {
+    match family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
+    }
+}
+
+fn unspecified(family: Family) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
+        Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
+    }
+}

@@ -1,0 +1,47 @@
+//! Kernel settings under /proc/sys. `/proc/sys/net` shows the namespace of the thread that opens it.
+
+use std::fs;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+
+use crate::words::fact::Sysctl;
+
+/// The value as the kernel prints it, with its blanks made single ones; none if there is no such setting.
+pub(super) fn read(path: &str) -> io::Result<Option<String>> {
+    match fs::read_to_string(place(path)?) {
+        Ok(text) => Ok(Some(text.split_ascii_whitespace().collect::<Vec<_>>().join(" "))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Sets the value.
+pub(super) fn write(sysctl: &Sysctl) -> io::Result<()> {
+    fs::OpenOptions::new()
+        .write(true)
+        .open(place(&sysctl.path)?)
+        .and_then(|mut file| io::Write::write_all(&mut file, sysctl.value.as_bytes()))
+}
+
+/// Below /proc/sys and nowhere else.
+fn place(path: &str) -> io::Result<PathBuf> {
+    let path = Path::new(path);
+    if path.as_os_str().is_empty() || !path.components().all(|part| matches!(part, Component::Normal(_))) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a path below /proc/sys"));
+    }
+    Ok(Path::new("/proc/sys").join(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_paths_below_proc_sys_are_opened() {
+        for wrong in ["", "/etc/passwd", "net/../../../etc/passwd", "../x"] {
+            assert_eq!(place(wrong).unwrap_err().kind(), io::ErrorKind::InvalidInput, "{wrong}");
+        }
+        assert_eq!(place("net/ipv4/ip_forward").unwrap(), Path::new("/proc/sys/net/ipv4/ip_forward"));
+        assert_eq!(read("net/there/is/none").unwrap(), None);
+    }
+}

@@ -1,0 +1,298 @@
+//! Changes on their way into the kernel: many in one send, each answered for by itself.
+
+use std::collections::{HashMap, HashSet};
+use std::os::fd::RawFd;
+
+use super::link::{Request, Settle};
+use super::netlink::{Batch, Refusal, Socket};
+use super::{action, address, bridge_port, forward, io_error, link, neighbor, refused, route};
+use crate::touch::world::WorldError;
+use crate::words::fact::{Change, Fact, Link, LinkKind};
+use crate::words::name::LinkName;
+
+/// What a message may fail with although its change is made.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pardon {
+    Nothing,
+    /// What should go is gone.
+    Absence,
+    /// What should be made is there; whether it is the right one is looked up at the end.
+    Existence,
+}
+
+impl Pardon {
+    fn covers(self, errno: i32) -> bool {
+        match self {
+            Self::Nothing => false,
+            Self::Absence => {
+                matches!(errno, libc::ENOENT | libc::ESRCH | libc::ENODEV | libc::EADDRNOTAVAIL | libc::ENXIO)
+            }
+            Self::Existence => errno == libc::EEXIST,
+        }
+    }
+}
+
+/// Writes the changes of one `apply`.
+pub(super) struct Writer<'a> {
+    socket: &'a mut Socket,
+    changes: &'a [Change<'a>],
+    sandbox: Option<RawFd>,
+    batch: Batch,
+    /// For each message of the batch: the change it belongs to, and what it may fail with.
+    owners: Vec<(usize, Pardon)>,
+    results: Vec<Result<(), WorldError>>,
+    /// Indices looked up during this `apply`; none for an interface that is not there.
+    indices: HashMap<LinkName, Option<u32>>,
+    /// Links that the batch not yet sent makes or deletes: their indices are not known before it is sent.
+    unsettled: HashSet<LinkName>,
+    /// Changes that found their link made already.
+    taken: Vec<usize>,
+}
+
+impl<'a> Writer<'a> {
+    pub(super) fn new(socket: &'a mut Socket, changes: &'a [Change<'a>], sandbox: Option<RawFd>) -> Self {
+        Self {
+            socket,
+            changes,
+            sandbox,
+            batch: Batch::default(),
+            owners: Vec::new(),
+            results: changes.iter().map(|_| Ok(())).collect(),
+            indices: HashMap::new(),
+            unsettled: HashSet::new(),
+            taken: Vec::new(),
+        }
+    }
+
+    /// Takes a result that was found elsewhere.
+    pub(super) fn record(&mut self, place: usize, result: Result<(), WorldError>) {
+        if let Some(slot) = self.results.get_mut(place)
+            && slot.is_ok()
+        {
+            *slot = result;
+        }
+    }
+
+    /// Puts one change into the batch.
+    pub(super) fn write(&mut self, place: usize) {
+        let Some(change) = self.changes.get(place).copied() else { return };
+        if let Err(error) = self.translate(place, &change) {
+            self.record(place, Err(error));
+        }
+        if self.socket.is_full(&self.batch) {
+            self.flush();
+        }
+    }
+
+    /// Sends the rest and returns what became of every change.
+    pub(super) fn finish(mut self) -> Vec<Result<(), WorldError>> {
+        self.flush();
+        for place in std::mem::take(&mut self.taken) {
+            let result = self.verify_taken(place);
+            self.record(place, result);
+        }
+        self.results
+    }
+
+    fn translate(&mut self, place: usize, change: &Change<'_>) -> Result<(), WorldError> {
+        let delete = matches!(change, Change::Delete(_));
+        let pardon = if delete { Pardon::Absence } else { Pardon::Nothing };
+        match change.fact() {
+            Fact::Link(link) => return self.link(place, change, link),
+            Fact::BridgePort(port) if delete => self.push(place, &bridge_port::leave(port), pardon),
+            Fact::BridgePort(port) => {
+                let bridge = self.index(change, port.bridge)?;
+                for request in bridge_port::join(port, bridge) {
+                    self.push(place, &request, pardon);
+                }
+            }
+            Fact::Address(address) => {
+                let Some(index) = self.index_or_gone(change, address.link, delete)? else { return Ok(()) };
+                let request =
+                    if delete { address::delete(address, index) } else { address::add(address, index) };
+                self.push(place, &request, pardon);
+            }
+            Fact::Neighbor(neighbor) => {
+                let Some(index) = self.index_or_gone(change, neighbor.link, delete)? else { return Ok(()) };
+                let request =
+                    if delete { neighbor::delete(neighbor, index) } else { neighbor::write(neighbor, index) };
+                self.push(place, &request, pardon);
+            }
+            Fact::Forward(entry) => {
+                let Some(index) = self.index_or_gone(change, entry.link, delete)? else { return Ok(()) };
+                let request =
+                    if delete { forward::delete(entry, index) } else { forward::write(entry, index) };
+                self.push(place, &request, pardon);
+            }
+            Fact::Route(route) => {
+                let Some(index) = self.index_or_gone(change, route.link, delete)? else { return Ok(()) };
+                let request = if delete { route::delete(route, index) } else { route::write(route, index) };
+                self.push(place, &request, pardon);
+            }
+            // Not rtnetlink's: the kernel's other parts answer for these.
+            Fact::Sysctl(_) | Fact::Table(_) | Fact::Accept(_) => {}
+        }
+        Ok(())
+    }
+
+    fn link(&mut self, place: usize, change: &Change<'_>, link: &Link) -> Result<(), WorldError> {
+        match change {
+            Change::Delete(_) => self.delete_link(place, link.name),
+            Change::Create(_) => self.create_link(place, change, link, Pardon::Existence)?,
+            Change::Replace { old: Fact::Link(old), .. } if link.kind.same_device(&old.kind) => {
+                self.push(place, &link::settle(link, Settle::Everything), Pardon::Nothing);
+            }
+            Change::Replace { .. } => {
+                // The delete may find that somebody else was faster.
+                self.delete_link(place, link.name);
+                self.create_link(place, change, link, Pardon::Nothing)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn create_link(
+        &mut self,
+        place: usize,
+        change: &Change<'_>,
+        link: &Link,
+        pardon: Pardon,
+    ) -> Result<(), WorldError> {
+        let mut underlay = None;
+        match &link.kind {
+            LinkKind::Given => return Err(no_link(change, link.name)),
+            LinkKind::Veth { peer: None } => {
+                return Err(unsupported(
+                    change,
+                    "a veth pair is made with both its ends, and the plan has one",
+                ));
+            }
+            LinkKind::Veth { peer: Some(peer) } if peer.in_sandbox && self.sandbox.is_none() => {
+                return Err(unsupported(change, "no container namespace was given for its other end"));
+            }
+            LinkKind::Veth { .. } | LinkKind::Bridge => {}
+            LinkKind::Vxlan(vxlan) => underlay = Some(self.index(change, vxlan.underlay)?),
+        }
+        self.push(place, &link::create(link, underlay, self.sandbox), pardon);
+        if link::needs_settling(link) {
+            self.push(place, &link::settle(link, Settle::AfterCreation), Pardon::Nothing);
+        }
+        self.unsettled.insert(link.name);
+        Ok(())
+    }
+
+    fn delete_link(&mut self, place: usize, name: LinkName) {
+        self.push(place, &link::delete(name), Pardon::Absence);
+        self.unsettled.insert(name);
+    }
+
+    fn push(&mut self, place: usize, (message, flags): &Request, pardon: Pardon) {
+        self.batch.push(message, *flags);
+        self.owners.push((place, pardon));
+    }
+
+    /// Sends what is in the batch and records what the kernel refused.
+    pub(super) fn flush(&mut self) {
+        if self.batch.is_empty() {
+            return;
+        }
+        let owners = std::mem::take(&mut self.owners);
+        match self.socket.write(&mut self.batch) {
+            Ok(refusals) => {
+                for (at, refusal) in refusals {
+                    if let Some((place, pardon)) = owners.get(at) {
+                        self.refusal(*place, *pardon, refusal);
+                    }
+                }
+            }
+            // Nobody knows what became of these; the next look will tell.
+            Err(error) => {
+                self.batch = Batch::default();
+                for (place, _) in owners {
+                    let Some(change) = self.changes.get(place) else { continue };
+                    let again = error
+                        .raw_os_error()
+                        .map_or_else(|| error.kind().into(), std::io::Error::from_raw_os_error);
+                    self.record(place, Err(io_error(action(change), again)));
+                }
+            }
+        }
+        for name in self.unsettled.drain() {
+            self.indices.remove(&name);
+        }
+    }
+
+    fn refusal(&mut self, place: usize, pardon: Pardon, refusal: Refusal) {
+        if pardon.covers(refusal.errno) {
+            if pardon == Pardon::Existence {
+                self.taken.push(place);
+            }
+        } else if let Some(change) = self.changes.get(place) {
+            self.record(place, Err(refused(action(change), refusal)));
+        }
+    }
+
+    /// The index of an interface the change needs.
+    fn index(&mut self, change: &Change<'_>, name: LinkName) -> Result<u32, WorldError> {
+        if self.unsettled.contains(&name) {
+            self.flush();
+        }
+        let index = match self.indices.get(&name) {
+            Some(index) => *index,
+            None => {
+                let found = link::by_name(self.socket, &[name]).map_err(|e| io_error(action(change), e))?;
+                let index = found.into_iter().flatten().map(|seen| seen.index).next();
+                self.indices.insert(name, index);
+                index
+            }
+        };
+        index.ok_or_else(|| no_link(change, name))
+    }
+
+    /// The same; none if the change deletes something that went with its interface.
+    fn index_or_gone(
+        &mut self,
+        change: &Change<'_>,
+        name: LinkName,
+        delete: bool,
+    ) -> Result<Option<u32>, WorldError> {
+        match self.index(change, name) {
+            Err(WorldError::NoLink { .. }) if delete => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
+    /// Somebody else made the link between our look and our write: another process with the same plan, as a rule.
+    fn verify_taken(&mut self, place: usize) -> Result<(), WorldError> {
+        let Some(change) = self.changes.get(place) else { return Ok(()) };
+        let Fact::Link(want) = change.fact() else { return Ok(()) };
+        let tried = || action(change);
+        let found = link::by_name(self.socket, &[want.name]).map_err(|e| io_error(tried(), e))?;
+        let Some(seen) = found.into_iter().flatten().next() else {
+            return Err(refused(tried(), exists("the name of its other end is taken".to_owned())));
+        };
+        let underlay = match &seen.kind {
+            link::SeenKind::Vxlan(vxlan) => vxlan.underlay,
+            _ => None,
+        };
+        let names = link::by_index(self.socket, underlay.as_slice()).map_err(|e| io_error(tried(), e))?;
+        let have =
+            seen.fact(|index| names.iter().flatten().find(|seen| seen.index == index).map(|seen| seen.name));
+        if change.fact().satisfied_by(&Fact::Link(Box::new(have.clone()))) {
+            return Ok(());
+        }
+        Err(refused(tried(), exists(format!("there is another interface of this name, made as `{have}`"))))
+    }
+}
+
+fn exists(detail: String) -> Refusal {
+    Refusal { errno: libc::EEXIST, detail: Some(detail) }
+}
+
+fn no_link(change: &Change<'_>, name: LinkName) -> WorldError {
+    WorldError::NoLink { action: action(change), link: name.to_string() }
+}
+
+fn unsupported(change: &Change<'_>, what: &str) -> WorldError {
+    WorldError::Unsupported { action: action(change), what: what.to_owned() }
+}

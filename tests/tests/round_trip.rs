@@ -1,0 +1,657 @@
+//! Write a fact into a real kernel, read the same fact back; every test in a network namespace of its own.
+
+use std::collections::BTreeSet;
+use std::error::Error;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, ensure};
+use flannel_core::act::pass::converge;
+use flannel_core::touch::world::kernel::{Kernel, Namespace};
+use flannel_core::touch::world::{World as _, WorldError};
+use flannel_core::words::addr::{Mac, Prefix};
+use flannel_core::words::fact::{
+    Address, BridgePort, Change, Fact, Facts, Forward, Link, LinkKind, Neighbor, Route, RouteProtocol,
+    RouteScope, Sysctl, VethPeer, Vxlan, diff,
+};
+use flannel_core::words::name::LinkName;
+use flannel_core::words::territory::Territory;
+use flannel_core::words::units::{Mtu, Port, Vni};
+use flannel_tests::needs::require_root_and_namespaces;
+use nix::sched::{CloneFlags, unshare};
+
+/// Runs the test on a thread in a namespace of its own; skips by name where the machine has none.
+fn alone(test: impl FnOnce() -> Result<()> + Send) {
+    if !require_root_and_namespaces() {
+        return;
+    }
+    thread::scope(|scope| {
+        let inside = || {
+            unshare(CloneFlags::CLONE_NEWNET).context("unshare")?;
+            test()
+        };
+        if let Err(error) = scope.spawn(inside).join().unwrap() {
+            panic!("{error:#}");
+        }
+    });
+}
+
+/// Another namespace, that lives as long as the answer.
+fn another_namespace() -> Result<Namespace> {
+    let (send, receive) = mpsc::channel();
+    thread::spawn(move || {
+        let made = unshare(CloneFlags::CLONE_NEWNET).map_err(Into::into).and_then(|()| Namespace::current());
+        let _ = send.send(made);
+    });
+    Ok(receive.recv()??)
+}
+
+/// Output of a command in this thread's namespace.
+fn run(line: &str) -> Result<String> {
+    let mut words = line.split(' ');
+    let program = words.next().context("no program")?;
+    let output = Command::new(program).args(words).output()?;
+    ensure!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+fn name(text: &str) -> LinkName {
+    LinkName::new(text).unwrap()
+}
+
+fn mac(text: &str) -> Mac {
+    text.parse().unwrap()
+}
+
+fn bridge(of: &str) -> Fact {
+    link(of, LinkKind::Bridge, "0a:58:0a:64:05:01", 1450)
+}
+
+fn link(of: &str, kind: LinkKind, address: &str, mtu: u64) -> Fact {
+    Fact::Link(Box::new(Link {
+        name: name(of),
+        kind,
+        mtu: Some(Mtu::new(mtu).unwrap()),
+        mac: Some(mac(address)),
+        alias: Some("flannel network default".into()),
+        up: true,
+    }))
+}
+
+fn veth(host: &str, inside: &str, in_sandbox: bool) -> Fact {
+    let peer = VethPeer {
+        name: name(inside),
+        mac: Some(mac("0a:58:0a:64:05:02")),
+        mtu: Some(Mtu::new(1450).unwrap()),
+        in_sandbox,
+    };
+    link(host, LinkKind::Veth { peer: Some(peer) }, "0a:58:00:00:00:01", 1450)
+}
+
+fn vxlan(of: &str, vni: u64, local: &str) -> Fact {
+    let vxlan = Vxlan {
+        vni: Vni::new(vni).unwrap(),
+        port: Port::VXLAN,
+        local: local.parse().unwrap(),
+        underlay: name("up0"),
+        learning: false,
+        gbp: false,
+    };
+    link(of, LinkKind::Vxlan(vxlan), "76:e6:39:1b:26:de", 1430)
+}
+
+fn address(of: &str, text: &str) -> Fact {
+    Fact::Address(Address { link: name(of), address: text.parse().unwrap(), no_prefix_route: false })
+}
+
+fn neighbor(of: &str, ip: &str, address: &str) -> Fact {
+    Fact::Neighbor(Neighbor { link: name(of), ip: ip.parse().unwrap(), mac: mac(address) })
+}
+
+fn forward(of: &str, address: &str, remote: &str) -> Fact {
+    Fact::Forward(Forward { link: name(of), mac: mac(address), remote: remote.parse().unwrap() })
+}
+
+fn route(of: &str, destination: &str, via: Option<&str>, metric: u32) -> Route {
+    Route {
+        destination: destination.parse().unwrap(),
+        via: via.map(|via| via.parse().unwrap()),
+        link: name(of),
+        onlink: via.is_some(),
+        metric,
+        scope: RouteScope::Global,
+        source: None,
+        protocol: RouteProtocol::BOOT,
+    }
+}
+
+/// An underlay: a bridge of the test's own, with an address and a route to the neighborhood.
+fn underlay() -> Result<()> {
+    run("ip link add up0 type bridge")?;
+    run("ip addr add 192.168.77.1/24 dev up0")?;
+    run("ip -6 addr add fd77::1/64 dev up0 nodad")?;
+    run("ip link set up0 up")?;
+    Ok(())
+}
+
+fn all<T>(results: Vec<std::result::Result<T, WorldError>>) -> Result<()> {
+    for result in results {
+        result?;
+    }
+    Ok(())
+}
+
+/// Everything written is read back, writing again changes nothing, and deleting leaves nothing.
+fn there_and_back(kernel: &mut Kernel, territory: &Territory, facts: Vec<Fact>) -> Result<Facts> {
+    let count = facts.len();
+    let desired: Facts = facts.into_iter().collect();
+    ensure!(desired.len() == count, "two facts of the test share a key");
+    let before = kernel.observe(territory)?;
+    let created = diff(&desired, &before);
+    all(kernel.apply(&created))?;
+    let seen = kernel.observe(territory)?;
+    let left = diff(&desired, &seen);
+    ensure!(left.is_empty(), "after writing, still to do: {left:#?}\nseen:\n{seen}");
+    // Written once more, the kernel takes it and nothing changes.
+    let again: Vec<_> = desired.iter().map(Change::Create).collect();
+    all(kernel.apply(&again))?;
+    ensure!(kernel.observe(territory)? == seen, "writing again changed something");
+    let nothing = Facts::default();
+    all(kernel.apply(&diff(&nothing, &seen)))?;
+    let mut rest = kernel.observe(territory)?;
+    rest.retain(|fact| !matches!(fact, Fact::Sysctl(_)));
+    ensure!(rest.is_empty(), "after deleting, still there:\n{rest}");
+    // Deleting what is gone is no error.
+    all(kernel.apply(&diff(&nothing, &seen)))?;
+    Ok(seen)
+}
+
+fn owned(links: &[&str]) -> Territory {
+    Territory { links: links.iter().map(|link| name(link)).collect(), ..Territory::default() }
+}
+
+/// The same territory, looked at through the alias: one look at all interfaces.
+fn aliased(links: &[&str]) -> Territory {
+    Territory { alias: Some("flannel network default".into()), ..owned(links) }
+}
+
+#[test]
+fn a_bridge_with_addresses_and_a_route() {
+    alone(|| {
+        for territory in [owned(&["cni0"]), aliased(&["cni0"]), aliased(&[])] {
+            let mut kernel = Kernel::open()?;
+            let connected = Route { onlink: false, ..route("cni0", "10.100.9.0/24", None, 0) };
+            let seen = there_and_back(
+                &mut kernel,
+                &territory,
+                vec![
+                    bridge("cni0"),
+                    address("cni0", "10.100.5.1/24"),
+                    address("cni0", "10.100.6.1/32"),
+                    address("cni0", "fd42:cafe:0:5::1/64"),
+                    Fact::Address(Address {
+                        link: name("cni0"),
+                        address: "10.100.7.1/24".parse()?,
+                        no_prefix_route: true,
+                    }),
+                    Fact::Route(connected.clone()),
+                    Fact::Route(Route {
+                        scope: RouteScope::Link,
+                        ..route("cni0", "10.100.10.0/24", None, 7)
+                    }),
+                    Fact::Route(Route {
+                        source: Some("10.100.5.1".parse()?),
+                        ..route("cni0", "10.0.0.0/8", None, 0)
+                    }),
+                    Fact::Route(route("cni0", "0.0.0.0/0", Some("10.100.5.9"), 0)),
+                    Fact::Route(Route { onlink: false, ..route("cni0", "fd42:1::/64", None, 1024) }),
+                    Fact::Route(Route {
+                        protocol: RouteProtocol::FLANNEL,
+                        ..route("cni0", "fd42:2::/64", Some("fd42:2::1"), 99)
+                    }),
+                ],
+            )?;
+            let text = seen.to_string();
+            ensure!(text.contains("ip addr replace 10.100.7.1/24 dev cni0 noprefixroute\n"), "{text}");
+            ensure!(text.contains("ip route replace default via 10.100.5.9 dev cni0 onlink\n"), "{text}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_vxlan_device_is_what_go_flannel_makes() {
+    alone(|| {
+        underlay()?;
+        let mut kernel = Kernel::open()?;
+        for (device, local) in [("flannel.1", "192.168.77.1"), ("flannel-v6.1", "fd77::1")] {
+            all(kernel.apply(&[Change::Create(&vxlan(device, 1, local))]))?;
+            let shown = run(&format!("ip -d link show {device}"))?;
+            let zero = if local.contains(':') { " local fd77::1" } else { " local 192.168.77.1" };
+            ensure!(
+                shown.contains(&format!(
+                    "vxlan id 1{zero} dev up0 srcport 0 0 dstport 8472 nolearning ttl auto ageing 300"
+                )),
+                "{shown}"
+            );
+            ensure!(shown.contains("udpcsum noudp6zerocsumtx noudp6zerocsumrx"), "{shown}");
+            ensure!(shown.contains("mtu 1430") && shown.contains("link/ether 76:e6:39:1b:26:de"), "{shown}");
+            ensure!(shown.contains("alias flannel network default"), "{shown}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn peers_behind_vxlan_as_iproute2_shows_them() {
+    alone(|| {
+        underlay()?;
+        let mut kernel = Kernel::open()?;
+        for territory in [owned(&["flannel.1", "flannel-v6.1"]), aliased(&[])] {
+            let facts = vec![
+                vxlan("flannel.1", 1, "192.168.77.1"),
+                vxlan("flannel-v6.1", 1, "fd77::1"),
+                address("flannel.1", "10.100.5.0/32"),
+                address("flannel-v6.1", "fd42:cafe:0:5::/128"),
+                neighbor("flannel.1", "10.100.68.0", "76:e6:39:1b:26:d1"),
+                forward("flannel.1", "76:e6:39:1b:26:d1", "192.168.77.2"),
+                Fact::Route(route("flannel.1", "10.100.68.0/24", Some("10.100.68.0"), 0)),
+                neighbor("flannel-v6.1", "fd42:cafe:0:1::", "76:e6:39:1b:26:d2"),
+                forward("flannel-v6.1", "76:e6:39:1b:26:d2", "fd77::2"),
+                Fact::Route(route("flannel-v6.1", "fd42:cafe:0:1::/64", Some("fd42:cafe:0:1::"), 1024)),
+            ];
+            let desired: Facts = facts.iter().cloned().collect();
+            all(kernel.apply(&diff(&desired, &kernel_sees(&territory)?)))?;
+            let routes = run("ip route show dev flannel.1")? + &run("ip -6 route show dev flannel-v6.1")?;
+            ensure!(routes.contains("10.100.68.0/24 via 10.100.68.0 onlink"), "{routes}");
+            ensure!(routes.contains("fd42:cafe:0:1::/64 via fd42:cafe:0:1:: metric 1024 onlink"), "{routes}");
+            let fdb = run("bridge fdb show dev flannel.1")? + &run("bridge fdb show dev flannel-v6.1")?;
+            ensure!(fdb.contains("76:e6:39:1b:26:d1 dst 192.168.77.2 self permanent"), "{fdb}");
+            ensure!(fdb.contains("76:e6:39:1b:26:d2 dst fd77::2 self permanent"), "{fdb}");
+            let neighbors = run("ip neigh show dev flannel.1")?;
+            ensure!(neighbors.contains("10.100.68.0 lladdr 76:e6:39:1b:26:d1 PERMANENT"), "{neighbors}");
+            there_and_back(&mut kernel, &territory, facts)?;
+        }
+        Ok(())
+    });
+}
+
+fn kernel_sees(territory: &Territory) -> Result<Facts> {
+    Ok(Kernel::open()?.observe(territory)?)
+}
+
+#[test]
+fn what_iproute2_writes_from_a_fact_is_the_fact() {
+    alone(|| {
+        underlay()?;
+        let facts: Facts = vec![
+            bridge("cni0"),
+            vxlan("flannel.1", 1, "192.168.77.1"),
+            Fact::BridgePort(BridgePort { link: name("v0"), bridge: name("cni0"), hairpin: true }),
+            veth("v0", "c0", false),
+            address("cni0", "10.100.5.1/24"),
+            address("flannel.1", "10.100.5.0/32"),
+            neighbor("flannel.1", "10.100.68.0", "76:e6:39:1b:26:d1"),
+            forward("flannel.1", "76:e6:39:1b:26:d1", "192.168.77.2"),
+            Fact::Route(route("flannel.1", "10.100.68.0/24", Some("10.100.68.0"), 0)),
+            Fact::Route(Route {
+                protocol: RouteProtocol::FLANNEL,
+                metric: 5,
+                ..route("up0", "10.100.69.0/24", Some("192.168.77.9"), 0)
+            }),
+        ]
+        .into_iter()
+        .collect();
+        for fact in facts.iter() {
+            let line = fact.to_string();
+            let made = Command::new("sh").args(["-c", &line]).output()?;
+            ensure!(made.status.success(), "{line}: {}", String::from_utf8_lossy(&made.stderr));
+        }
+        let mut territory = owned(&["cni0", "flannel.1", "v0"]);
+        territory.cidrs.insert("10.100.0.0/16".parse()?);
+        let seen = kernel_sees(&territory)?;
+        let left = diff(&facts, &seen);
+        ensure!(left.is_empty(), "iproute2 made something else: {left:#?}\n{seen}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_veth_is_born_with_its_other_end_in_the_container() {
+    alone(|| {
+        let sandbox = another_namespace()?;
+        let mut kernel = Kernel::open()?;
+        kernel.set_sandbox(sandbox.try_clone()?);
+        let port = Fact::BridgePort(BridgePort { link: name("veth0"), bridge: name("cni0"), hairpin: true });
+        let facts = vec![bridge("cni0"), veth("veth0", "eth0", true), port.clone()];
+        let mut desired: Facts = facts.iter().cloned().collect();
+        all(kernel.apply(&diff(&desired, &Facts::default())))?;
+
+        let mut container = Kernel::open_inside(sandbox)?;
+        let inner = container.link(name("eth0"))?.context("eth0 was not born in the container")?;
+        ensure!(
+            inner.mac == Some(mac("0a:58:0a:64:05:02")) && inner.mtu == Some(Mtu::new(1450)?) && !inner.up
+        );
+        ensure!(container.link(name("veth0"))?.is_none() && kernel.link(name("eth0"))?.is_none());
+        let shown = run("bridge -d link show dev veth0")?;
+        ensure!(shown.contains("master cni0") && shown.contains("hairpin on"), "{shown}");
+
+        // Hairpin off and on again, and off the bridge.
+        let territory = owned(&["cni0", "veth0"]);
+        desired.set(Fact::BridgePort(BridgePort {
+            link: name("veth0"),
+            bridge: name("cni0"),
+            hairpin: false,
+        }));
+        let seen = kernel.observe(&territory)?;
+        ensure!(matches!(diff(&desired, &seen)[..], [Change::Replace { .. }]), "{seen}");
+        all(kernel.apply(&diff(&desired, &seen)))?;
+        ensure!(run("bridge -d link show dev veth0")?.contains("hairpin off"));
+        desired.remove(&port.key());
+        let seen = kernel.observe(&territory)?;
+        all(kernel.apply(&diff(&desired, &seen)))?;
+        ensure!(!run("ip link show veth0")?.contains("master"));
+
+        // Inside: name, address and routes; and the setting of an interface there, not here.
+        let accept = Sysctl {
+            link: Some(name("eth0")),
+            path: "net/ipv4/conf/eth0/arp_notify".into(),
+            value: "1".into(),
+        };
+        let inside = vec![
+            Fact::Link(Box::new(Link { alias: None, kind: LinkKind::Given, up: true, ..inner })),
+            Fact::Link(Box::new(Link {
+                name: name("lo"),
+                kind: LinkKind::Given,
+                mtu: None,
+                mac: None,
+                alias: None,
+                up: true,
+            })),
+            address("eth0", "10.100.5.2/24"),
+            Fact::Route(Route { onlink: false, ..route("eth0", "0.0.0.0/0", Some("10.100.5.1"), 0) }),
+            Fact::Sysctl(accept),
+        ];
+        let territory = Territory { links: [name("eth0"), name("lo")].into(), ..Territory::of(&inside) };
+        let desired: Facts = inside.into_iter().collect();
+        let report = converge(&mut container, &territory, &desired)?;
+        ensure!(report.clean && report.failed.is_empty(), "{report:#?}");
+        all(kernel.apply(&[Change::Delete(&veth("veth0", "eth0", true))]))?;
+        ensure!(container.link(name("eth0"))?.is_none(), "the other end goes too");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_veth_without_a_container_is_refused_in_words() {
+    alone(|| {
+        let mut kernel = Kernel::open()?;
+        let wanted = veth("veth0", "eth0", true);
+        let results = kernel.apply(&[Change::Create(&wanted)]);
+        let text = results[0].as_ref().unwrap_err().to_string();
+        ensure!(text.contains("no container namespace was given"), "{text}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_changed_link_is_changed_in_place_and_a_different_one_made_anew() {
+    alone(|| {
+        underlay()?;
+        let mut kernel = Kernel::open()?;
+        let territory = owned(&["flannel.1"]);
+        let desired: Facts = [vxlan("flannel.1", 1, "192.168.77.1")].into_iter().collect();
+        all(kernel.apply(&diff(&desired, &Facts::default())))?;
+        let index = || run("cat /proc/self/net/if_inet6").and_then(|_| run("ip -o link show flannel.1"));
+        let number = |text: &str| text.split(':').next().unwrap_or_default().to_owned();
+        let first = index()?;
+
+        // MTU, MAC, up and alias are changed on the device...
+        run("ip link set flannel.1 down mtu 1300 address 76:00:00:00:00:01")?;
+        run("ip link set flannel.1 alias other")?;
+        let seen = kernel.observe(&territory)?;
+        all(kernel.apply(&diff(&desired, &seen)))?;
+        ensure!(diff(&desired, &kernel.observe(&territory)?).is_empty());
+        ensure!(number(&index()?) == number(&first), "the device was made anew");
+
+        // ...another VNI or another kind needs another device.
+        let other: Facts = [vxlan("flannel.1", 2, "192.168.77.1")].into_iter().collect();
+        let seen = kernel.observe(&territory)?;
+        all(kernel.apply(&diff(&other, &seen)))?;
+        ensure!(diff(&other, &kernel.observe(&territory)?).is_empty());
+        ensure!(number(&index()?) != number(&first));
+        run("ip link del flannel.1")?;
+        run("ip link add flannel.1 type bridge")?;
+        let seen = kernel.observe(&territory)?;
+        all(kernel.apply(&diff(&desired, &seen)))?;
+        ensure!(diff(&desired, &kernel.observe(&territory)?).is_empty());
+        Ok(())
+    });
+}
+
+#[test]
+fn a_link_that_somebody_else_was_faster_to_make_is_taken_or_named() {
+    alone(|| {
+        let mut kernel = Kernel::open()?;
+        let wanted = bridge("cni0");
+        all(kernel.apply(&[Change::Create(&wanted)]))?;
+        all(kernel.apply(&[Change::Create(&wanted)]))?;
+        run("ip link add other0 type veth peer name other1")?;
+        let wrong = bridge("other0");
+        let results = kernel.apply(&[Change::Create(&wrong), Change::Create(&wanted)]);
+        let text = results[0].as_ref().unwrap_err().to_string();
+        ensure!(text.contains("another interface of this name") && text.contains("type veth"), "{text}");
+        ensure!(results[1].is_ok());
+        Ok(())
+    });
+}
+
+#[test]
+fn a_refused_route_is_explained_in_the_kernels_words() {
+    alone(|| {
+        underlay()?;
+        let mut kernel = Kernel::open()?;
+        let good = Fact::Route(route("up0", "10.1.0.0/16", Some("192.168.77.2"), 0));
+        let bad = Fact::Route(Route { onlink: false, ..route("up0", "10.2.0.0/16", Some("10.99.0.1"), 0) });
+        let lost = Fact::Route(route("nowhere", "10.3.0.0/16", Some("192.168.77.2"), 0));
+        let last = Fact::Route(route("up0", "10.4.0.0/16", Some("192.168.77.2"), 0));
+        let results = kernel.apply(&[&good, &bad, &lost, &last].map(Change::Create));
+        ensure!(results[0].is_ok() && results[3].is_ok(), "{results:?}");
+        let error = results[1].as_ref().unwrap_err();
+        let text = error.to_string();
+        ensure!(text.contains("Nexthop has invalid gateway"), "{text}");
+        ensure!(text.contains("add route (`ip route replace 10.2.0.0/16 via 10.99.0.1 dev up0`)"), "{text}");
+        ensure!(error.source().is_some_and(|e| e.to_string().contains("unreachable")), "{error:?}");
+        let text = results[2].as_ref().unwrap_err().to_string();
+        ensure!(text.contains("there is no interface nowhere"), "{text}");
+        let shown = run("ip route show")?;
+        ensure!(shown.contains("10.1.0.0/16") && shown.contains("10.4.0.0/16"), "{shown}");
+        Ok(())
+    });
+}
+
+#[test]
+fn every_failure_in_a_large_batch_is_attributed() {
+    alone(|| {
+        underlay()?;
+        let mut kernel = Kernel::open()?;
+        let routes: Vec<Fact> = (0..5000u32)
+            .map(|n| {
+                let destination = format!("10.{}.{}.0/24", n / 250, n % 250);
+                let via = if n % 3 == 0 { "172.16.0.1" } else { "192.168.77.2" };
+                Fact::Route(Route { onlink: false, ..route("up0", &destination, Some(via), n) })
+            })
+            .collect();
+        let changes: Vec<_> = routes.iter().map(Change::Create).collect();
+        let results = kernel.apply(&changes);
+        for (n, result) in results.iter().enumerate() {
+            ensure!(result.is_err() == (n % 3 == 0), "{n}: {result:?}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn nothing_outside_the_territory_is_seen() {
+    alone(|| {
+        underlay()?;
+        run("ip route add 10.100.1.0/24 via 192.168.77.2 dev up0")?;
+        run("ip route add 10.100.2.0/24 via 192.168.77.2 dev up0 proto 70")?;
+        run("ip route add 10.200.2.0/24 via 192.168.77.2 dev up0 proto 70")?;
+        run("ip route add blackhole 10.100.3.0/24 proto 70")?;
+        run("ip neigh add 192.168.77.9 lladdr 02:00:00:00:00:09 dev up0 nud permanent")?;
+        let mut kernel = Kernel::open()?;
+        for mut territory in [owned(&["cni0"]), aliased(&["cni0"])] {
+            territory.cidrs.insert("10.100.0.0/16".parse()?);
+            let seen = kernel.observe(&territory)?;
+            let text = seen.to_string();
+            ensure!(text == "ip route replace 10.100.2.0/24 via 192.168.77.2 dev up0 proto 70\n", "{text}");
+            let others = kernel.routes_of_others(&territory)?;
+            let others: BTreeSet<String> = others.iter().map(|route| route.destination.to_string()).collect();
+            let wanted = ["192.168.77.0/24", "10.100.1.0/24", "10.200.2.0/24", "10.100.3.0/24", "fd77::/64"];
+            ensure!(others == wanted.map(str::to_owned).into(), "{others:?}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn routes_of_others_say_what_planners_ask() {
+    alone(|| {
+        underlay()?;
+        run("ip route add default via 192.168.77.254 dev up0")?;
+        run("ip route add unreachable 10.3.0.0/16")?;
+        run("ip link add d0 type veth peer name d1")?;
+        run("ip addr add 172.17.0.1/16 dev d0")?;
+        run("ip link set d0 up")?;
+        let mut kernel = Kernel::open()?;
+        let routes = kernel.routes_of_others(&owned(&[]))?;
+        let of = |destination: &str| {
+            routes.iter().find(|route| route.destination == destination.parse::<Prefix>().unwrap()).cloned()
+        };
+        let default = of("0.0.0.0/0").context("default")?;
+        ensure!(default.bridge && default.via == Some("192.168.77.254".parse()?) && !default.scope_link);
+        let connected = of("172.17.0.0/16").context("connected")?;
+        ensure!(connected.link == Some(name("d0")) && !connected.bridge && connected.scope_link);
+        ensure!(connected.protocol == RouteProtocol(2));
+        ensure!(of("10.3.0.0/16").context("unreachable")?.link.is_none());
+        ensure!(kernel.link_exists(name("d0"))? && !kernel.link_exists(name("d9"))?);
+        ensure!(kernel.existing_links("d")? == [name("d0"), name("d1")].into());
+        ensure!(kernel.delete_link(name("d0"))? && !kernel.delete_link(name("d0"))?);
+        Ok(())
+    });
+}
+
+#[test]
+fn an_alternative_name_is_not_the_name() {
+    alone(|| {
+        run("ip link add real0 type bridge")?;
+        run("ip link property add dev real0 altname cni0")?;
+        ensure!(Kernel::open()?.link(name("cni0"))?.is_none());
+        Ok(())
+    });
+}
+
+#[test]
+fn a_namespace_without_anything_is_an_empty_look() {
+    alone(|| {
+        let mut territory = owned(&["cni0", "flannel.1"]);
+        territory.cidrs.insert("10.100.0.0/16".parse()?);
+        territory.sysctls.insert((Some(name("cni0")), "net/ipv6/conf/cni0/accept_ra".into()));
+        ensure!(kernel_sees(&territory)?.is_empty());
+        ensure!(Kernel::open()?.routes_of_others(&territory)?.is_empty());
+        Ok(())
+    });
+}
+
+#[test]
+fn a_dump_while_others_write_is_whole() {
+    alone(|| {
+        underlay()?;
+        let mut kernel = Kernel::open()?;
+        let territory = owned(&["flannel.1"]);
+        let desired: Facts = peers(2000).collect();
+        all(kernel.apply(&diff(&desired, &Facts::default())))?;
+        let here = Namespace::current()?;
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                here.run(|| {
+                    let mut writer = Kernel::open().unwrap();
+                    let noise = Fact::Route(Route {
+                        onlink: false,
+                        ..route("up0", "10.99.0.0/24", Some("192.168.77.2"), 0)
+                    });
+                    while !stop.load(Ordering::Relaxed) {
+                        writer.apply(&[Change::Create(&noise), Change::Delete(&noise)]);
+                    }
+                })
+            });
+            let looked = (0..50).try_for_each(|_| {
+                let seen = kernel.observe(&territory)?;
+                ensure!(diff(&desired, &seen).is_empty(), "a look missed something");
+                Ok(())
+            });
+            stop.store(true, Ordering::Relaxed);
+            looked
+        })
+    });
+}
+
+/// A VXLAN device and what it takes to reach this many peers; the metric is spread.
+fn peers(count: u32) -> impl Iterator<Item = Fact> {
+    let each = |n: u32| {
+        let subnet = format!("10.{}.{}.0", 128 + n / 256, n % 256);
+        let address = format!("76:e6:00:{:02x}:{:02x}:01", n / 256, n % 256);
+        let remote = format!("192.168.{}.{}", 100 + n / 256, n % 256);
+        [
+            neighbor("flannel.1", &subnet, &address),
+            forward("flannel.1", &address, &remote),
+            Fact::Route(route("flannel.1", &format!("{subnet}/24"), Some(&subnet), 1 + n)),
+        ]
+    };
+    [vxlan("flannel.1", 1, "192.168.77.1"), address("flannel.1", "10.128.0.0/32")]
+        .into_iter()
+        .chain((1..=count).flat_map(each))
+}
+
+#[test]
+fn thousands_of_peers_and_what_they_cost() {
+    alone(|| {
+        underlay()?;
+        for count in [4000, 10_000] {
+            let mut kernel = Kernel::open()?;
+            let territory = aliased(&["flannel.1"]);
+            let desired: Facts = peers(count).collect();
+            let (wall, cpu) = (Instant::now(), cpu_seconds());
+            let report = converge(&mut kernel, &territory, &desired)?;
+            let (took, used) = (wall.elapsed(), cpu_seconds() - cpu);
+            ensure!(
+                report.clean && report.looks == 2,
+                "{} looks, failed: {:#?}",
+                report.looks,
+                report.failed.first()
+            );
+            let (wall, cpu) = (Instant::now(), cpu_seconds());
+            let report = converge(&mut kernel, &territory, &desired)?;
+            ensure!(report.made.is_empty());
+            println!(
+                "{count} peers: converge {took:.3?} wall, {used:.3} CPU-s; a look that finds nothing to do {:.3?} wall, {:.3} CPU-s",
+                wall.elapsed(),
+                cpu_seconds() - cpu,
+            );
+            kernel.delete_link(name("flannel.1"))?;
+        }
+        Ok(())
+    });
+}
+
+/// User and system time of this thread.
+fn cpu_seconds() -> f64 {
+    let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_THREAD).unwrap();
+    let seconds = |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+    seconds(usage.user_time()) + seconds(usage.system_time())
+}
