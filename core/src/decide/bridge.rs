@@ -128,9 +128,8 @@ pub fn masquerade(bridge: LinkName, subnets: &[Prefix], networks: &[Prefix]) -> 
         rules: rules.collect(),
     };
     Fact::Table(Box::new(Table {
-        name: masquerade_table(bridge),
-        sets: BTreeMap::new(),
         chains: BTreeMap::from([("postrouting".to_owned(), chain)]),
+        ..Table::new(masquerade_table(bridge))
     }))
 }
 

@@ -76,7 +76,7 @@ pub fn plan(inputs: &Inputs<'_>) -> Result<Plan, PlanError> {
     backend.plan(&scene, &mut draft);
 
     let Draft { facts, findings } = draft;
-    let territory = territory(network, config, &facts, node.forward_chain);
+    let territory = territory(network, config, &facts, !node.forward_chains.is_empty());
     Ok(Plan { facts, territory, findings, mtu })
 }
 

@@ -31,8 +31,8 @@ pub enum Fact {
     Forward(Forward),
     /// An nftables table of ours.
     Table(Box<Table>),
-    /// Traffic from and to a network is accepted by the FORWARD chain that iptables-nft keeps (`ip filter FORWARD`):
-    /// another table's accept does not outweigh a drop there.
+    /// Traffic from and to a network is accepted by the FORWARD chain that iptables keeps, through our chain
+    /// FLANNEL-FWD in it: another table's accept does not outweigh a drop there.
     Accept(Accept),
     /// A route.
     Route(Route),
@@ -184,7 +184,7 @@ pub struct Forward {
     pub remote: IpAddr,
 }
 
-/// Accept a network in `ip filter FORWARD`.
+/// Accept a network in FORWARD of iptables (ip6tables for an IPv6 network).
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Accept {
     /// The network's CIDR.
@@ -503,11 +503,14 @@ impl fmt::Display for Fact {
                 write!(f, "bridge fdb replace {} dev {} dst {} self permanent", e.mac, e.link, e.remote)
             }
             Self::Table(table) => write!(f, "nft '{table}'"),
-            Self::Accept(a) => write!(
-                f,
-                "iptables -I FORWARD -d {0} -j ACCEPT; iptables -I FORWARD -s {0} -j ACCEPT",
-                a.cidr
-            ),
+            Self::Accept(a) => {
+                let iptables = if a.cidr.base().is_ipv4() { "iptables" } else { "ip6tables" };
+                write!(
+                    f,
+                    "{iptables} -A FLANNEL-FWD -s {0} -j ACCEPT; {iptables} -A FLANNEL-FWD -d {0} -j ACCEPT",
+                    a.cidr
+                )
+            }
             Self::Route(route) => write!(f, "{route}"),
         }
     }

@@ -71,8 +71,8 @@ pub struct Node {
     pub identity: Identity,
     /// Routes of others, for direct routing and for overlaps.
     pub routes: Vec<HostRoute>,
-    /// Whether iptables-nft keeps a FORWARD chain (`ip filter FORWARD` exists).
-    pub forward_chain: bool,
+    /// The families whose packets pass a FORWARD chain of iptables: where it drops, no accept of ours elsewhere helps.
+    pub forward_chains: BTreeSet<Family>,
     /// Host ends of our endpoints of this network that exist now.
     pub ports: BTreeSet<LinkName>,
 }

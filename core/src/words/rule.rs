@@ -54,6 +54,16 @@ pub struct Table {
     pub sets: BTreeMap<String, Set>,
     /// Chains by name.
     pub chains: BTreeMap<String, Chain>,
+    /// What was found in it that cannot be said here, in a few words each. No plan has any, so a table that somebody
+    /// else wrote into never equals the planned one and is replaced.
+    pub strange: Vec<String>,
+}
+
+impl Table {
+    /// A table with nothing in it.
+    pub const fn new(name: TableName) -> Self {
+        Self { name, sets: BTreeMap::new(), chains: BTreeMap::new(), strange: Vec::new() }
+    }
 }
 
 /// A named set of prefixes (`flags interval`).
@@ -63,6 +73,21 @@ pub struct Set {
     pub family: Family,
     /// The elements; disjoint, as the kernel wants interval sets.
     pub elements: BTreeSet<Prefix>,
+}
+
+impl Set {
+    /// The prefixes of that family, without those that another one covers.
+    pub fn of(family: Family, prefixes: impl IntoIterator<Item = Prefix>) -> Self {
+        let all: BTreeSet<Prefix> = prefixes.into_iter().filter(|prefix| prefix.family() == family).collect();
+        let mut elements: BTreeSet<Prefix> = BTreeSet::new();
+        // Ascending by base, then by length: whatever covers a prefix comes before it, and so do all that this one covers.
+        for prefix in all {
+            if !elements.last().is_some_and(|last| last.covers(&prefix)) {
+                elements.insert(prefix);
+            }
+        }
+        Self { family, elements }
+    }
 }
 
 /// A chain: hooked into the packet path if it has a base.
@@ -198,15 +223,24 @@ impl fmt::Display for Match {
         let not = |negated: &bool| if *negated { "!= " } else { "" };
         match self {
             Self::Address { side, negated, prefix } => {
-                write!(f, "{} {side} {}{prefix}", ip(prefix.family()), not(negated))
+                write!(f, "{} {side} {}{}", ip(prefix.family()), not(negated), operand(prefix))
             }
             Self::AddressIn { side, negated, family, set } => {
                 write!(f, "{} {side} {}@{set}", ip(*family), not(negated))
             }
             Self::Input { negated, link } => write!(f, "iifname {}\"{link}\"", not(negated)),
             Self::Output { negated, link } => write!(f, "oifname {}\"{link}\"", not(negated)),
+            Self::Mark { mask: u32::MAX, value } => write!(f, "meta mark {value:#010x}"),
             Self::Mark { mask, value } => write!(f, "meta mark & {mask:#010x} == {value:#010x}"),
         }
+    }
+}
+
+/// A prefix as nft lists it: a whole address without its length.
+fn operand(prefix: &Prefix) -> String {
+    match prefix.len() == prefix.family().bits() {
+        true => prefix.base().to_string(),
+        false => prefix.to_string(),
     }
 }
 
@@ -264,7 +298,25 @@ impl fmt::Display for Base {
             Hook::Output => "output",
             Hook::Postrouting => "postrouting",
         };
-        write!(f, "type {kind} hook {hook} priority {}; policy accept;", self.priority)
+        write!(f, "type {kind} hook {hook} priority {}; policy accept;", self.priority_by_name())
+    }
+}
+
+impl Base {
+    /// The priority as nft lists it: by the nearest name that is valid at the hook, if one is within 10.
+    fn priority_by_name(&self) -> String {
+        let dstnat = matches!(self.hook, Hook::Prerouting).then_some(("dstnat", -100));
+        let srcnat = matches!(self.hook, Hook::Postrouting).then_some(("srcnat", 100));
+        let everywhere = [("raw", -300), ("mangle", -150), ("filter", 0), ("security", 50)];
+        for (name, value) in everywhere.into_iter().chain(dstnat).chain(srcnat) {
+            match i64::from(self.priority) - i64::from(value) {
+                0 => return name.to_owned(),
+                above @ 1..=10 => return format!("{name} + {above}"),
+                below @ -10..=-1 => return format!("{name} - {}", -below),
+                _ => {}
+            }
+        }
+        self.priority.to_string()
     }
 }
 
@@ -277,7 +329,7 @@ impl fmt::Display for Table {
                 Family::V4 => "ipv4_addr",
                 Family::V6 => "ipv6_addr",
             };
-            let elements = set.elements.iter().map(Prefix::to_string).collect::<Vec<_>>().join(", ");
+            let elements = set.elements.iter().map(operand).collect::<Vec<_>>().join(", ");
             write!(f, "\tset {name} {{ type {kind}; flags interval; ")?;
             if !elements.is_empty() {
                 write!(f, "elements = {{ {elements} }}; ")?;
@@ -293,6 +345,9 @@ impl fmt::Display for Table {
                 writeln!(f, "\t\t{rule}")?;
             }
             writeln!(f, "\t}}")?;
+        }
+        for thing in &self.strange {
+            writeln!(f, "\t# {thing}")?;
         }
         f.write_str("}")
     }

@@ -6,10 +6,12 @@
 mod address;
 mod bridge_port;
 mod forward;
+mod iptables;
 mod link;
 mod neighbor;
 mod netlink;
 mod netns;
+pub mod nftables;
 mod read;
 mod route;
 mod sysctl;

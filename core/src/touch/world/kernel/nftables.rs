@@ -1,0 +1,205 @@
+//! Tables of nftables, and the FORWARD chain of iptables, over netlink: no `nft` binary, no library.
+//!
+//! A table is compared and written as one value. Every write is one transaction of the kernel, so packets see the old
+//! rules or the new ones, never none. What we compare is what the kernel executes, read back expression by expression.
+
+mod decode;
+mod encode;
+mod expression;
+mod forward_chain;
+mod wire;
+
+use std::collections::BTreeSet;
+use std::io;
+
+pub(super) use self::forward_chain::{CHAIN, COMMENT};
+use self::wire::{Socket, error_code};
+use super::iptables::Legacy;
+use crate::touch::world::WorldError;
+use crate::words::addr::{Family, Prefix};
+use crate::words::fact::{Accept, Change, Fact, Facts};
+use crate::words::rule::{Table, TableName};
+use crate::words::territory::Territory;
+
+/// A look is several dumps; if others change rules between them we look again, this often. After that we take what we
+/// have: a wrong look makes one needless write, and the look after it is right.
+const LOOKS_MAX: usize = 4;
+
+/// The packet filter of one network namespace.
+pub struct Netfilter {
+    socket: Socket,
+    legacy: Legacy,
+}
+
+impl Netfilter {
+    /// That of the calling thread's namespace, also when it is used from another thread later.
+    ///
+    /// # Errors
+    /// `Io` if the kernel has no netfilter sockets.
+    pub fn open() -> Result<Self, WorldError> {
+        Ok(Self { socket: Socket::open()?, legacy: Legacy::here()? })
+    }
+
+    /// Adds the tables of the territory that exist, and the accepts that FORWARD has for its networks.
+    ///
+    /// # Errors
+    /// `Refused` if the kernel does not let us look.
+    pub fn observe(&mut self, territory: &Territory, facts: &mut Facts) -> Result<(), WorldError> {
+        for name in &territory.tables {
+            if let Some(table) = self.look(name)? {
+                facts.set(Fact::Table(Box::new(table)));
+            }
+        }
+        if territory.accepts {
+            for family in [Family::V4, Family::V6] {
+                for cidr in self.accepted(family, territory)? {
+                    facts.set(Fact::Accept(Accept { cidr }));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn look(&mut self, name: &TableName) -> Result<Option<Table>, WorldError> {
+        let mut before = self.socket.generation()?;
+        for _ in 1..LOOKS_MAX {
+            let table = decode::read(&mut self.socket, name)?;
+            let after = self.socket.generation()?;
+            if after == before {
+                return Ok(table);
+            }
+            before = after;
+        }
+        decode::read(&mut self.socket, name)
+    }
+
+    /// Accepted by every FORWARD chain that is there.
+    fn accepted(&mut self, family: Family, territory: &Territory) -> Result<Vec<Prefix>, WorldError> {
+        let cidrs = &territory.cidrs;
+        let nft = match forward_chain::exists(&mut self.socket, family)? {
+            true => Some(forward_chain::accepted(&mut self.socket, family, cidrs)?),
+            false => None,
+        };
+        let legacy = match cidrs.iter().any(|cidr| cidr.family() == family) {
+            true => self.legacy.accepted(family, cidrs)?,
+            false => None,
+        };
+        let by = |accepted: &Option<BTreeSet<Prefix>>, cidr| {
+            accepted.as_ref().is_none_or(|accepted| accepted.contains(cidr))
+        };
+        let somewhere = nft.is_some() || legacy.is_some();
+        let of_family = cidrs.iter().filter(|cidr| cidr.family() == family);
+        Ok(of_family.filter(|cidr| somewhere && by(&nft, cidr) && by(&legacy, cidr)).copied().collect())
+    }
+
+    /// The families whose packets pass a FORWARD chain of iptables here, in nftables or in the older tables.
+    ///
+    /// # Errors
+    /// `Refused` if the kernel does not let us look.
+    pub fn forward_chains(&mut self) -> Result<BTreeSet<Family>, WorldError> {
+        let mut families = BTreeSet::new();
+        for family in [Family::V4, Family::V6] {
+            if forward_chain::exists(&mut self.socket, family)? || self.legacy.is_writable(family) {
+                families.insert(family);
+            }
+        }
+        Ok(families)
+    }
+
+    /// What the operator should know: a FORWARD chain is there that we cannot write.
+    pub fn hint(&self) -> Option<String> {
+        self.legacy.hint()
+    }
+
+    /// Makes the changes about tables and accepts, one transaction for each table and one for all accepts of a family.
+    /// The answer has one entry per change.
+    pub fn apply(&mut self, changes: &[Change<'_>]) -> Vec<Result<(), WorldError>> {
+        let mut results: Vec<Result<(), WorldError>> =
+            changes.iter().map(|change| self.apply_table(change)).collect();
+        for family in [Family::V4, Family::V6] {
+            let (mut add, mut remove) = (Vec::new(), Vec::new());
+            let mut places = Vec::new();
+            for (place, change) in changes.iter().enumerate() {
+                match (change, change.fact()) {
+                    (_, Fact::Accept(accept)) if accept.cidr.family() != family => continue,
+                    (Change::Delete(_), Fact::Accept(accept)) => remove.push(accept.cidr),
+                    (Change::Create(_) | Change::Replace { .. }, Fact::Accept(accept)) => {
+                        add.push(accept.cidr)
+                    }
+                    _ => continue,
+                }
+                places.push(place);
+            }
+            if places.is_empty() {
+                continue;
+            }
+            if let Err(error) = self.change_accepts(family, &add, &remove) {
+                share(&error, &places, &mut results);
+            }
+        }
+        results
+    }
+
+    fn apply_table(&mut self, change: &Change<'_>) -> Result<(), WorldError> {
+        match change {
+            Change::Create(Fact::Table(new)) => self.socket.commit(encode::whole(new)),
+            Change::Replace { old: Fact::Table(old), new: Fact::Table(new) } => self.replace(old, new),
+            Change::Delete(Fact::Table(old)) => match self.socket.commit(encode::gone(&old.name)) {
+                Err(error) if error_code(&error) == Some(libc::ENOENT) => Ok(()),
+                other => other,
+            },
+            _ => Ok(()),
+        }
+    }
+
+    /// By what differs, as long as the table is what we think it is; else by writing all of it.
+    fn replace(&mut self, old: &Table, new: &Table) -> Result<(), WorldError> {
+        if old.strange.is_empty() && self.socket.commit(encode::difference(old, new)).is_ok() {
+            return Ok(());
+        }
+        self.socket.commit(encode::whole(new))
+    }
+
+    fn change_accepts(
+        &mut self,
+        family: Family,
+        add: &[Prefix],
+        remove: &[Prefix],
+    ) -> Result<(), WorldError> {
+        let legacy = self.legacy.is_writable(family);
+        if !legacy || forward_chain::exists(&mut self.socket, family)? {
+            forward_chain::change(&mut self.socket, family, add, remove)?;
+        }
+        if legacy { self.legacy.change(family, add, remove) } else { Ok(()) }
+    }
+}
+
+/// One transaction failed: every change in it did.
+fn share(error: &WorldError, places: &[usize], results: &mut [Result<(), WorldError>]) {
+    for place in places {
+        if let Some(result) = results.get_mut(*place) {
+            *result = Err(copy(error));
+        }
+    }
+}
+
+fn copy(error: &WorldError) -> WorldError {
+    let copied = |source: &io::Error| match source.raw_os_error() {
+        Some(code) => io::Error::from_raw_os_error(code),
+        None => io::Error::new(source.kind(), source.to_string()),
+    };
+    match error {
+        WorldError::Io { action, source } => {
+            WorldError::Io { action: action.clone(), source: copied(source) }
+        }
+        WorldError::Refused { action, detail, source } => {
+            WorldError::Refused { action: action.clone(), detail: detail.clone(), source: copied(source) }
+        }
+        WorldError::NoLink { action, link } => {
+            WorldError::NoLink { action: action.clone(), link: link.clone() }
+        }
+        WorldError::Unsupported { action, what } => {
+            WorldError::Unsupported { action: action.clone(), what: what.clone() }
+        }
+    }
+}
