@@ -56,6 +56,7 @@ mod cgroup;
 mod command;
 mod daemon;
 mod engine;
+pub mod fake;
 mod host;
 mod image;
 mod lab;

@@ -1,6 +1,8 @@
 //! Golden plans: every backend and mode as the lines that iproute2 would take. The files under `golden/` are the
 //! expected text; `GOLDEN=write cargo test --test plan` writes them anew, and the diff is for the reviewer.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on should panic where it stands")]
+
 use std::path::Path;
 
 use flannel_core::decide::backend;

@@ -81,6 +81,15 @@ pub fn plan(inputs: &Inputs<'_>) -> Result<Plan, PlanError> {
 }
 
 impl Plan {
+    /// The same plan, and what an earlier one of this network may have left where this one would not look: routes in
+    /// an earlier CIDR, tables of an earlier kind. Its devices carry the network's alias and are found anyway.
+    pub fn after(mut self, earlier: &Territory) -> Self {
+        self.territory.cidrs.extend(&earlier.cidrs);
+        self.territory.tables.extend(earlier.tables.iter().cloned());
+        self.territory.accepts |= earlier.accepts;
+        self
+    }
+
     /// The plan of a network that has left this node: the same territory, and nothing in it.
     pub fn retired(self) -> Self {
         Self { facts: Facts::default(), findings: Vec::new(), ..self }
