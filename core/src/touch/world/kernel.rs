@@ -24,6 +24,7 @@ use std::path::Path;
 
 use self::netlink::{Refusal, Socket};
 pub use self::netns::Namespace;
+pub use self::nftables::Netfilter;
 pub use self::read::{DefaultRoute, HostAddress, Interface};
 use self::writer::Writer;
 use super::{World, WorldError};
@@ -39,6 +40,8 @@ const ASKED_SINGLY_MAX: usize = 4;
 /// The kernel of one network namespace.
 pub struct Kernel {
     socket: Socket,
+    /// Opened when the first fact asks for it, and kept: closing it waits for the kernel to clear what was deleted.
+    netfilter: Option<Netfilter>,
     /// None: the namespace of the threads of this process.
     namespace: Option<Namespace>,
     /// Where veth peers are born that belong into the container.
@@ -49,7 +52,7 @@ impl Kernel {
     /// The kernel as the calling thread sees it.
     pub fn open() -> Result<Self, WorldError> {
         let socket = Socket::open().map_err(|e| io_error("open a netlink socket", e))?;
-        Ok(Self { socket, namespace: None, sandbox: None })
+        Ok(Self { socket, netfilter: None, namespace: None, sandbox: None })
     }
 
     /// The kernel of another namespace, given by path.
@@ -65,7 +68,7 @@ impl Kernel {
 
     fn inside(namespace: Namespace) -> io::Result<Self> {
         let socket = namespace.run(Socket::open)??;
-        Ok(Self { socket, namespace: Some(namespace), sandbox: None })
+        Ok(Self { socket, netfilter: None, namespace: Some(namespace), sandbox: None })
     }
 
     /// Says where the peers of veth pairs are born that belong into the container.
@@ -78,6 +81,28 @@ impl Kernel {
         match &self.namespace {
             None => Ok(work()),
             Some(namespace) => namespace.run(work),
+        }
+    }
+
+    /// The packet filter of this kernel's namespace.
+    pub fn netfilter(&mut self) -> Result<&mut Netfilter, WorldError> {
+        let opened = match self.netfilter.take() {
+            Some(netfilter) => netfilter,
+            None => self.here(Netfilter::open).map_err(|e| io_error("enter the namespace", e))??,
+        };
+        Ok(self.netfilter.insert(opened))
+    }
+
+    /// Makes changes about tables and accepts, which are one transaction for each table.
+    fn filter(&mut self, changes: &[Change<'_>]) -> Vec<Result<(), WorldError>> {
+        match self.netfilter() {
+            Ok(netfilter) => netfilter.apply(changes),
+            Err(error) => {
+                let text = error.to_string();
+                let again =
+                    || WorldError::Unsupported { action: "write firewall rules".into(), what: text.clone() };
+                changes.iter().map(|_| Err(again())).collect()
+            }
         }
     }
 
@@ -229,53 +254,73 @@ impl World for Kernel {
         self.observe_neighbors(&ours, &mut facts)?;
         self.name_outsiders(territory, &mut ours)?;
         self.observe_routes(territory, &ours, &mut facts)?;
+        if !territory.tables.is_empty() || territory.accepts {
+            self.netfilter()?.observe(territory, &mut facts)?;
+        }
         Ok(facts)
     }
 
     fn apply(&mut self, changes: &[Change<'_>]) -> Vec<Result<(), WorldError>> {
-        let sandbox = self.sandbox.as_ref().map(AsRawFd::as_raw_fd);
-        let namespace = &self.namespace;
-        let mut writer = Writer::new(&mut self.socket, changes, sandbox);
-        for (place, change) in changes.iter().enumerate() {
-            match change.fact() {
-                Fact::Sysctl(sysctl) => {
-                    // A setting of an interface needs the interface.
-                    writer.flush();
-                    writer.record(place, write_sysctl(namespace.as_ref(), change, sysctl));
+        let mut results = Vec::with_capacity(changes.len());
+        // Neighbors in the list that the same part of the kernel answers for go to it together.
+        for run in changes.chunk_by(|a, b| Part::of(a) == Part::of(b)) {
+            match run.first().map(Part::of) {
+                Some(Part::Rtnetlink) => {
+                    let sandbox = self.sandbox.as_ref().map(AsRawFd::as_raw_fd);
+                    results.extend(Writer::new(&mut self.socket, run, sandbox).write());
                 }
-                Fact::Table(_) | Fact::Accept(_) => writer.record(
-                    place,
-                    Err(WorldError::Unsupported {
-                        action: action(change),
-                        what: "this build does not write firewall rules".to_owned(),
-                    }),
-                ),
-                Fact::Link(_)
-                | Fact::BridgePort(_)
-                | Fact::Address(_)
-                | Fact::Neighbor(_)
-                | Fact::Forward(_)
-                | Fact::Route(_) => writer.write(place),
+                Some(Part::Netfilter) => results.extend(self.filter(run)),
+                Some(Part::Settings) => {
+                    let write = || run.iter().map(write_setting).collect::<Vec<_>>();
+                    let written = self.here(write);
+                    results.extend(written.unwrap_or_else(|error| {
+                        let failed = |change| Err(io_error(action(change), again(&error)));
+                        run.iter().map(failed).collect()
+                    }));
+                }
+                None => {}
             }
         }
-        writer.finish()
+        results
     }
 }
 
-fn write_sysctl(
-    namespace: Option<&Namespace>,
-    change: &Change<'_>,
-    sysctl: &Sysctl,
-) -> Result<(), WorldError> {
-    // Settings are set, never unset.
-    if matches!(change, Change::Delete(_)) {
-        return Ok(());
+/// The part of the kernel that answers for a fact.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Rtnetlink,
+    Netfilter,
+    Settings,
+}
+
+impl Part {
+    fn of(change: &Change<'_>) -> Self {
+        match change.fact() {
+            Fact::Sysctl(_) => Self::Settings,
+            Fact::Table(_) | Fact::Accept(_) => Self::Netfilter,
+            Fact::Link(_)
+            | Fact::BridgePort(_)
+            | Fact::Address(_)
+            | Fact::Neighbor(_)
+            | Fact::Forward(_)
+            | Fact::Route(_) => Self::Rtnetlink,
+        }
     }
-    let written = match namespace {
-        None => sysctl::write(sysctl),
-        Some(namespace) => namespace.run(|| sysctl::write(sysctl)).flatten(),
-    };
-    written.map_err(|e| io_error(action(change), e))
+}
+
+/// Settings are set, never unset.
+fn write_setting(change: &Change<'_>) -> Result<(), WorldError> {
+    match (change, change.fact()) {
+        (Change::Create(_) | Change::Replace { .. }, Fact::Sysctl(setting)) => {
+            sysctl::write(setting).map_err(|e| io_error(action(change), e))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The same error once more, for the next of several changes that failed together.
+fn again(error: &io::Error) -> io::Error {
+    error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error)
 }
 
 /// Our interfaces as they were at one look.

@@ -5,7 +5,7 @@ use std::os::fd::RawFd;
 
 use super::link::{Request, Settle};
 use super::netlink::{Batch, Refusal, Socket};
-use super::{action, address, bridge_port, forward, io_error, link, neighbor, refused, route};
+use super::{action, address, again, bridge_port, forward, io_error, link, neighbor, refused, route};
 use crate::touch::world::WorldError;
 use crate::words::fact::{Change, Fact, Link, LinkKind};
 use crate::words::name::LinkName;
@@ -64,34 +64,31 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Takes a result that was found elsewhere.
-    pub(super) fn record(&mut self, place: usize, result: Result<(), WorldError>) {
-        if let Some(slot) = self.results.get_mut(place)
-            && slot.is_ok()
-        {
-            *slot = result;
+    /// Writes them all, in order, and returns what became of each.
+    pub(super) fn write(mut self) -> Vec<Result<(), WorldError>> {
+        for (place, change) in self.changes.iter().enumerate() {
+            if let Err(error) = self.translate(place, change) {
+                self.record(place, Err(error));
+            }
+            if self.socket.is_full(&self.batch) {
+                self.flush();
+            }
         }
-    }
-
-    /// Puts one change into the batch.
-    pub(super) fn write(&mut self, place: usize) {
-        let Some(change) = self.changes.get(place).copied() else { return };
-        if let Err(error) = self.translate(place, &change) {
-            self.record(place, Err(error));
-        }
-        if self.socket.is_full(&self.batch) {
-            self.flush();
-        }
-    }
-
-    /// Sends the rest and returns what became of every change.
-    pub(super) fn finish(mut self) -> Vec<Result<(), WorldError>> {
         self.flush();
         for place in std::mem::take(&mut self.taken) {
             let result = self.verify_taken(place);
             self.record(place, result);
         }
         self.results
+    }
+
+    /// The first failure of a change is the one that counts.
+    fn record(&mut self, place: usize, result: Result<(), WorldError>) {
+        if let Some(slot) = self.results.get_mut(place)
+            && slot.is_ok()
+        {
+            *slot = result;
+        }
     }
 
     fn translate(&mut self, place: usize, change: &Change<'_>) -> Result<(), WorldError> {
@@ -192,7 +189,7 @@ impl<'a> Writer<'a> {
     }
 
     /// Sends what is in the batch and records what the kernel refused.
-    pub(super) fn flush(&mut self) {
+    fn flush(&mut self) {
         if self.batch.is_empty() {
             return;
         }
@@ -210,10 +207,7 @@ impl<'a> Writer<'a> {
                 self.batch = Batch::default();
                 for (place, _) in owners {
                     let Some(change) = self.changes.get(place) else { continue };
-                    let again = error
-                        .raw_os_error()
-                        .map_or_else(|| error.kind().into(), std::io::Error::from_raw_os_error);
-                    self.record(place, Err(io_error(action(change), again)));
+                    self.record(place, Err(io_error(action(change), again(&error))));
                 }
             }
         }
