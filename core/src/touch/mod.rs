@@ -1,6 +1,8 @@
 //! Synchronous effects, one subject each. Nothing here decides.
 
+pub mod identity;
 pub mod ledger;
 pub mod marker;
 pub mod subnet_env;
+pub mod uplink;
 pub mod world;

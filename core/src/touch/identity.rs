@@ -1,0 +1,102 @@
+//! What a node makes once and keeps: the MACs of its VXLAN devices. A restart changes nothing on the wire.
+//!
+//! **Shape** — `<state dir>/<network>/identity.json`: `{"vtep_mac": "...", "vtep_mac_v6": "..."}`.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::world::WorldError;
+use super::world::kernel::Kernel;
+use crate::words::addr::Mac;
+use crate::words::name::{LinkName, NetworkName};
+use crate::words::node::Identity;
+
+/// Why there is no identity.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    /// The kernel could not be asked.
+    #[error(transparent)]
+    World(#[from] WorldError),
+    /// The file cannot be written.
+    #[error("could not keep this node's identity in {path}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+#[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq)]
+struct Kept {
+    vtep_mac: Mac,
+    vtep_mac_v6: Mac,
+}
+
+/// The identity: what an existing device says (Go's flanneld may have made it), else what was kept, else made now.
+/// `devices` are the names of the IPv4 and the IPv6 device, where the backend has any.
+pub fn load(
+    kernel: &mut Kernel,
+    state_dir: &Path,
+    network: &NetworkName,
+    devices: Option<[LinkName; 2]>,
+) -> Result<Identity, IdentityError> {
+    let path = state_dir.join(network.as_str()).join("identity.json");
+    let kept = read(&path);
+    let [v4, v6] = match devices {
+        Some([v4, v6]) => [mac(kernel, v4)?, mac(kernel, v6)?],
+        None => [None, None],
+    };
+    let now = Kept {
+        vtep_mac: v4.or(kept.map(|kept| kept.vtep_mac)).unwrap_or_else(random),
+        vtep_mac_v6: v6.or(kept.map(|kept| kept.vtep_mac_v6)).unwrap_or_else(random),
+    };
+    if kept != Some(now) {
+        write(&path, now).map_err(|source| IdentityError::Io { path, source })?;
+    }
+    Ok(Identity { vtep_mac: now.vtep_mac, vtep_mac_v6: now.vtep_mac_v6 })
+}
+
+fn mac(kernel: &mut Kernel, device: LinkName) -> Result<Option<Mac>, WorldError> {
+    Ok(kernel.link(device)?.and_then(|link| link.mac))
+}
+
+fn random() -> Mac {
+    Mac::locally_administered(std::array::from_fn(|_| fastrand::u8(..)))
+}
+
+/// A file that cannot be read is made anew: peers learn a new MAC as they learn any change.
+fn read(path: &Path) -> Option<Kept> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+fn write(path: &Path, kept: Kept) -> io::Result<()> {
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir)?;
+    }
+    let fresh = path.with_extension("json.new");
+    let mut file = fs::File::create(&fresh)?;
+    file.write_all(serde_json::to_string(&kept)?.as_bytes())?;
+    file.sync_all()?;
+    fs::rename(fresh, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_made_is_kept_and_rubbish_is_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("default/identity.json");
+        assert!(read(&path).is_none());
+        let kept = Kept { vtep_mac: random(), vtep_mac_v6: random() };
+        write(&path, kept).unwrap();
+        assert!(read(&path) == Some(kept));
+        fs::write(&path, "{").unwrap();
+        assert!(read(&path).is_none());
+    }
+}
