@@ -483,7 +483,7 @@ fn node() -> Node {
             route("::/0", Some("fd00:100::fe")),
             route("fd00:100::/64", None),
         ],
-        forward_chain: false,
+        forward_chains: Default::default(),
         ports: Default::default(),
     }
 }
