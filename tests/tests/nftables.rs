@@ -3,16 +3,17 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic, and so may what only tests call")]
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
+use flannel_core::decide::firewall::{FirewallScene, Range, plan};
 use flannel_core::touch::world::WorldError;
 use flannel_core::touch::world::kernel::nftables::Netfilter;
 use flannel_core::words::addr::{Family, Prefix};
 use flannel_core::words::fact::{Accept, Change, Fact, Facts, Key, diff};
-use flannel_core::words::name::LinkName;
+use flannel_core::words::name::{LinkName, NetworkName};
 use flannel_core::words::rule::{
     Base, Chain, ChainKind, Hook, Match, Rule, Set, Side, Table, TableFamily, TableName, Verdict,
 };
@@ -634,23 +635,34 @@ impl Drop for Sandbox {
     }
 }
 
+impl Sandbox {
+    /// One that is joined to this namespace by a link of this name: we have the first address, it has the second.
+    fn behind(link: &str, ours: &str, theirs: &str) -> Self {
+        let sandbox = Self::new();
+        let pid = sandbox.0.id();
+        sh(&format!(
+            "ip link add {link} type veth peer name eth0 netns {pid}; ip addr add {ours}/24 dev {link}
+             ip link set {link} up"
+        ));
+        let inside = format!("ip addr add {theirs}/24 dev eth0; ip link set eth0 up; ip link set lo up");
+        assert!(sandbox.try_sh(&inside));
+        sandbox
+    }
+
+    fn pings(&self, to: &str) -> bool {
+        self.try_sh(&format!("ping -qc1 -W1 {to}"))
+    }
+}
+
 #[test]
 fn packets_pass_a_forward_chain_that_drops_like_dockers() {
     in_namespace(&["iptables-nft", "nft", "ip", "ping", "nsenter", "unshare"], |netfilter| {
-        let (left, right) = (Sandbox::new(), Sandbox::new());
-        for (place, link, net) in [(&left, "left", "10.100.1"), (&right, "right", "10.100.2")] {
-            let pid = place.0.id();
-            sh(&format!(
-                "ip link add {link} type veth peer name eth0 netns {pid}; ip addr add {net}.1/24 dev {link}
-                 ip link set {link} up"
-            ));
-            let inside = format!(
-                "ip addr add {net}.2/24 dev eth0; ip link set eth0 up; ip link set lo up; ip route add default via {net}.1"
-            );
-            assert!(place.try_sh(&inside));
-        }
+        let left = Sandbox::behind("left", "10.100.1.1", "10.100.1.2");
+        let right = Sandbox::behind("right", "10.100.2.1", "10.100.2.2");
+        assert!(left.try_sh("ip route add default via 10.100.1.1"));
+        assert!(right.try_sh("ip route add default via 10.100.2.1"));
         sh("echo 1 > /proc/sys/net/ipv4/ip_forward");
-        let passes = || left.try_sh("ping -qc1 -W1 10.100.2.2");
+        let passes = || left.pings("10.100.2.2");
         assert!(passes(), "the way is open without rules");
         sh(
             "iptables-nft -P FORWARD DROP; iptables-nft -N DOCKER-USER; iptables-nft -I FORWARD -j DOCKER-USER",
@@ -667,6 +679,60 @@ fn packets_pass_a_forward_chain_that_drops_like_dockers() {
         assert!(passes());
         settle(netfilter, &territory, &Facts::default());
         assert!(!passes());
+    });
+}
+
+/// The plan of a network on a node, seen from a container, another node, the outside, and another network's container.
+#[test]
+fn a_planned_firewall_masquerades_and_isolates() {
+    in_namespace(&["nft", "ip", "ping", "nsenter", "unshare"], |netfilter| {
+        let pod = Sandbox::behind("pod", "10.100.5.1", "10.100.5.2");
+        let peer = Sandbox::behind("peer", "172.30.9.1", "172.30.9.2");
+        let outside = Sandbox::behind("outside", "192.0.2.1", "192.0.2.2");
+        let stranger = Sandbox::behind("stranger", "10.200.1.1", "10.200.1.2");
+        sh("echo 1 > /proc/sys/net/ipv4/ip_forward; ip route add 10.100.9.0/24 via 172.30.9.2");
+        assert!(pod.try_sh("ip route add default via 10.100.5.1"));
+        assert!(peer.try_sh("ip addr add 10.100.9.2/32 dev lo; ip route add 10.100.0.0/16 via 172.30.9.1"));
+        assert!(stranger.try_sh("ip route add default via 10.200.1.1"));
+
+        let network = NetworkName::default_network();
+        let ranges = [Range { cidr: prefix("10.100.0.0/16"), subnet: prefix("10.100.5.0/24") }];
+        let (alone, others) = (BTreeSet::new(), BTreeSet::from([prefix("10.200.0.0/16")]));
+        let scene = FirewallScene {
+            network: &network,
+            ranges: &ranges,
+            masquerade: true,
+            fully_random: true,
+            forward: true,
+            isolated_from: &alone,
+            forward_chains: &netfilter.forward_chains().unwrap(),
+        };
+        let from_host =
+            || sh("ping -qc1 -W1 -I 192.0.2.1 10.100.9.2 >/dev/null && echo yes || echo no") == "yes\n";
+        assert!(!pod.pings("192.0.2.2"), "the outside knows no way back to a container");
+        assert!(!from_host(), "nor does another node to an address outside the network");
+
+        let (territory, desired) = facts(plan(&scene).unwrap().iter().cloned());
+        settle(netfilter, &territory, &desired);
+        assert_eq!(settle(netfilter, &territory, &desired), 0);
+        assert!(pod.pings("192.0.2.2"), "masqueraded to the outside");
+        assert!(from_host(), "masqueraded into the network (upstream's nftables rules cannot)");
+        assert!(pod.pings("10.200.1.2") && stranger.pings("10.100.5.2"), "not isolated yet");
+        assert!(peer.try_sh("ip route add blackhole 172.30.9.1/32"));
+        assert!(!from_host(), "the peer answers nobody but containers now");
+        assert!(pod.pings("10.100.9.2"), "between containers the source is kept");
+        assert!(
+            outside.try_sh("ip route add 10.100.0.0/16 via 192.0.2.1; ip route add blackhole 10.100.5.1/32")
+        );
+        assert!(outside.pings("10.100.5.2"), "into the network the source is kept");
+
+        let isolated = FirewallScene { isolated_from: &others, ..scene };
+        let (_, desired) = facts(plan(&isolated).unwrap().iter().cloned());
+        assert_eq!(settle(netfilter, &territory, &desired), 1);
+        assert!(!pod.pings("10.200.1.2") && !stranger.pings("10.100.5.2"));
+        assert!(pod.pings("192.0.2.2") && pod.pings("10.100.9.2"));
+        let drops = sh("nft list chain inet flannel forward");
+        assert_eq!(drops.matches("counter packets 1 ").count(), 2, "{drops}");
     });
 }
 

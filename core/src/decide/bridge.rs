@@ -3,7 +3,6 @@
 //! The agent plans these facts and so does every attach; both want the same, so who comes first does not matter.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::words::addr::{Family, InterfaceAddress, Mac, Prefix};
 use crate::words::fact::{
@@ -114,7 +113,7 @@ pub fn masquerade(bridge: LinkName, subnets: &[Prefix], networks: &[Prefix]) -> 
     let rules = subnets.iter().map(|subnet| {
         let family = subnet.family();
         let inside = networks.iter().filter(|network| network.family() == family);
-        let kept: BTreeSet<Prefix> = inside.copied().chain(multicast(family)).collect();
+        let kept: BTreeSet<Prefix> = inside.copied().chain([Prefix::multicast(family)]).collect();
         let mut matches = vec![Match::Address { side: Side::Source, negated: false, prefix: *subnet }];
         matches.extend(kept.into_iter().map(|prefix| Match::Address {
             side: Side::Destination,
@@ -131,14 +130,6 @@ pub fn masquerade(bridge: LinkName, subnets: &[Prefix], networks: &[Prefix]) -> 
         chains: BTreeMap::from([("postrouting".to_owned(), chain)]),
         ..Table::new(masquerade_table(bridge))
     }))
-}
-
-/// 224.0.0.0/4 (RFC 5771) or ff00::/8 (RFC 4291).
-fn multicast(family: Family) -> Option<Prefix> {
-    match family {
-        Family::V4 => Prefix::new(IpAddr::V4(Ipv4Addr::new(224, 0, 0, 0)), 4).ok(),
-        Family::V6 => Prefix::new(IpAddr::V6(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0)), 8).ok(),
-    }
 }
 
 #[cfg(test)]

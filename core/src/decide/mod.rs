@@ -3,6 +3,7 @@
 pub mod backend;
 pub mod bridge;
 pub mod endpoint;
+pub mod firewall;
 pub mod plan;
 pub mod pool;
 pub mod scene;

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::backend;
 use super::scene::{Draft, Scene};
+use super::{backend, firewall};
 use crate::words::addr::Prefix;
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
@@ -102,6 +102,7 @@ pub fn remains(network: &NetworkName, cidrs: impl IntoIterator<Item = Prefix>) -
     Territory {
         alias: Some(Territory::alias_of(network)),
         cidrs: cidrs.into_iter().collect(),
+        tables: BTreeSet::from([firewall::table_name(network)]),
         accepts: true,
         ..Territory::default()
     }

@@ -92,6 +92,14 @@ impl Prefix {
         Self(network_of(address, Family::of(address).bits()))
     }
 
+    /// All multicast addresses: 224.0.0.0/4 (RFC 5771), ff00::/8 (RFC 4291).
+    pub fn multicast(family: Family) -> Self {
+        match family {
+            Family::V4 => Self(network_of(IpAddr::V4(Ipv4Addr::new(224, 0, 0, 0)), 4)),
+            Family::V6 => Self(network_of(IpAddr::V6(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0)), 8)),
+        }
+    }
+
     /// Lowest address.
     pub fn base(&self) -> IpAddr {
         self.0.ip()

@@ -130,6 +130,18 @@ impl NetworkName {
         // Built within the kernel's rules: NetworkName has none of the refused bytes.
         LinkName::new(&name).unwrap_or(LinkName([b'f'; LINK_NAME_MAX + 1]))
     }
+
+    /// Name of the network's nftables table: `flannel` for the default network, `flannel-NAME` while that has at most
+    /// 31 bytes, else `flannel-` and a hash of the name.
+    pub fn table(&self) -> String {
+        const TABLE_NAME_MAX: usize = 31;
+        const FIRST: &str = "flannel";
+        match self.is_default() {
+            true => FIRST.to_owned(),
+            false if FIRST.len() + 1 + self.0.len() <= TABLE_NAME_MAX => format!("{FIRST}-{}", self.0),
+            false => format!("{FIRST}-{}", fingerprint(self.0.as_bytes())),
+        }
+    }
 }
 
 impl fmt::Display for NetworkName {
@@ -220,6 +232,12 @@ mod tests {
         }
         assert_eq!(NetworkName::new("web").unwrap().bridge().as_str(), "fl-web");
         assert_eq!(NetworkName::default_network().bridge().as_str(), "cni0");
+        assert_eq!(NetworkName::new("web").unwrap().table(), "flannel-web");
+        assert_eq!(NetworkName::default_network().table(), "flannel");
+        let [one, other] =
+            ["1", "2"].map(|end| NetworkName::new(&format!("a-rather-long-network-name{end}")));
+        assert_ne!(one.as_ref().unwrap().table(), other.unwrap().table());
+        assert_eq!(one.unwrap().table().len(), 24);
         let long = NetworkName::new("a-rather-long-network-name").unwrap().bridge();
         assert!(long.as_str().starts_with("fl-") && long.as_str().len() == 15);
     }

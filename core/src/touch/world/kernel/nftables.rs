@@ -45,6 +45,10 @@ impl Netfilter {
     /// # Errors
     /// `Refused` if the kernel does not let us look.
     pub fn observe(&mut self, territory: &Territory, facts: &mut Facts) -> Result<(), WorldError> {
+        let asked = !territory.tables.is_empty() || territory.accepts;
+        if !asked || self.is_absent()? {
+            return Ok(());
+        }
         for name in &territory.tables {
             if let Some(table) = self.look(name)? {
                 facts.set(Fact::Table(Box::new(table)));
@@ -58,6 +62,15 @@ impl Netfilter {
             }
         }
         Ok(())
+    }
+
+    /// A kernel without nf_tables refuses every question about it (net/netfilter/nfnetlink.c `nfnetlink_rcv_msg`): there
+    /// is nothing to see then, and only a plan that wants a table fails.
+    fn is_absent(&mut self) -> Result<bool, WorldError> {
+        match self.socket.generation() {
+            Err(error) if error_code(&error) == Some(libc::EINVAL) => Ok(true),
+            other => other.map(|_| false),
+        }
     }
 
     fn look(&mut self, name: &TableName) -> Result<Option<Table>, WorldError> {
@@ -98,8 +111,10 @@ impl Netfilter {
     /// `Refused` if the kernel does not let us look.
     pub fn forward_chains(&mut self) -> Result<BTreeSet<Family>, WorldError> {
         let mut families = BTreeSet::new();
+        let absent = self.is_absent()?;
         for family in [Family::V4, Family::V6] {
-            if forward_chain::exists(&mut self.socket, family)? || self.legacy.is_writable(family) {
+            let nft = !absent && forward_chain::exists(&mut self.socket, family)?;
+            if nft || self.legacy.is_writable(family) {
                 families.insert(family);
             }
         }
