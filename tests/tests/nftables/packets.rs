@@ -169,7 +169,7 @@ fn no_packet_slips_through_a_replacement() {
                 }
                 sent
             });
-            for round in 1..300 {
+            for round in 1..300u32 {
                 let strange = Table { strange: vec!["made anew".to_owned()], ..closed(0) };
                 let old = table(if round.is_multiple_of(2) { closed(round - 1) } else { strange });
                 let new = table(closed(round));
