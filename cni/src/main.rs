@@ -1,1 +1,73 @@
-fn main() {}
+//! The flannel CNI plugin: a container's place on a flannel network, in one process.
+//!
+//! One exec for each command, no daemon asked, no other plugin needed. stdout is the answer, stderr is talk.
+
+mod args;
+mod command;
+mod conf;
+mod delegate;
+mod result;
+
+use std::io::{self, Read, Write};
+use std::process::ExitCode;
+
+use args::{Call, Verb};
+use command::Answer;
+use conf::Conf;
+use result::{CniError, Version};
+
+fn main() -> ExitCode {
+    let (version, outcome) = match Call::from_env() {
+        Ok(None) => return about(),
+        Ok(Some(call)) => serve(&call),
+        Err(error) => (Version::NEWEST, Err(error)),
+    };
+    match outcome {
+        Ok(answer) => print(&answer, ExitCode::SUCCESS),
+        Err(error) => print(&Answer::Value(error.render(version)), ExitCode::FAILURE),
+    }
+}
+
+/// Somebody wants to know what this is. Tools read the first line (nerdctl does).
+fn about() -> ExitCode {
+    let versions = Version::ALL.map(Version::text).join(", ");
+    eprintln!("CNI flannel plugin v{}", env!("CARGO_PKG_VERSION"));
+    eprintln!("CNI protocol versions supported: {versions}");
+    ExitCode::SUCCESS
+}
+
+/// The answer, and the version to put an error in.
+fn serve(call: &Call) -> (Version, Result<Answer, CniError>) {
+    // Tools ask for versions all the time, and some leave stdin open.
+    if call.verb == Verb::Version {
+        return (Version::NEWEST, Ok(Answer::Value(result::versions())));
+    }
+    match read_conf() {
+        Ok(conf) => (conf.version, command::run(call, &conf)),
+        Err(error) => (Version::NEWEST, Err(error)),
+    }
+}
+
+fn read_conf() -> Result<Conf, CniError> {
+    let mut stdin = Vec::new();
+    io::stdin().lock().read_to_end(&mut stdin).map_err(|error| {
+        CniError::new(CniError::INPUT, "error reading from stdin").with_details(error.to_string())
+    })?;
+    Conf::parse(&stdin)
+}
+
+fn print(answer: &Answer, code: ExitCode) -> ExitCode {
+    let bytes = match answer {
+        Answer::Nothing => return code,
+        Answer::Value(value) => value.to_string().into_bytes(),
+        Answer::Printed(bytes) => bytes.clone(),
+    };
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(&bytes).and_then(|()| stdout.flush()) {
+        Ok(()) => code,
+        Err(error) => {
+            eprintln!("flannel: could not print the answer: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

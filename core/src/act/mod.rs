@@ -1,3 +1,4 @@
 //! Where deciding meets touching, synchronously: all that the CNI binary needs.
 
+pub mod attach;
 pub mod pass;

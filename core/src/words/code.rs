@@ -76,6 +76,14 @@ catalogue! {
         "one was cloned from the other: delete its flannel device and state directory, and restart it";
     MTU_ABOVE_UPLINK = 124, "the MTU of the config does not fit the uplink",
         "lower Backend.MTU, or raise the uplink's MTU";
+    ATTACHMENT_DRIFT = 140, "a container's place on the network is not as it was made",
+        "start the container anew; the details name what is missing as the commands that would make it";
+    ATTACHMENT_EXISTS = 141, "the container's interface is attached already",
+        "detach it first (CNI DEL), then attach it";
+    ADDRESS_TAKEN = 142, "the address asked for has an owner",
+        "choose another, or stop its owner";
+    LEFTOVER = 143, "something of a container could not be taken back",
+        "see the reason; the next DEL or GC tries again";
 }
 
 impl Code {

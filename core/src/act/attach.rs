@@ -1,0 +1,342 @@
+//! Putting an endpoint on a network and taking it off again, for CNI and for Docker.
+//!
+//! An attach claims addresses, plans, makes the host's half and then the container's; what fails is undone in reverse. Detaching needs no
+//! memory: the host's end of the veth pair has a name that follows from the attachment, and the container's end goes with it.
+//!
+//! Unlike a pass, an attach does not look before it writes what is new and its own, and not again afterwards: the kernel refuses what exists,
+//! and every look costs. It only looks at what it shares, the bridge, and never removes anything there unless told to.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use super::pass::{ROUNDS_MAX, chain};
+use crate::decide::bridge::{self, BridgeSpec};
+use crate::decide::endpoint::{self, EndpointPlan, EndpointSpec};
+use crate::decide::pool::{Pool, PoolError};
+use crate::touch::ledger::{HeldLedger, Ledger, LedgerError};
+use crate::touch::world::{World, WorldError};
+use crate::words::addr::{Family, InterfaceAddress, Mac};
+use crate::words::fact::{Change, Conflict, Fact, Facts, Key, Link, LinkKind, diff};
+use crate::words::name::{Attachment, LinkName};
+use crate::words::territory::Territory;
+
+/// Why addresses could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ClaimError {
+    /// The ledger cannot be used, or the address asked for has an owner.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    /// The subnet does not have the address asked for, or none free.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// An endpoint has one address of a family.
+    #[error("both {0} and {1} were asked for, and an interface gets one address of each family")]
+    TooMany(IpAddr, IpAddr),
+    /// The node has no subnet of this family.
+    #[error("{0} was asked for, and this node has no subnet of that family")]
+    NoPool(IpAddr),
+}
+
+/// Why an endpoint could not be put on the network.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// No addresses.
+    #[error(transparent)]
+    Claim(#[from] ClaimError),
+    /// The plan contradicts itself.
+    #[error("the endpoint cannot be planned")]
+    Plan(#[from] Conflict),
+    /// The kernel cannot be looked at.
+    #[error(transparent)]
+    World(#[from] WorldError),
+    /// It is there already.
+    #[error("{container_link} is attached already ({host_link} exists on the host): detach it first")]
+    Exists {
+        /// The container's end of the veth pair.
+        container_link: LinkName,
+        /// The host's end.
+        host_link: LinkName,
+    },
+    /// The bridge's name belongs to something else.
+    #[error("{link} exists and is no bridge: choose another bridge name, or remove it")]
+    NoBridge {
+        /// The name.
+        link: LinkName,
+    },
+    /// Others change the bridge as fast as we do.
+    #[error("the bridge {link} could not be brought to the plan: something else changes it")]
+    Unsettled {
+        /// Its name.
+        link: LinkName,
+    },
+    /// It failed, and what was made could not be taken back entirely.
+    #[error("{error}; and taking back what was made failed too: {undo}")]
+    Undo {
+        /// What failed first.
+        error: Box<Self>,
+        /// What failed then.
+        undo: String,
+    },
+}
+
+/// Claims one address from every pool: the ones asked for, else the next free ones. All or none.
+pub fn claim(
+    ledger: &HeldLedger<'_>,
+    pools: &[Pool],
+    wanted: &[IpAddr],
+    owner: &Attachment,
+) -> Result<Vec<InterfaceAddress>, ClaimError> {
+    for (index, ip) in wanted.iter().enumerate() {
+        let family = Family::of(*ip);
+        if !pools.iter().any(|pool| pool.subnet().family() == family) {
+            return Err(ClaimError::NoPool(*ip));
+        }
+        if let Some(other) = wanted.iter().take(index).find(|other| Family::of(**other) == family) {
+            return Err(ClaimError::TooMany(*other, *ip));
+        }
+    }
+    let mut claimed = Vec::new();
+    for (index, pool) in pools.iter().enumerate() {
+        let wanted = wanted.iter().copied().find(|ip| Family::of(*ip) == pool.subnet().family());
+        match claim_from(ledger, index, pool, wanted, owner) {
+            Ok(address) => claimed.push(address),
+            Err(error) => {
+                for address in claimed {
+                    ledger.release_address(address.address())?;
+                }
+                return Err(error);
+            }
+        }
+    }
+    Ok(claimed)
+}
+
+fn claim_from(
+    ledger: &HeldLedger<'_>,
+    index: usize,
+    pool: &Pool,
+    wanted: Option<IpAddr>,
+    owner: &Attachment,
+) -> Result<InterfaceAddress, ClaimError> {
+    if let Some(wanted) = wanted {
+        let address = pool.admit(wanted)?;
+        ledger.claim(wanted, owner)?;
+        return Ok(address);
+    }
+    let last = ledger.last(index);
+    let taken: BTreeSet<IpAddr> = ledger.addresses()?.into_iter().collect();
+    let next = match pool.next(last, &taken) {
+        // Only now is it worth reading every entry: it frees those whose writer died.
+        Err(PoolError::Exhausted { .. }) => {
+            let held = ledger.entries()?.into_iter().map(|entry| entry.address).collect();
+            pool.next(last, &held)?
+        }
+        next => next?,
+    };
+    let address = pool.admit(next)?;
+    ledger.claim(next, owner)?;
+    ledger.set_last(index, next)?;
+    Ok(address)
+}
+
+/// What an endpoint needs of the host and shares with others.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Shared {
+    /// The bridge.
+    pub bridge: BridgeSpec,
+    /// Rules that belong to it.
+    pub rules: Vec<Fact>,
+    /// Take addresses off the bridge that are not planned.
+    pub force_address: bool,
+}
+
+impl Shared {
+    fn plan(&self) -> Result<Facts, Conflict> {
+        let mut facts = bridge::plan(&self.bridge)?;
+        self.rules.iter().try_for_each(|rule| facts.add(rule.clone()))?;
+        Ok(facts)
+    }
+}
+
+/// Makes the host's half of an endpoint and, with a sandbox, the container's. Nothing is left behind on failure but the
+/// bridge, which is the network's. The answer is the bridge's MAC.
+///
+/// With [`endpoint::Birth::InSandbox`] the host's [`World`] must know the same sandbox.
+pub fn connect(
+    host: &mut dyn World,
+    sandbox: Option<&mut dyn World>,
+    shared: &Shared,
+    spec: &EndpointSpec,
+) -> Result<Option<Mac>, AttachError> {
+    let plan = endpoint::plan(spec)?;
+    let mac = prepare(host, shared, spec)?;
+    let made = create(host, &plan.host).and_then(|()| match sandbox {
+        Some(sandbox) => configure(sandbox, &plan, spec),
+        None => Ok(()),
+    });
+    match made {
+        Ok(()) => Ok(mac),
+        Err(error) => Err(match disconnect(host, spec.host_link) {
+            Ok(()) => error.into(),
+            Err(undo) => AttachError::Undo { error: Box::new(error.into()), undo: chain(&undo) },
+        }),
+    }
+}
+
+/// Takes an endpoint off the network: deletes the veth pair by its host's end. One that is gone is no error.
+pub fn disconnect(host: &mut dyn World, host_link: LinkName) -> Result<(), WorldError> {
+    let link = veth(host_link, None);
+    host.apply(&[Change::Delete(&link)]).into_iter().collect()
+}
+
+/// What keeps an endpoint from being as planned, as the lines that would repair it. What others added is nobody's
+/// fault: plugins that run later may do so.
+pub fn check(
+    host: &mut dyn World,
+    sandbox: Option<&mut dyn World>,
+    shared: &Shared,
+    spec: &EndpointSpec,
+) -> Result<Vec<String>, AttachError> {
+    let plan = endpoint::plan(spec)?;
+    let mut wanted = shared.plan()?;
+    // Whoever else made the bridge may have left the subnet's route to the kernel.
+    wanted.retain(|fact| !matches!(fact, Fact::Route(_)));
+    wanted.join(plan.host)?;
+    let observed = host.observe(&Territory::of(wanted.iter()))?;
+    settle_for(&mut wanted, &observed, shared.bridge.name);
+    let mut missing = missing(&wanted, &observed);
+    if let Some(sandbox) = sandbox {
+        let observed = sandbox.observe(&Territory::of(plan.container.iter()))?;
+        missing.extend(self::missing(&plan.container, &observed));
+    }
+    Ok(missing)
+}
+
+/// Claims addresses and puts the endpoint on the network with them; `shape` makes the endpoint of them. Nothing is left
+/// behind on failure but the bridge.
+pub fn attach(
+    ledger: &Ledger,
+    owner: &Attachment,
+    (pools, wanted): (&[Pool], &[IpAddr]),
+    connect: impl FnOnce(&[InterfaceAddress]) -> Result<(), AttachError>,
+) -> Result<Vec<InterfaceAddress>, AttachError> {
+    let held = ledger.lock().map_err(ClaimError::from)?;
+    let addresses = claim(&held, pools, wanted, owner)?;
+    // Others may claim while we talk to the kernel.
+    drop(held);
+    match connect(&addresses) {
+        Ok(()) => Ok(addresses),
+        Err(error) => Err(match give_back(ledger, &addresses) {
+            Ok(()) => error,
+            Err(undo) => AttachError::Undo { error: Box::new(error), undo: chain(&undo) },
+        }),
+    }
+}
+
+fn give_back(ledger: &Ledger, addresses: &[InterfaceAddress]) -> Result<(), LedgerError> {
+    let held = ledger.lock()?;
+    addresses.iter().try_for_each(|address| held.release_address(address.address()))
+}
+
+/// Sees to the bridge and its rules, and that the endpoint is not there yet. The answer is the bridge's MAC.
+fn prepare(
+    host: &mut dyn World,
+    shared: &Shared,
+    spec: &EndpointSpec,
+) -> Result<Option<Mac>, AttachError> {
+    let name = shared.bridge.name;
+    let planned = shared.plan()?;
+    let mut territory = Territory::of(planned.iter());
+    territory.links.insert(spec.host_link);
+    let mut failed = None;
+    for _ in 0..ROUNDS_MAX {
+        let observed = host.observe(&territory)?;
+        if observed.get(&Key::Link(spec.host_link)).is_some() {
+            let EndpointSpec { container_link, host_link, .. } = *spec;
+            return Err(AttachError::Exists { container_link, host_link });
+        }
+        let mut wanted = planned.clone();
+        let mac = settle_for(&mut wanted, &observed, name);
+        let changes: Vec<_> = diff(&wanted, &observed)
+            .into_iter()
+            .filter(|change| match change {
+                Change::Create(_) | Change::Replace { .. } => true,
+                Change::Delete(fact) => shared.force_address && matches!(fact, Fact::Address(_)),
+            })
+            .collect();
+        if changes.iter().any(|change| is_other_device(change, name)) {
+            return Err(AttachError::NoBridge { link: name });
+        }
+        if changes.is_empty() {
+            return Ok(mac);
+        }
+        match host.apply(&changes).into_iter().collect::<Result<(), _>>() {
+            Ok(()) => return Ok(mac),
+            // The first containers of a node come at once, and each makes the bridge: look what the others have done.
+            Err(error) => failed = Some(error),
+        }
+    }
+    Err(failed.map_or(AttachError::Unsettled { link: name }, AttachError::World))
+}
+
+/// A bridge that exists keeps its MAC and MTU: its containers know the one and were made for the other. The answer is its
+/// MAC.
+fn settle_for(wanted: &mut Facts, observed: &Facts, name: LinkName) -> Option<Mac> {
+    bridge::adopt(wanted, observed, name);
+    let key = Key::Link(name);
+    if observed.get(&key).is_some()
+        && let Some(Fact::Link(mut link)) = wanted.remove(&key)
+    {
+        link.mtu = None;
+        wanted.set(Fact::Link(link));
+    }
+    match wanted.get(&key) {
+        Some(Fact::Link(link)) => link.mac,
+        _ => None,
+    }
+}
+
+fn is_other_device(change: &Change<'_>, name: LinkName) -> bool {
+    match change {
+        Change::Replace { old: Fact::Link(old), new: Fact::Link(new) } => {
+            new.name == name && !new.kind.same_device(&old.kind)
+        }
+        _ => false,
+    }
+}
+
+fn create(world: &mut dyn World, facts: &Facts) -> Result<(), WorldError> {
+    let changes: Vec<_> = facts.iter().map(Change::Create).collect();
+    world.apply(&changes).into_iter().collect()
+}
+
+/// The container's half. Its interface was born with the host's, but not up.
+fn configure(
+    sandbox: &mut dyn World,
+    plan: &EndpointPlan,
+    spec: &EndpointSpec,
+) -> Result<(), WorldError> {
+    let born = veth(spec.container_link, spec.mac);
+    let changes: Vec<_> = plan
+        .container
+        .iter()
+        .map(|fact| match fact {
+            Fact::Link(_) => Change::Replace { old: &born, new: fact },
+            _ => Change::Create(fact),
+        })
+        .collect();
+    sandbox.apply(&changes).into_iter().collect()
+}
+
+fn veth(name: LinkName, mac: Option<Mac>) -> Fact {
+    let kind = LinkKind::Veth { peer: None };
+    Fact::Link(Box::new(Link { name, kind, mtu: None, mac, alias: None, up: false }))
+}
+
+fn missing(wanted: &Facts, observed: &Facts) -> Vec<String> {
+    diff(wanted, observed)
+        .iter()
+        .filter(|change| !matches!(change, Change::Delete(_)))
+        .map(|change| change.fact().to_string())
+        .collect()
+}
