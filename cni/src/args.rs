@@ -121,7 +121,8 @@ pub(crate) struct CniArgs {
 impl CniArgs {
     /// A key nobody here knows is an error unless `IgnoreUnknown` is among them.
     pub(crate) fn parse(text: &str) -> Result<Self, CniError> {
-        let wrong = |details| CniError::new(CniError::ENVIRONMENT, "CNI_ARGS cannot be used").with_details(details);
+        let wrong =
+            |details| CniError::new(CniError::ENVIRONMENT, "CNI_ARGS cannot be used").with_details(details);
         let mut args = Self::default();
         let (mut unknown, mut ignore) = (Vec::new(), false);
         for pair in text.split(';').filter(|pair| !pair.is_empty()) {
@@ -158,7 +159,8 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_named_together() {
-        let error = call(&[("CNI_COMMAND", "ADD"), ("CNI_CONTAINERID", "a"), ("CNI_PATH", "/x"), ("CNI_NETNS", "")]);
+        let error =
+            call(&[("CNI_COMMAND", "ADD"), ("CNI_CONTAINERID", "a"), ("CNI_PATH", "/x"), ("CNI_NETNS", "")]);
         assert_eq!(
             error.unwrap_err(),
             CniError::new(4, "required env variables [CNI_NETNS,CNI_IFNAME] missing")
@@ -183,7 +185,8 @@ mod tests {
 
     #[test]
     fn identities_become_file_names_and_are_checked() {
-        for (id, interface) in [("../x", "eth0"), ("a/b", "eth0"), ("-a", "eth0"), ("a", ".."), ("a", "e/0")] {
+        for (id, interface) in [("../x", "eth0"), ("a/b", "eth0"), ("-a", "eth0"), ("a", ".."), ("a", "e/0")]
+        {
             let call = call(&[
                 ("CNI_COMMAND", "DEL"),
                 ("CNI_CONTAINERID", id),
@@ -196,7 +199,8 @@ mod tests {
 
     #[test]
     fn args_are_pairs() {
-        let args = CniArgs::parse("IgnoreUnknown=1;K8S_POD_NAME=x;IP=10.5.1.7;MAC=0a:58:00:00:00:01").unwrap();
+        let args =
+            CniArgs::parse("IgnoreUnknown=1;K8S_POD_NAME=x;IP=10.5.1.7;MAC=0a:58:00:00:00:01").unwrap();
         assert_eq!(args.ip.as_deref(), Some("10.5.1.7"));
         assert_eq!(args.mac.as_deref(), Some("0a:58:00:00:00:01"));
         assert!(CniArgs::parse("K8S_POD_NAME=x").is_err());

@@ -74,7 +74,8 @@ impl Conf {
     /// Reads stdin. The version is the last thing looked at, as Go does: who has no name has no version either.
     pub(crate) fn parse(stdin: &[u8]) -> Result<Self, CniError> {
         let conf: Object = serde_json::from_slice(stdin).map_err(|error| {
-            CniError::new(CniError::DECODING, "error unmarshall network config").with_details(error.to_string())
+            CniError::new(CniError::DECODING, "error unmarshall network config")
+                .with_details(error.to_string())
         })?;
         let name = string(&conf, "name")?.unwrap_or_default();
         if name.is_empty() {
@@ -158,8 +159,15 @@ impl Conf {
 
     fn refuse_what_is_not_served(&self) -> Result<(), CniError> {
         const BRIDGE: [&str; 9] = [
-            "promiscMode", "vlan", "vlanTrunk", "preserveDefaultVlan", "macspoofchk", "enabledad",
-            "disableContainerInterface", "portIsolation", "ipMasqBackend",
+            "promiscMode",
+            "vlan",
+            "vlanTrunk",
+            "preserveDefaultVlan",
+            "macspoofchk",
+            "enabledad",
+            "disableContainerInterface",
+            "portIsolation",
+            "ipMasqBackend",
         ];
         const HOST_LOCAL: [&str; 5] = ["subnet", "rangeStart", "rangeEnd", "gateway", "resolvConf"];
         const CAPABILITIES: [&str; 3] = ["portMappings", "bandwidth", "ipRanges"];
@@ -174,13 +182,19 @@ impl Conf {
             .or_else(|| asked("runtimeConfig", runtime, &CAPABILITIES));
         if let Some(key) = refused {
             let hint = match key.as_str() {
-                "runtimeConfig.portMappings" => ": list the plugin portmap after this one and give it the capability",
-                "runtimeConfig.bandwidth" => ": list the plugin bandwidth after this one and give it the capability",
+                "runtimeConfig.portMappings" => {
+                    ": list the plugin portmap after this one and give it the capability"
+                }
+                "runtimeConfig.bandwidth" => {
+                    ": list the plugin bandwidth after this one and give it the capability"
+                }
                 _ => "",
             };
             return Err(CniError::new(CniError::UNSUPPORTED_FIELD, format!("{key} is not supported{hint}")));
         }
-        if flag(&self.delegate, "isGateway")? == Some(false) && flag(&self.delegate, "isDefaultGateway")? != Some(true) {
+        if flag(&self.delegate, "isGateway")? == Some(false)
+            && flag(&self.delegate, "isDefaultGateway")? != Some(true)
+        {
             return Err(CniError::new(
                 CniError::UNSUPPORTED_FIELD,
                 "delegate.isGateway false is not supported: the bridge is the gateway of the node's containers",
@@ -190,7 +204,9 @@ impl Conf {
     }
 
     fn routes(&self) -> Result<Vec<Route>, CniError> {
-        let Some(list) = field(&self.ipam, "routes").filter(|routes| asks(routes)) else { return Ok(Vec::new()) };
+        let Some(list) = field(&self.ipam, "routes").filter(|routes| asks(routes)) else {
+            return Ok(Vec::new());
+        };
         let list = list.as_array().ok_or_else(|| decoding("ipam.routes is not a list"))?;
         list.iter().enumerate().map(|(index, route)| self::route(index, route)).collect()
     }
@@ -222,7 +238,9 @@ impl Conf {
             .filter(|mac| !mac.is_empty())
             .or(string(&self.cni_args, "mac")?.filter(|mac| !mac.is_empty()))
             .or_else(|| args.mac.clone());
-        given.map(|mac| mac.parse().map_err(|error| config(format!("the MAC asked for: {error}")))).transpose()
+        given
+            .map(|mac| mac.parse().map_err(|error| config(format!("the MAC asked for: {error}"))))
+            .transpose()
     }
 
     /// The configuration upstream would hand to the delegated plugin, in its order of precedence. It is also what upstream keeps for
@@ -351,7 +369,10 @@ fn route(index: usize, route: &Value) -> Result<Route, CniError> {
     let route = route.as_object().ok_or_else(|| decoding(format!("{place} is no object")))?;
     for key in ["mtu", "advmss", "table", "scope"] {
         if field(route, key).is_some_and(asks) {
-            return Err(CniError::new(CniError::UNSUPPORTED_FIELD, format!("{place}.{key} is not supported")));
+            return Err(CniError::new(
+                CniError::UNSUPPORTED_FIELD,
+                format!("{place}.{key} is not supported"),
+            ));
         }
     }
     let destination = string(route, "dst")?.ok_or_else(|| config(format!("{place} has no dst")))?;
@@ -486,9 +507,10 @@ mod tests {
 
     #[test]
     fn keys_are_matched_without_regard_to_case() {
-        let wish = wish(json!({ "Name": "n", "DELEGATE": { "HairpinMode": true, "MTU": 1400, "Bridge": "br7" },
+        let wish =
+            wish(json!({ "Name": "n", "DELEGATE": { "HairpinMode": true, "MTU": 1400, "Bridge": "br7" },
             "RuntimeConfig": { "IPs": ["10.1.17.9/24"], "MAC": "0a:58:00:00:00:09" } }))
-        .unwrap();
+            .unwrap();
         assert!(wish.hairpin);
         assert_eq!(wish.mtu, Some(Mtu::new(1400).unwrap()));
         assert_eq!(wish.bridge, Some(LinkName::new("br7").unwrap()));
@@ -503,8 +525,14 @@ mod tests {
             (json!({ "name": "n", "delegate": { "promiscmode": true } }), "delegate.promiscMode"),
             (json!({ "name": "n", "delegate": { "isGateway": false } }), "delegate.isGateway"),
             (json!({ "name": "n", "ipam": { "rangeStart": "10.1.17.9" } }), "ipam.rangeStart"),
-            (json!({ "name": "n", "ipam": { "routes": [{ "dst": "10.9.0.0/16", "table": 7 }] } }), "ipam.routes[0].table"),
-            (json!({ "name": "n", "runtimeConfig": { "portMappings": [{ "HostPort": 80 }] } }), "runtimeConfig.portMappings"),
+            (
+                json!({ "name": "n", "ipam": { "routes": [{ "dst": "10.9.0.0/16", "table": 7 }] } }),
+                "ipam.routes[0].table",
+            ),
+            (
+                json!({ "name": "n", "runtimeConfig": { "portMappings": [{ "HostPort": 80 }] } }),
+                "runtimeConfig.portMappings",
+            ),
         ] {
             let error = wish(value).unwrap_err();
             assert_eq!(error.code, 2);
@@ -523,14 +551,18 @@ mod tests {
         assert_eq!(wish.routes[0].destination.to_string(), "10.9.0.0/16");
         assert_eq!((wish.routes[0].via, wish.routes[0].metric), (Some("10.1.17.9".parse().unwrap()), 5));
         assert_eq!(wish.routes[1].via, None);
-        let error = self::wish(json!({ "name": "n", "ipam": { "routes": [{ "dst": "10.9.0.0/16", "gw": "fd00::1" }] } }));
+        let error = self::wish(
+            json!({ "name": "n", "ipam": { "routes": [{ "dst": "10.9.0.0/16", "gw": "fd00::1" }] } }),
+        );
         assert_eq!(error.unwrap_err().code, 7);
     }
 
     #[test]
     fn addresses_and_mac_come_by_three_ways() {
-        let conf = conf(json!({ "name": "n", "args": { "cni": { "ips": ["10.1.17.8"], "mac": "0a:58:00:00:00:02" } },
-            "runtimeConfig": { "ips": ["fd00::9/64"] } }))
+        let conf = conf(
+            json!({ "name": "n", "args": { "cni": { "ips": ["10.1.17.8"], "mac": "0a:58:00:00:00:02" } },
+            "runtimeConfig": { "ips": ["fd00::9/64"] } }),
+        )
         .unwrap();
         let args = CniArgs { ip: Some("10.1.17.7".into()), mac: Some("0a:58:00:00:00:01".into()) };
         let wish = conf.wish(&args).unwrap();

@@ -19,7 +19,8 @@ pub(crate) fn run(
 ) -> Result<Vec<u8>, CniError> {
     let plugin = find(kind, path)?;
     let failed = |error: io::Error| {
-        CniError::new(CniError::INPUT, format!("could not run {}", plugin.display())).with_details(error.to_string())
+        CniError::new(CniError::INPUT, format!("could not run {}", plugin.display()))
+            .with_details(error.to_string())
     };
     let mut command = Command::new(&plugin);
     if let Some(verb) = verb {
@@ -49,15 +50,23 @@ fn find(kind: &str, path: &[PathBuf]) -> Result<PathBuf, CniError> {
         .and_then(|kind| path.iter().map(|dir| dir.join(kind)).find(|file| file.is_file()));
     found.ok_or_else(|| {
         let path: Vec<_> = path.iter().map(|dir| dir.display().to_string()).collect();
-        CniError::new(CniError::CONFIG, format!("failed to find plugin {kind:?} in path [{}]", path.join(" ")))
+        CniError::new(
+            CniError::CONFIG,
+            format!("failed to find plugin {kind:?} in path [{}]", path.join(" ")),
+        )
     })
 }
 
 /// What a failed plugin printed, in its own words.
 fn explain(plugin: &Path, stdout: &[u8]) -> Option<CniError> {
     let error: Value = serde_json::from_slice(stdout).ok()?;
-    let text = |key| error.get(key).and_then(Value::as_str).filter(|text| !text.is_empty()).map(str::to_owned);
+    let text =
+        |key| error.get(key).and_then(Value::as_str).filter(|text| !text.is_empty()).map(str::to_owned);
     let code = error.get("code").and_then(Value::as_u64).and_then(|code| u32::try_from(code).ok())?;
     let msg = text("msg").unwrap_or_default();
-    Some(CniError { code, msg: format!("failed to delegate to {}: {msg}", plugin.display()), details: text("details") })
+    Some(CniError {
+        code,
+        msg: format!("failed to delegate to {}: {msg}", plugin.display()),
+        details: text("details"),
+    })
 }

@@ -49,7 +49,8 @@ fn serve(call: &Call) -> (Version, Result<Answer, CniError>) {
 }
 
 fn read_conf() -> Result<Conf, CniError> {
-    let mut stdin = Vec::new();
+    // Room for any configuration in one read.
+    let mut stdin = Vec::with_capacity(16 * 1024);
     io::stdin().lock().read_to_end(&mut stdin).map_err(|error| {
         CniError::new(CniError::INPUT, "error reading from stdin").with_details(error.to_string())
     })?;

@@ -9,7 +9,7 @@
 mod place;
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::IpAddr;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -243,7 +243,7 @@ impl HeldLedger<'_> {
     /// The address given out last for the n-th subnet (0: the first one, whatever its family), where the next search starts.
     /// Anything unreadable is none: it is a hint.
     pub fn last(&self, index: usize) -> Option<IpAddr> {
-        fs::read_to_string(self.last_file(index)).ok()?.trim().parse().ok()
+        read_short(&self.last_file(index)).ok()?.trim().parse().ok()
     }
 
     /// Remembers the address given out last.
@@ -256,7 +256,7 @@ impl HeldLedger<'_> {
     /// far, and may be of this boot: nothing is dropped then.
     fn forget_earlier_boots(&self, now: &str) -> Result<(), LedgerError> {
         let path = self.ledger.dir.join("boot_id");
-        let known = match fs::read_to_string(&path) {
+        let known = match read_short(&path) {
             Ok(known) if known.trim() == now => return Ok(()),
             Ok(known) => Some(known),
             Err(error) if error.kind() == ErrorKind::NotFound => None,
@@ -295,8 +295,16 @@ fn parse(text: &str) -> Option<Attachment> {
 /// Identity of the running boot (Documentation/admin-guide/sysctl/kernel.rst, random).
 fn boot_id() -> Result<String, LedgerError> {
     let path = Path::new("/proc/sys/kernel/random/boot_id");
-    let text = fs::read_to_string(path).map_err(LedgerError::io("read", path))?;
+    let text = read_short(path).map_err(LedgerError::io("read", path))?;
     Ok(text.trim().to_owned())
+}
+
+/// Reads a file of one short line in a single read: these are on the path of every container, and `fs::read` asks for
+/// the size first and for more afterwards.
+fn read_short(path: &Path) -> io::Result<String> {
+    let mut buffer = [0; 128];
+    let len = File::open(path)?.read(&mut buffer)?;
+    Ok(String::from_utf8_lossy(buffer.get(..len).unwrap_or_default()).into_owned())
 }
 
 /// Locks the directory's `lock` file, making both if need be.

@@ -13,18 +13,17 @@ use crate::words::name::LinkName;
 pub fn agree(marker: &Path, word: &Path) -> io::Result<PathBuf> {
     const TRIES: usize = 8;
     for _ in 0..TRIES {
+        if let Some(said) = read(marker)? {
+            return Ok(said);
+        }
         match symlink(word, marker) {
             Ok(()) => return Ok(word.to_owned()),
             Err(error) if error.kind() == ErrorKind::NotFound => match marker.parent() {
                 Some(dir) => fs::create_dir_all(dir)?,
                 None => return Err(error),
             },
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                // None: withdrawn between the two calls.
-                if let Some(said) = read(marker)? {
-                    return Ok(said);
-                }
-            }
+            // Somebody was faster.
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error),
         }
     }

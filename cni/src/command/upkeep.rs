@@ -1,0 +1,118 @@
+//! GC and STATUS: what the runtime asks for between containers.
+
+use std::fs;
+
+use flannel_core::touch::ledger::{Entry, Ledger};
+use flannel_core::touch::world::kernel::Kernel;
+use flannel_core::words::code::Code;
+use flannel_core::words::name::Attachment;
+use serde_json::{Value, json};
+
+use super::{Answer, Scratch, ledger_error, pools, subnet_env, world_error};
+use crate::args::Call;
+use crate::conf::{Conf, Worker};
+use crate::delegate;
+use crate::result::CniError;
+
+/// Takes back what belongs to attachments that are no more. Goes on after a failure, and reports them all.
+pub(super) fn gc(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
+    // The runtime did not say what is in use: that is not "nothing".
+    let Some(valid) = &conf.valid else { return Ok(Answer::Nothing) };
+    if let Worker::Plugin(kind) = conf.worker() {
+        let mut delegated = conf.delegated(&subnet_env(conf, CniError::TRY_AGAIN)?);
+        let valid: Vec<Value> = valid
+            .iter()
+            .map(|owner| json!({ "containerID": owner.container, "ifname": owner.interface }))
+            .collect();
+        delegated.insert("cni.dev/valid-attachments".to_owned(), Value::Array(valid));
+        return delegate::run(&kind, &call.path, None, &Value::Object(delegated)).map(Answer::Printed);
+    }
+    let found = Ledger::find(&conf.subnet_file, &conf.ledger_root(), &conf.name).map_err(ledger_error)?;
+    let Some(ledger) = found else { return Ok(Answer::Nothing) };
+    let entries = ledger.lock().and_then(|held| held.entries()).map_err(ledger_error)?;
+    let others = other_names(&ledger, conf);
+    let mut host = Kernel::open().map_err(world_error)?;
+    let (mut dead, mut failed): (Vec<&Entry>, Vec<String>) = (Vec::new(), Vec::new());
+    // Deleting an interface takes the kernel long; nobody has to wait for the ledger meanwhile.
+    for entry in entries.iter().filter(|entry| !entry.is_docker() && !valid.contains(&entry.owner)) {
+        match bury(&mut host, conf, &others, &entry.owner) {
+            Ok(true) => dead.push(entry),
+            Ok(false) => {}
+            Err(error) => failed.push(format!("{}: {error}", entry.owner)),
+        }
+    }
+    let held = ledger.lock().map_err(ledger_error)?;
+    for entry in &dead {
+        let freed = held.owner(entry.address).and_then(|owner| match owner.as_ref() == Some(&entry.owner) {
+            true => held.release_address(entry.address),
+            false => Ok(()),
+        });
+        match freed {
+            Ok(()) => {}
+            Err(error) => failed.push(format!("{}: {error}", entry.address)),
+        }
+    }
+    let left = held.entries().map_err(ledger_error)?;
+    drop(held);
+    for entry in dead {
+        if !left.iter().any(|other| other.owner.container == entry.owner.container) {
+            Scratch::of(conf, &entry.owner).remove();
+        }
+    }
+    match failed.is_empty() {
+        true => Ok(Answer::Nothing),
+        false => {
+            let code = Code::LEFTOVER;
+            Err(CniError::new(code.number().into(), code.title()).with_details(failed.join("; ")))
+        }
+    }
+}
+
+/// Deletes an attachment's veth pair; false if it is alive under another configuration's name, whose runtime we
+/// did not hear.
+fn bury(host: &mut Kernel, conf: &Conf, others: &[String], owner: &Attachment) -> Result<bool, CniError> {
+    if host.delete_link(owner.host_link(&conf.name)).map_err(world_error)? {
+        return Ok(true);
+    }
+    for other in others {
+        if host.link_exists(owner.host_link(other)).map_err(world_error)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// The other configurations that share this ledger: links to it beside it, and its own name.
+fn other_names(ledger: &Ledger, conf: &Conf) -> Vec<String> {
+    let dir = ledger.dir();
+    let own = dir.file_name().map(|name| name.to_string_lossy().into_owned());
+    let beside = dir.parent().and_then(|root| fs::read_dir(root).ok()).into_iter().flatten().flatten();
+    let links = beside
+        .filter(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == dir))
+        .map(|entry| entry.file_name().to_string_lossy().into_owned());
+    links.chain(own).filter(|name| *name != conf.name).collect()
+}
+
+/// Whether an ADD could succeed now.
+pub(super) fn status(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
+    let env = subnet_env(conf, CniError::UNAVAILABLE)?;
+    if let Worker::Plugin(kind) = conf.worker() {
+        let delegated = Value::Object(conf.delegated(&env));
+        return delegate::run(&kind, &call.path, None, &delegated).map(Answer::Printed);
+    }
+    let unavailable = |error: CniError| CniError { code: CniError::UNAVAILABLE, ..error };
+    let pools = pools(&env).map_err(unavailable)?;
+    let found = Ledger::find(&conf.subnet_file, &conf.ledger_root(), &conf.name).map_err(ledger_error)?;
+    let Some(ledger) = found else { return Ok(Answer::Nothing) };
+    let taken = ledger.lock().and_then(|held| held.addresses()).map_err(ledger_error).map_err(unavailable)?;
+    for pool in pools {
+        let here = taken.iter().filter(|address| pool.subnet().contains(**address)).count() as u128;
+        if here >= pool.capacity() {
+            return Err(CniError::new(
+                CniError::UNAVAILABLE,
+                format!("no free address: all {} of {} are taken", pool.capacity(), pool.subnet()),
+            ));
+        }
+    }
+    Ok(Answer::Nothing)
+}
