@@ -239,11 +239,7 @@ fn give_back(ledger: &Ledger, addresses: &[InterfaceAddress]) -> Result<(), Ledg
 }
 
 /// Sees to the bridge and its rules, and that the endpoint is not there yet. The answer is the bridge's MAC.
-fn prepare(
-    host: &mut dyn World,
-    shared: &Shared,
-    spec: &EndpointSpec,
-) -> Result<Option<Mac>, AttachError> {
+fn prepare(host: &mut dyn World, shared: &Shared, spec: &EndpointSpec) -> Result<Option<Mac>, AttachError> {
     let name = shared.bridge.name;
     let planned = shared.plan()?;
     let mut territory = Territory::of(planned.iter());
@@ -311,11 +307,7 @@ fn create(world: &mut dyn World, facts: &Facts) -> Result<(), WorldError> {
 }
 
 /// The container's half. Its interface was born with the host's, but not up.
-fn configure(
-    sandbox: &mut dyn World,
-    plan: &EndpointPlan,
-    spec: &EndpointSpec,
-) -> Result<(), WorldError> {
+fn configure(sandbox: &mut dyn World, plan: &EndpointPlan, spec: &EndpointSpec) -> Result<(), WorldError> {
     let born = veth(spec.container_link, spec.mac);
     let changes: Vec<_> = plan
         .container
