@@ -3,11 +3,12 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should panic where it stands")]
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use flannel_core::decide::backend;
-use flannel_core::decide::plan::{Inputs, Plan, overlap, plan};
-use flannel_core::words::addr::Prefix;
+use flannel_core::decide::plan::{Inputs, Plan, PlanError, overlap, plan};
+use flannel_core::words::addr::{Family, Prefix};
 use flannel_core::words::config::NetworkConfig;
 use flannel_core::words::fact::RouteProtocol;
 use flannel_core::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
@@ -52,6 +53,7 @@ fn node() -> Node {
             route("fd00:100::/64", None),
         ],
         forward_chains: Default::default(),
+        ipv6: true,
         ports: Default::default(),
     }
 }
@@ -63,6 +65,10 @@ struct Case {
     node: Node,
     own: OwnLease,
     leases: LeaseSet,
+    bridge: Option<LinkName>,
+    masquerade: bool,
+    forward: bool,
+    isolated_from: BTreeSet<Prefix>,
 }
 
 impl Case {
@@ -77,7 +83,17 @@ impl Case {
         let own = OwnLease { subnets: Subnets::parse_key(own).unwrap(), value };
         let mut leases = LeaseSet::default();
         leases.leases.insert(own.subnets, own.value.clone());
-        Self { network: NetworkName::default_network(), config, node, own, leases }
+        Self {
+            network: NetworkName::default_network(),
+            config,
+            node,
+            own,
+            leases,
+            bridge: None,
+            masquerade: false,
+            forward: false,
+            isolated_from: BTreeSet::new(),
+        }
     }
 
     /// A lease of another host, key and value as in the store.
@@ -87,9 +103,22 @@ impl Case {
         self
     }
 
+    fn try_plan(&self) -> Result<Plan, PlanError> {
+        plan(&Inputs {
+            network: &self.network,
+            config: &self.config,
+            node: &self.node,
+            own: &self.own,
+            leases: &self.leases,
+            bridge: self.bridge,
+            masquerade: self.masquerade,
+            forward: self.forward,
+            isolated_from: &self.isolated_from,
+        })
+    }
+
     fn plan(&self) -> Plan {
-        let Self { network, config, node, own, leases } = self;
-        plan(&Inputs { network, config, node, own, leases }).unwrap()
+        self.try_plan().unwrap()
     }
 
     fn findings(&self) -> Vec<String> {
@@ -192,6 +221,49 @@ fn alloc() {
     golden("alloc", &case);
 }
 
+/// A node as the Docker plugin keeps it: bridge, one endpoint's port, masquerading, another network to keep out.
+#[test]
+fn a_node_with_everything() {
+    let mut case = Case::new(VXLAN, "10.100.5.0-24").peer("10.100.9.0-24", &vxlan_peer(2));
+    case.bridge = Some(case.network.bridge());
+    case.node.ports = BTreeSet::from([LinkName::new("veth0123456789a").unwrap()]);
+    case.node.forward_chains = BTreeSet::from([Family::V4]);
+    (case.masquerade, case.forward) = (true, true);
+    case.isolated_from = BTreeSet::from(["10.200.0.0/16".parse().unwrap()]);
+    golden("everything", &case);
+}
+
+#[test]
+fn a_retired_network_takes_the_bridge_and_leaves_the_ports() {
+    let mut case = Case::new(VXLAN, "10.100.5.0-24");
+    let port = LinkName::new("veth0123456789a").unwrap();
+    case.bridge = Some(case.network.bridge());
+    case.node.ports = BTreeSet::from([port]);
+    let (plan, retired) = (case.plan(), case.plan().retired());
+    assert!(plan.territory.links.contains(&port));
+    assert!(!retired.territory.links.contains(&port));
+    assert!(retired.territory.links.contains(&case.network.bridge()));
+    // A bridge that this agent does not keep is not its to remove.
+    case.bridge = None;
+    assert!(!case.plan().territory.links.contains(&case.network.bridge()));
+}
+
+#[test]
+fn without_ipv6_in_the_kernel_nothing_of_it_is_set() {
+    let mut case = Case::new(VXLAN, "10.100.5.0-24");
+    assert!(case.plan().facts.to_string().contains("net.ipv6"));
+    case.node.ipv6 = false;
+    assert!(!case.plan().facts.to_string().contains("net.ipv6"));
+}
+
+#[test]
+fn a_vni_that_names_no_device_is_said() {
+    let config = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan","VNI":16777215}}"#;
+    let case = Case::new(config, "10.100.5.0-24");
+    assert!(case.plan().facts.is_empty());
+    assert!(case.findings()[0].starts_with("E102 VNI is 16777215: \"flannel.16777215\" cannot name"));
+}
+
 #[test]
 fn advertisements_are_upstreams_byte_for_byte() {
     let json = |config: &str| Case::new(config, "10.100.5.0-24").own.value.to_json();
@@ -264,8 +336,7 @@ fn an_mtu_that_cannot_be_had_is_said() {
     assert_eq!(case.plan().mtu, Mtu::new(1450).unwrap());
     assert_eq!(case.findings(), ["E124 MTU is 9000, eth0 has 1500, which is used"]);
     case.node.uplink.mtu = Mtu::new(100).unwrap();
-    let Case { network, config, node, own, leases } = &case;
-    let error = plan(&Inputs { network, config, node, own, leases }).unwrap_err();
+    let error = case.try_plan().unwrap_err();
     assert_eq!(error.to_string(), "backend vxlan leaves no room for a packet on eth0, whose MTU is 100");
 }
 

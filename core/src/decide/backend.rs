@@ -10,6 +10,7 @@ mod vxlan;
 use crate::words::addr::{Family, Prefix};
 use crate::words::config::{BackendConfig, NetworkConfig};
 use crate::words::lease::Advertisement;
+use crate::words::name::LinkName;
 use crate::words::node::Node;
 use crate::words::units::{Mtu, OutOfRange};
 
@@ -22,6 +23,11 @@ pub trait Backend: Send + Sync {
 
     /// Largest packet of a container on this node: `FLANNEL_MTU`. Fails if the uplink's MTU leaves nothing.
     fn mtu(&self, config: &NetworkConfig, node: &Node) -> Result<Mtu, OutOfRange>;
+
+    /// Names of the IPv4 and of the IPv6 device whose MAC is part of the node's identity, as far as there are any.
+    fn device(&self) -> [Option<LinkName>; 2] {
+        [None, None]
+    }
 
     /// Everything this backend wants to be true on this node.
     fn plan(&self, scene: &Scene<'_>, draft: &mut Draft);

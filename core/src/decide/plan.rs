@@ -2,14 +2,15 @@
 
 use std::collections::BTreeSet;
 
+use super::firewall::{self, FirewallScene};
 use super::scene::{Draft, Scene};
-use super::{backend, firewall};
-use crate::words::addr::Prefix;
+use super::{backend, bridge};
+use crate::words::addr::{Family, InterfaceAddress, Prefix};
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
-use crate::words::fact::Facts;
+use crate::words::fact::{BridgePort, Fact, Facts, Link, LinkKind};
 use crate::words::lease::{LeaseSet, OwnLease};
-use crate::words::name::NetworkName;
+use crate::words::name::{LinkName, NetworkName};
 use crate::words::node::{HostRoute, Node};
 use crate::words::report::Finding;
 use crate::words::territory::Territory;
@@ -28,6 +29,14 @@ pub struct Inputs<'a> {
     pub own: &'a OwnLease,
     /// Everybody's leases.
     pub leases: &'a LeaseSet,
+    /// The bridge, if the agent keeps one, with the endpoints' ports on it.
+    pub bridge: Option<LinkName>,
+    /// Give what leaves the network the node's address (`--ip-masq`).
+    pub masquerade: bool,
+    /// Accept what is forwarded from and to the network (`--iptables-forward-rules`).
+    pub forward: bool,
+    /// CIDRs of this node's other networks, which this one must not reach.
+    pub isolated_from: &'a BTreeSet<Prefix>,
 }
 
 /// What should be true, and where.
@@ -62,7 +71,7 @@ pub enum PlanError {
 
 /// Plans a node's part of a network. The same inputs give the same plan, in whatever order the leases came.
 pub fn plan(inputs: &Inputs<'_>) -> Result<Plan, PlanError> {
-    let Inputs { network, config, node, own, leases } = *inputs;
+    let Inputs { network, config, node, own, leases, .. } = *inputs;
     let backend = backend::of(&config.backend);
     let mtu = backend.mtu(config, node).map_err(|source| PlanError::Mtu {
         backend: config.backend.name(),
@@ -74,10 +83,51 @@ pub fn plan(inputs: &Inputs<'_>) -> Result<Plan, PlanError> {
     let advertised = backend.advertise(config, node).backend;
     let scene = Scene::new(network, config, node, own, leases, &advertised, &mut draft);
     backend.plan(&scene, &mut draft);
+    plan_firewall(inputs, &scene, &mut draft);
+    if let Some(bridge) = inputs.bridge {
+        plan_bridge(bridge, mtu, &scene, &mut draft);
+    }
 
     let Draft { facts, findings } = draft;
-    let territory = territory(network, config, &facts, !node.forward_chains.is_empty());
+    let territory = territory(inputs, &facts);
     Ok(Plan { facts, territory, findings, mtu })
+}
+
+fn plan_firewall(inputs: &Inputs<'_>, scene: &Scene<'_>, draft: &mut Draft) {
+    let range = |family: Family| {
+        let (range, subnet) = (inputs.config.range(family)?, inputs.own.subnets.of(family)?);
+        Some(firewall::Range { cidr: range.cidr, subnet })
+    };
+    let ranges: Vec<_> = scene.families().filter_map(range).collect();
+    draft.join(firewall::plan(&FirewallScene {
+        network: inputs.network,
+        ranges: &ranges,
+        masquerade: inputs.masquerade,
+        fully_random: true,
+        forward: inputs.forward,
+        isolated_from: inputs.isolated_from,
+        forward_chains: &inputs.node.forward_chains,
+    }));
+}
+
+/// The bridge and its ports. Neither carries the network's alias: an agent that keeps no bridge would take one that does
+/// for a leftover, and with it the containers that another program attached to it.
+fn plan_bridge(name: LinkName, mtu: Mtu, scene: &Scene<'_>, draft: &mut Draft) {
+    let gateway = |subnet: Prefix| InterfaceAddress::new(subnet.nth(1)?, subnet.len()).ok();
+    let subnets = scene.families().filter_map(|family| scene.own.subnets.of(family));
+    let gateways = subnets.filter_map(gateway).collect();
+    draft.join(bridge::plan(&bridge::BridgeSpec { name, gateways, mtu, alias: None }));
+    for port in &scene.node.ports {
+        draft.add(Fact::Link(Box::new(Link {
+            name: *port,
+            kind: LinkKind::Veth { peer: None },
+            mtu: None,
+            mac: None,
+            alias: None,
+            up: true,
+        })));
+        draft.add(Fact::BridgePort(BridgePort { link: *port, bridge: name, hairpin: false }));
+    }
 }
 
 impl Plan {
@@ -90,14 +140,20 @@ impl Plan {
         self
     }
 
-    /// The plan of a network that has left this node: the same territory, and nothing in it.
-    pub fn retired(self) -> Self {
-        Self { facts: Facts::default(), findings: Vec::new(), ..self }
+    /// The plan of a network that leaves this node: the same territory, and nothing in it. The ports stay; they belong
+    /// to whoever attached the endpoints.
+    pub fn retired(mut self) -> Self {
+        self.facts.retain(|fact| matches!(fact, Fact::BridgePort(_)));
+        for port in std::mem::take(&mut self.facts) {
+            self.territory.links.retain(|link| Some(*link) != port.link());
+        }
+        self.findings.clear();
+        self
     }
 }
 
-/// The territory of a network of which nothing is known any more but its name and, perhaps, its CIDRs: what is left of an
-/// agent that does not run. To be emptied.
+/// The territory of a network of which nothing is known any more but its name and, perhaps, its CIDRs: what an agent that
+/// does not run left behind. The bridge is not in it, because the name alone does not say what it is called.
 pub fn remains(network: &NetworkName, cidrs: impl IntoIterator<Item = Prefix>) -> Territory {
     Territory {
         alias: Some(Territory::alias_of(network)),
@@ -108,16 +164,10 @@ pub fn remains(network: &NetworkName, cidrs: impl IntoIterator<Item = Prefix>) -
     }
 }
 
-fn territory(network: &NetworkName, config: &NetworkConfig, facts: &Facts, accepts: bool) -> Territory {
+fn territory(inputs: &Inputs<'_>, facts: &Facts) -> Territory {
     let planned = Territory::of(facts.iter());
-    let rest = remains(network, config.cidrs());
-    Territory {
-        alias: rest.alias,
-        cidrs: rest.cidrs,
-        tables: planned.tables.into_iter().chain(rest.tables).collect::<BTreeSet<_>>(),
-        accepts,
-        ..planned
-    }
+    let rest = remains(inputs.network, inputs.config.cidrs());
+    Territory { links: planned.links, sysctls: planned.sysctls, ..rest }
 }
 
 /// Whether a network would take addresses that this host already reaches elsewhere. Such a network is refused before

@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 use crate::words::addr::{Family, Prefix};
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
-use crate::words::fact::{Fact, Facts};
+use crate::words::fact::{Conflict, Fact, Facts};
 use crate::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
 use crate::words::name::NetworkName;
 use crate::words::node::Node;
@@ -63,6 +63,14 @@ impl Draft {
     pub fn add(&mut self, fact: Fact) {
         if let Err(conflict) = self.facts.add(fact) {
             self.find(Code::PLAN_CONFLICT, conflict.to_string());
+        }
+    }
+
+    /// Puts down what another planner planned.
+    pub fn join(&mut self, facts: Result<Facts, Conflict>) {
+        match facts {
+            Ok(facts) => facts.into_iter().for_each(|fact| self.add(fact)),
+            Err(conflict) => self.find(Code::PLAN_CONFLICT, conflict.to_string()),
         }
     }
 

@@ -37,19 +37,20 @@ struct Kept {
 }
 
 /// The identity: what an existing device says (Go's flanneld may have made it), else what was kept, else made now.
-/// `devices` are the names of the IPv4 and the IPv6 device, where the backend has any.
+/// `devices` are the names of the IPv4 and the IPv6 device, as far as the backend has any.
 pub fn load(
     kernel: &mut Kernel,
     state_dir: &Path,
     network: &NetworkName,
-    devices: Option<[LinkName; 2]>,
+    devices: [Option<LinkName>; 2],
 ) -> Result<Identity, IdentityError> {
     let path = state_dir.join(network.as_str()).join("identity.json");
     let kept = read(&path);
-    let [v4, v6] = match devices {
-        Some([v4, v6]) => [mac(kernel, v4)?, mac(kernel, v6)?],
-        None => [None, None],
+    let mut adopted = |device: Option<LinkName>| match device {
+        Some(device) => mac(kernel, device),
+        None => Ok(None),
     };
+    let [v4, v6] = [adopted(devices[0])?, adopted(devices[1])?];
     let now = Kept {
         vtep_mac: v4.or(kept.map(|kept| kept.vtep_mac)).unwrap_or_else(random),
         vtep_mac_v6: v6.or(kept.map(|kept| kept.vtep_mac_v6)).unwrap_or_else(random),

@@ -147,7 +147,7 @@ pub struct BridgePort {
     pub link: LinkName,
     /// The bridge.
     pub bridge: LinkName,
-    /// Frames may leave by the port they came in by.
+    /// Frames may leave by the port they came in by. When not asked for, it is let be.
     pub hairpin: bool,
 }
 
@@ -285,6 +285,10 @@ impl Fact {
             (Self::Address(want), Self::Address(have)) => {
                 want.link == have.link && want.address == have.address
             }
+            // Whoever made the port chose hairpin; only a plan that needs it asks.
+            (Self::BridgePort(want), Self::BridgePort(have)) => {
+                want.link == have.link && want.bridge == have.bridge && (have.hairpin || !want.hairpin)
+            }
             (want, have) => want == have,
         }
     }
@@ -392,6 +396,16 @@ impl Facts {
     /// Keeps the facts that the test holds for.
     pub fn retain(&mut self, mut keep: impl FnMut(&Fact) -> bool) {
         self.0.retain(|_, fact| keep(fact));
+    }
+}
+
+impl IntoIterator for Facts {
+    type Item = Fact;
+    type IntoIter = std::collections::btree_map::IntoValues<Key, Fact>;
+
+    /// In the kernel's order.
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_values()
     }
 }
 

@@ -73,6 +73,8 @@ pub struct Node {
     pub routes: Vec<HostRoute>,
     /// The families whose packets pass a FORWARD chain of iptables: where it drops, no accept of ours elsewhere helps.
     pub forward_chains: BTreeSet<Family>,
+    /// Whether the kernel has IPv6 at all (`/proc/sys/net/ipv6/conf` exists: it does not after `ipv6.disable=1`).
+    pub ipv6: bool,
     /// Host ends of our endpoints of this network that exist now.
     pub ports: BTreeSet<LinkName>,
 }

@@ -1,11 +1,12 @@
 //! Scenes: a host with a past, and the plan it should come to. One generator for the fake kernel and the real one.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use flannel_core::decide::backend;
 use flannel_core::decide::plan::{Inputs, Plan, plan};
 use flannel_core::touch::world::World;
-use flannel_core::words::addr::{InterfaceAddress, Mac, Prefix};
+use flannel_core::words::addr::{Family, InterfaceAddress, Mac, Prefix};
 use flannel_core::words::config::NetworkConfig;
 use flannel_core::words::fact::{
     Address, Change, Fact, Forward, Link, LinkKind, Neighbor, Route, RouteProtocol, RouteScope, VethPeer,
@@ -76,7 +77,17 @@ pub(crate) struct Scene {
     past: Option<Wish>,
     mischief: Vec<Mischief>,
     now: Wish,
+    keeps: Keeps,
     reverse: bool,
+}
+
+/// What the agent does beside the backend.
+#[derive(Clone, Debug)]
+pub(crate) struct Keeps {
+    bridge: bool,
+    masquerade: bool,
+    forward: bool,
+    chains: bool,
 }
 
 const BACKENDS: &[&str] = &[
@@ -119,14 +130,15 @@ fn mischief() -> impl Strategy<Value = Mischief> {
     ]
 }
 
+fn keeps() -> impl Strategy<Value = Keeps> {
+    (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>())
+        .prop_map(|(bridge, masquerade, forward, chains)| Keeps { bridge, masquerade, forward, chains })
+}
+
 pub(crate) fn scene() -> impl Strategy<Value = Scene> {
-    (proptest::option::of(wish()), vec(mischief(), 0..8), wish()).prop_map(|(past, mischief, now)| Scene {
-        name: "default",
-        past,
-        mischief,
-        now,
-        reverse: false,
-    })
+    (proptest::option::of(wish()), vec(mischief(), 0..8), wish(), keeps()).prop_map(
+        |(past, mischief, now, keeps)| Scene { name: "default", past, mischief, now, keeps, reverse: false },
+    )
 }
 
 impl Wish {
@@ -144,7 +156,7 @@ impl Wish {
         Subnets::parse_key(&format!("10.{network}.{n}.0-24&fd42:{network}:0:{n:x}::-64")).unwrap()
     }
 
-    fn plan(&self, name: &'static str, reverse: bool) -> Plan {
+    fn plan(&self, name: &'static str, keeps: &Keeps, reverse: bool) -> Plan {
         let (network, config, mut node) = (NetworkName::new(name).unwrap(), self.config(), node());
         let backend = backend::of(&config.backend);
         let own = OwnLease {
@@ -168,7 +180,25 @@ impl Wish {
         for peer in peers {
             leases.leases.insert(self.subnets(peer.subnet), peer.lease(&config));
         }
-        plan(&Inputs { network: &network, config: &config, node: &node, own: &own, leases: &leases }).unwrap()
+        if network.is_default() && keeps.bridge {
+            node.ports.insert(link_name(PORT));
+        }
+        if keeps.chains {
+            node.forward_chains.extend([Family::V4, Family::V6]);
+        }
+        let isolated_from = BTreeSet::from(["10.222.0.0/16".parse().unwrap()]);
+        plan(&Inputs {
+            network: &network,
+            config: &config,
+            node: &node,
+            own: &own,
+            leases: &leases,
+            bridge: keeps.bridge.then(|| network.bridge()),
+            masquerade: keeps.masquerade,
+            forward: keeps.forward,
+            isolated_from: &isolated_from,
+        })
+        .unwrap()
     }
 }
 
@@ -193,7 +223,8 @@ impl Scene {
         let peer = |n: u8| Other { subnet: n, host: n, mac: n, far: false };
         let now =
             Wish { backend: BACKENDS[backend], network: 0, own: 1, peers: vec![peer(2), peer(3), peer(4)] };
-        Self { name: "default", past: None, mischief: Vec::new(), now, reverse: false }
+        let keeps = Keeps { bridge: true, masquerade: true, forward: true, chains: false };
+        Self { name: "default", past: None, mischief: Vec::new(), now, keeps, reverse: false }
     }
 
     /// vxlan with three peers, on a host where nothing happened yet.
@@ -215,14 +246,14 @@ impl Scene {
     pub(crate) fn second_network(&self) -> Self {
         let backend = r#"{"Type":"vxlan","VNI":77,"DirectRouting":true}"#;
         let now = Wish { backend, network: 50, ..self.now.clone() };
-        Self { name: "web", past: None, mischief: Vec::new(), now, reverse: false }
+        Self { name: "web", past: None, mischief: Vec::new(), now, ..self.clone() }
     }
 
     /// What should be true in the end; what the past left outside of today's CIDR belongs to it.
     pub(crate) fn plan(&self) -> Plan {
-        let plan = self.now.plan(self.name, self.reverse);
+        let plan = self.now.plan(self.name, &self.keeps, self.reverse);
         match &self.past {
-            Some(past) => plan.after(&past.plan(self.name, false).territory),
+            Some(past) => plan.after(&past.plan(self.name, &self.keeps, false).territory),
             None => plan,
         }
     }
@@ -233,8 +264,12 @@ impl Scene {
             let result = world.apply(&[Change::Create(fact)]).remove(0);
             result.unwrap_or_else(|error| panic!("{fact}: {error:?}"));
         }
-        let past = self.past.as_ref().map(|past| past.plan(self.name, false));
-        let facts: Vec<Fact> = past.iter().flat_map(|past| past.facts.iter().cloned()).collect();
+        let past = self.past.as_ref().map(|past| past.plan(self.name, &self.keeps, false));
+        // The endpoint is somebody else's; it is on the ground already.
+        let endpoint =
+            |fact: &Fact| matches!(fact, Fact::Link(link) if matches!(link.kind, LinkKind::Veth { .. }));
+        let planned = past.iter().flat_map(|past| past.facts.iter());
+        let facts: Vec<Fact> = planned.filter(|fact| !endpoint(fact)).cloned().collect();
         for fact in &facts {
             let result = world.apply(&[Change::Create(fact)]).remove(0);
             result.unwrap_or_else(|error| panic!("{fact}: {error:?}"));
@@ -270,7 +305,7 @@ impl Scene {
             Mischief::Flap => flap(world),
             Mischief::Squat => {
                 let alias = Territory::alias_of(&NetworkName::new(self.name).unwrap());
-                let squatter = squatter(&self.now.plan(self.name, false), Some(&alias));
+                let squatter = squatter(&self.now.plan(self.name, &self.keeps, false), Some(&alias));
                 force(world, &Fact::Link(Box::new(squatter)));
             }
             Mischief::Impostor => {
@@ -315,8 +350,8 @@ pub(crate) fn strays(world: &FakeWorld, plan: &Plan) -> Vec<String> {
 
 /// The uplink goes down and comes back, and whoever looks after it brings its IPv6 addresses and routes back.
 pub(crate) fn flap(world: &mut dyn Bench) {
-    world.set_link(name("eth0"), false);
-    world.set_link(name("eth0"), true);
+    world.set_link(link_name("eth0"), false);
+    world.set_link(link_name("eth0"), true);
     for fact in ground().iter().chain(&others()).filter(|fact| !matches!(fact, Fact::Link(_))) {
         world.apply(&[Change::Create(fact)]);
     }
@@ -353,10 +388,13 @@ fn junk(link: LinkName) -> Vec<Fact> {
     ]
 }
 
-/// A host with an uplink: eth0 in two families, and a default route.
+/// The host's end of an endpoint that somebody attached to the default network.
+const PORT: &str = "veth0123456789a";
+
+/// A host with an uplink: eth0 in two families, a default route, and one endpoint.
 pub(crate) fn ground() -> Vec<Fact> {
-    let eth0 = name("eth0");
-    let peer = VethPeer { name: name("far0"), mac: None, mtu: None, in_sandbox: false };
+    let eth0 = link_name("eth0");
+    let peer = VethPeer { name: link_name("far0"), mac: None, mtu: None, in_sandbox: false };
     let link = |name: LinkName, peer: Option<VethPeer>| {
         let kind = match peer {
             Some(peer) => LinkKind::Veth { peer: Some(peer) },
@@ -366,7 +404,11 @@ pub(crate) fn ground() -> Vec<Fact> {
     };
     vec![
         link(eth0, Some(peer)),
-        link(name("far0"), None),
+        link(link_name("far0"), None),
+        link(
+            link_name(PORT),
+            Some(VethPeer { name: link_name("container0"), mac: None, mtu: None, in_sandbox: false }),
+        ),
         Fact::Address(Address { link: eth0, address: address("192.168.100.1/24"), no_prefix_route: false }),
         Fact::Address(Address { link: eth0, address: address("fd00:100::1/64"), no_prefix_route: false }),
         route("0.0.0.0/0".parse().unwrap(), Some(ip("192.168.100.254")), eth0, 4),
@@ -376,7 +418,7 @@ pub(crate) fn ground() -> Vec<Fact> {
 
 /// Things of others that look as much like ours as they can without being ours.
 fn others() -> Vec<Fact> {
-    let (eth0, docker0, theirs) = (name("eth0"), name("docker0"), name("vxlan.calico"));
+    let (eth0, docker0, theirs) = (link_name("eth0"), link_name("docker0"), link_name("vxlan.calico"));
     let onlink = Route {
         destination: "10.200.7.0/24".parse().unwrap(),
         via: Some(ip("10.200.7.0")),
@@ -410,17 +452,17 @@ pub(crate) fn squatter(plan: &Plan, alias: Option<&str>) -> Link {
         _ => None,
     });
     let planned = planned.unwrap_or_else(|| vxlan("flannel.1", 1, None));
-    Link { name: name("flannel-old"), alias: alias.map(str::to_owned), ..planned }
+    Link { name: link_name("flannel-old"), alias: alias.map(str::to_owned), ..planned }
 }
 
 pub(crate) fn vxlan(link: &str, vni: u64, alias: Option<&str>) -> Link {
     Link {
-        name: name(link),
+        name: link_name(link),
         kind: LinkKind::Vxlan(Vxlan {
             vni: Vni::new(vni).unwrap(),
             port: Port::VXLAN,
             local: ip("192.168.100.1"),
-            underlay: name("eth0"),
+            underlay: link_name("eth0"),
             learning: false,
             gbp: false,
         }),
@@ -446,7 +488,7 @@ pub(crate) fn route(destination: Prefix, via: Option<IpAddr>, link: LinkName, pr
     })
 }
 
-pub(crate) fn name(text: &str) -> LinkName {
+pub(crate) fn link_name(text: &str) -> LinkName {
     LinkName::new(text).unwrap()
 }
 
@@ -462,14 +504,14 @@ fn node() -> Node {
     let route = |destination: &str, via: Option<&str>| HostRoute {
         destination: destination.parse().unwrap(),
         via: via.map(ip),
-        link: Some(name("eth0")),
+        link: Some(link_name("eth0")),
         bridge: false,
         protocol: RouteProtocol::BOOT,
         scope_link: via.is_none(),
     };
     Node {
         uplink: Uplink {
-            link: name("eth0"),
+            link: link_name("eth0"),
             mtu: Mtu::new(1500).unwrap(),
             v4: Some(address("192.168.100.1/24")),
             v6: Some(address("fd00:100::1/64")),
@@ -484,6 +526,7 @@ fn node() -> Node {
             route("fd00:100::/64", None),
         ],
         forward_chains: Default::default(),
+        ipv6: true,
         ports: Default::default(),
     }
 }

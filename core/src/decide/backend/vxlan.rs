@@ -57,6 +57,10 @@ impl Backend for Vxlan {
             .try_fold(node.uplink.mtu, |least, mtu| Ok(least.min(mtu?)))
     }
 
+    fn device(&self) -> [Option<LinkName>; 2] {
+        [Family::V4, Family::V6].map(|family| self.name(family).ok())
+    }
+
     fn plan(&self, scene: &Scene<'_>, draft: &mut Draft) {
         if let Some(mtu) = self.options.mtu.filter(|mtu| *mtu > scene.node.uplink.mtu) {
             let uplink = &scene.node.uplink;
@@ -84,7 +88,8 @@ impl Vxlan {
         })
     }
 
-    fn device(&self, family: Family) -> Result<LinkName, NameError> {
+    /// Upstream's names. The longest VNIs make one that the kernel does not take.
+    fn name(&self, family: Family) -> Result<LinkName, NameError> {
         match family {
             Family::V4 => LinkName::new(&format!("flannel.{}", self.options.vni)),
             Family::V6 => LinkName::new(&format!("flannel-v6.{}", self.options.vni)),
@@ -96,10 +101,12 @@ impl Vxlan {
             draft.find(Code::UPLINK_ABSENT, format!("no public address for {}", scene.own.subnets));
             return;
         };
-        // Checked before by whoever asked for the MTU; a name is at most "flannel-v6.16777215", which is too long.
-        let (Ok(mtu), Ok(device)) = (self.device_mtu(scene.node, family), self.device(family)) else {
-            draft.find(Code::CONFIG_BROKEN, format!("VNI {} makes no device here", self.options.vni));
-            return;
+        let device = match self.name(family) {
+            Ok(device) => device,
+            Err(error) => {
+                draft.find(Code::CONFIG_BROKEN, format!("VNI is {}: {error}", self.options.vni));
+                return;
+            }
         };
         draft.add(Fact::Link(Box::new(Link {
             name: device,
@@ -111,16 +118,16 @@ impl Vxlan {
                 learning: self.options.learning,
                 gbp: self.options.gbp,
             }),
-            mtu: Some(mtu),
+            // There is one, or there would be no plan: see [`Backend::mtu`].
+            mtu: self.device_mtu(scene.node, family).ok(),
             mac: Some(mac(&scene.node.identity, family)),
             alias: Some(Territory::alias_of(scene.network)),
             up: true,
         })));
-        draft.add(Fact::Sysctl(Sysctl {
-            link: Some(device),
-            path: format!("net/ipv6/conf/{device}/accept_ra"),
-            value: "0".into(),
-        }));
+        if scene.node.ipv6 {
+            let path = format!("net/ipv6/conf/{device}/accept_ra");
+            draft.add(Fact::Sysctl(Sysctl { link: Some(device), path, value: "0".into() }));
+        }
         if let Ok(address) = InterfaceAddress::new(own.base(), family.bits()) {
             draft.add(Fact::Address(Address { link: device, address, no_prefix_route: false }));
         }
