@@ -9,8 +9,10 @@ mod go_syntax;
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
+use crate::words::secret::Secret;
 use clap::{Args, CommandFactory, FromArgMatches, Parser};
 
 pub use self::go_syntax::Environment;
@@ -63,8 +65,8 @@ pub struct CommonFlags {
     pub etcd_username: Option<String>,
 
     /// Password for etcd; better given as FLANNELD_ETCD_PASSWORD
-    #[arg(long, value_name = "PASSWORD", hide_default_value = true)]
-    pub etcd_password: Option<String>,
+    #[arg(long, value_name = "PASSWORD", value_parser = |text: &str| Ok::<_, String>(Secret::new(text.to_owned())))]
+    pub etcd_password: Option<Secret<String>>,
 
     /// Interface to reach the other hosts by, by name or by address; the first that exists is taken
     #[arg(long, value_name = "NAME|IP")]
@@ -159,7 +161,20 @@ pub struct Refusal {
     /// For the operator.
     pub text: String,
     /// Exit status.
-    pub status: i32,
+    pub status: u8,
+}
+
+impl Refusal {
+    /// Says it: what was asked for (help, version) to stdout, what is wrong to stderr.
+    pub fn exit(self) -> ExitCode {
+        use std::io::Write;
+        // Nobody is left to be told if this fails.
+        let _ = match self.status {
+            0 => write!(std::io::stdout(), "{}", self.text),
+            _ => write!(std::io::stderr(), "{}", self.text),
+        };
+        ExitCode::from(self.status)
+    }
 }
 
 /// Starts logging to stderr. `RUST_LOG` outweighs the level.

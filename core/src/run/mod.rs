@@ -1,7 +1,16 @@
 //! The async rim, and the only floor where tasks start.
 
+pub mod agent;
 pub mod cache;
 pub mod cli;
+pub mod daemon;
 pub mod health;
 pub mod hold;
+mod journal;
 pub mod kernel_events;
+mod reconcile;
+pub mod retire;
+pub mod setup;
+pub mod store;
+mod survey;
+pub mod tenure;

@@ -66,7 +66,6 @@ pub enum AddrError {
 #[serde(try_from = "String", into = "String")]
 pub struct Prefix(IpNetwork);
 
-#[expect(clippy::len_without_is_empty, reason = "the length of a prefix, not of a collection")]
 impl Prefix {
     /// The network with exactly this base; host bits are an error.
     pub fn new(base: IpAddr, len: u8) -> Result<Self, AddrError> {
@@ -154,6 +153,16 @@ impl Prefix {
         let base = from_bits_checked(family, to_bits(self.base()).checked_add(size.checked_mul(steps)?)?)?;
         Some(Self(network_of(base, self.len())))
     }
+
+    /// How many steps of [`Self::step`] lead to `other`; none if it lies before this one or is of another length or family.
+    pub fn steps_to(&self, other: &Self) -> Option<u128> {
+        if self.len() != other.len() || self.family() != other.family() {
+            return None;
+        }
+        let distance = to_bits(other.base()).checked_sub(to_bits(self.base()))?;
+        // Shifting by all 128 bits is only asked for ::/0, which is 0 steps from itself.
+        Some(distance.checked_shr(u32::from(self.family().bits() - self.len())).unwrap_or(0))
+    }
 }
 
 impl fmt::Display for Prefix {
@@ -196,7 +205,6 @@ impl From<Prefix> for String {
 #[serde(try_from = "String", into = "String")]
 pub struct InterfaceAddress(IpNetwork);
 
-#[expect(clippy::len_without_is_empty, reason = "the length of a prefix, not of a collection")]
 impl InterfaceAddress {
     /// From an address and the length of its subnet in bits.
     pub fn new(address: IpAddr, len: u8) -> Result<Self, AddrError> {

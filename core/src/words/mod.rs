@@ -9,5 +9,6 @@ pub mod name;
 pub mod node;
 pub mod report;
 pub mod rule;
+pub mod secret;
 pub mod territory;
 pub mod units;

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use netlink_packet_route::address::AddressFlags;
 
-use super::{Kernel, address, io_error, link, route, settled};
+use super::{Kernel, address, io_error, link, route, settled, sysctl};
 use crate::touch::world::WorldError;
 use crate::words::addr::{Family, InterfaceAddress};
 use crate::words::fact::{Link, RouteProtocol};
@@ -76,6 +76,11 @@ impl Kernel {
                 addresses: of(seen.index),
             })
             .collect())
+    }
+
+    /// Whether the kernel has IPv6 at all.
+    pub fn has_ipv6(&self) -> bool {
+        sysctl::has_ipv6()
     }
 
     /// The default routes of a family, best first.

@@ -15,6 +15,11 @@ pub(super) fn read(path: &str) -> io::Result<Option<String>> {
     }
 }
 
+/// Whether the kernel has IPv6 at all (it does not after `ipv6.disable=1`).
+pub(super) fn has_ipv6() -> bool {
+    place("net/ipv6/conf").is_ok_and(|path| path.exists())
+}
+
 /// Sets the value.
 pub(super) fn write(sysctl: &Sysctl) -> io::Result<()> {
     fs::OpenOptions::new()

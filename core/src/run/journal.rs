@@ -1,0 +1,120 @@
+//! What the operator reads: one line for each change, one when a trouble starts, one when it ends.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use super::health::Counters;
+use crate::words::name::NetworkName;
+use crate::words::report::{Finding, Made, Reason, Report};
+
+/// A pass that changes more than this is told in sums: the first look at a large cluster is no news line by line.
+const LINES_MAX: usize = 40;
+
+/// What was said last, so that nothing is said twice.
+pub(super) struct Journal {
+    network: NetworkName,
+    counters: Counters,
+    findings: BTreeSet<Finding>,
+    failures: BTreeSet<String>,
+    broken: Option<String>,
+}
+
+impl Journal {
+    pub(super) fn new(network: &NetworkName, counters: Counters) -> Self {
+        Self {
+            network: network.clone(),
+            counters,
+            findings: BTreeSet::new(),
+            failures: BTreeSet::new(),
+            broken: None,
+        }
+    }
+
+    /// A pass took place.
+    pub(super) fn pass(
+        &mut self,
+        reason: Reason,
+        report: &Report,
+        findings: &[Finding],
+        leases: usize,
+        took: Duration,
+    ) {
+        let network = &*self.network.to_string();
+        if self.broken.take().is_some() {
+            tracing::info!(network, "the kernel can be looked at again");
+        }
+        self.counters.pass(network, &reason.to_string());
+        self.counters.state(network, report.failed.len(), leases.saturating_sub(1));
+        if !reason.inputs_changed() {
+            self.counters.repaired(network, &report.made);
+        }
+        self.changes(reason, &report.made);
+        self.failures(report);
+        self.findings(findings);
+        tracing::debug!(
+            network, %reason, desired = report.desired, made = report.made.len(),
+            failed = report.failed.len(), looks = report.looks, ?took, "pass"
+        );
+    }
+
+    /// The kernel could not even be looked at.
+    pub(super) fn broken(&mut self, reason: Reason, cause: &str) {
+        if self.broken.as_deref() != Some(cause) {
+            tracing::error!(network = self.network.as_str(), %reason, "no pass: {cause}; trying again");
+            self.broken = Some(cause.to_owned());
+        }
+    }
+
+    fn changes(&self, reason: Reason, made: &[Made]) {
+        let network = self.network.as_str();
+        if made.len() > LINES_MAX {
+            let kinds: BTreeSet<_> = made.iter().map(|made| (made.kind, made.verb)).collect();
+            for (kind, verb) in kinds {
+                let count = made.iter().filter(|made| made.kind == kind && made.verb == verb).count();
+                tracing::info!(network, %reason, count, "{kind} {}", told(verb, reason));
+            }
+            return;
+        }
+        for made in made {
+            tracing::info!(network, %reason, "{} {}: {}", made.kind, told(made.verb, reason), one_line(&made.text));
+        }
+    }
+
+    fn failures(&mut self, report: &Report) {
+        let network = self.network.as_str();
+        let now: BTreeSet<String> =
+            report.failed.iter().map(|(made, cause)| format!("{cause} ({})", one_line(&made.text))).collect();
+        for new in now.difference(&self.failures).take(LINES_MAX) {
+            tracing::error!(network, "{new}; trying again");
+        }
+        if now.is_empty() && !self.failures.is_empty() {
+            tracing::info!(network, "everything that had failed is done now");
+        }
+        self.failures = now;
+    }
+
+    fn findings(&mut self, findings: &[Finding]) {
+        let network = self.network.as_str();
+        let now: BTreeSet<Finding> = findings.iter().cloned().collect();
+        for new in now.difference(&self.findings).take(LINES_MAX) {
+            tracing::warn!(network, "{new}");
+        }
+        for ended in self.findings.difference(&now).take(LINES_MAX) {
+            tracing::info!(network, "over: {} {}: {}", ended.code, ended.code.title(), ended.text);
+        }
+        self.findings = now;
+    }
+}
+
+/// What was changed without a change of the inputs had been there before.
+fn told(verb: &'static str, reason: Reason) -> &'static str {
+    match (verb, reason.inputs_changed()) {
+        ("added", false) => "restored",
+        ("replaced", false) => "corrected",
+        (verb, _) => verb,
+    }
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}

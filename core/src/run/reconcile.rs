@@ -1,0 +1,257 @@
+//! The reconciler: one thread that looks at the kernel and changes it, one pass at a time.
+//!
+//! It is given whole values and the reason to look; if several come while a pass runs, the newest value and the
+//! weightiest reason count. It gives back an [`Outcome`]. It keeps no list of what it did.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use super::health::Counters;
+use super::journal::Journal;
+use super::survey;
+use crate::act::pass::{chain, converge};
+use crate::decide::plan::{self, Plan, PlanError, plan, remains};
+use crate::touch::ledger::{Ledger, ledger_marker};
+use crate::touch::marker;
+use crate::touch::uplink::{self, UplinkError};
+use crate::touch::world::WorldError;
+use crate::touch::world::kernel::Kernel;
+use crate::words::addr::Prefix;
+use crate::words::config::NetworkConfig;
+use crate::words::fact::Facts;
+use crate::words::lease::{LeaseSet, OwnLease};
+use crate::words::name::{Attachment, LinkName, NetworkName};
+use crate::words::node::{Identity, Node};
+use crate::words::report::{Reason, Report};
+use crate::words::units::Mtu;
+
+/// What does not change while an agent runs.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    pub(super) network: NetworkName,
+    pub(super) subnet_file: PathBuf,
+    pub(super) masquerade: bool,
+    pub(super) forward: bool,
+    /// The bridge, if the agent keeps one.
+    pub(super) bridge: Option<LinkName>,
+}
+
+/// What a pass works from.
+#[derive(Clone, Debug)]
+pub(super) struct Inputs {
+    pub(super) config: Arc<NetworkConfig>,
+    pub(super) own: OwnLease,
+    pub(super) leases: Arc<LeaseSet>,
+    pub(super) uplink: LinkName,
+    pub(super) public_ip: Option<Ipv4Addr>,
+    pub(super) identity: Identity,
+    pub(super) isolated_from: BTreeSet<Prefix>,
+}
+
+/// How a pass ended.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Outcome {
+    /// How many passes there have been.
+    pub(super) passes: u64,
+    /// The own lease it planned for.
+    pub(super) own: Option<OwnLease>,
+    /// Whether the kernel is as planned.
+    pub(super) clean: bool,
+    /// Largest packet of a container.
+    pub(super) mtu: Option<Mtu>,
+    /// How peers reach us, as the uplink is now.
+    pub(super) public_ip: Option<Ipv4Addr>,
+}
+
+enum Work {
+    Pass(Box<Inputs>, Reason),
+    Retire(BTreeSet<Prefix>, tokio::sync::oneshot::Sender<Result<Report, String>>),
+}
+
+/// The way to the thread. It ends when this is dropped.
+pub(super) struct Reconciler {
+    work: Sender<Work>,
+    pub(super) outcome: watch::Receiver<Outcome>,
+}
+
+impl Reconciler {
+    /// Starts the thread. It works in the network namespace of the caller.
+    pub(super) fn start(place: Place, counters: Counters) -> io::Result<Self> {
+        let (work, todo) = channel();
+        let (done, outcome) = watch::channel(Outcome::default());
+        let thread = Thread { journal: Journal::new(&place.network, counters), place, kernel: None, done };
+        std::thread::Builder::new().name("reconciler".into()).spawn(move || thread.run(&todo))?;
+        Ok(Self { work, outcome })
+    }
+
+    /// Asks for a pass.
+    pub(super) fn pass(&self, inputs: Inputs, reason: Reason) {
+        // The thread lives as long as this sender.
+        let _ = self.work.send(Work::Pass(Box::new(inputs), reason));
+    }
+
+    /// Takes everything of the network away from the kernel.
+    pub(super) async fn retire(&self, cidrs: BTreeSet<Prefix>) -> Result<Report, String> {
+        let (reply, answer) = tokio::sync::oneshot::channel();
+        let _ = self.work.send(Work::Retire(cidrs, reply));
+        answer.await.unwrap_or_else(|_| Err("the reconciler has ended".into()))
+    }
+}
+
+/// Why a pass did not take place.
+#[derive(Debug, thiserror::Error)]
+enum PassError {
+    #[error(transparent)]
+    World(#[from] WorldError),
+    #[error(transparent)]
+    Uplink(#[from] UplinkError),
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+}
+
+struct Thread {
+    place: Place,
+    journal: Journal,
+    kernel: Option<Kernel>,
+    done: watch::Sender<Outcome>,
+}
+
+impl Thread {
+    fn run(mut self, todo: &Receiver<Work>) {
+        let mut retired = false;
+        while let Ok(work) = todo.recv() {
+            for work in newest(work, todo) {
+                match work {
+                    Work::Pass(..) if retired => {}
+                    Work::Pass(inputs, reason) => self.pass(&inputs, reason),
+                    Work::Retire(cidrs, reply) => {
+                        retired = true;
+                        let _ = reply.send(self.retire(cidrs).map_err(|error| chain(&error)));
+                    }
+                }
+            }
+        }
+    }
+
+    fn pass(&mut self, inputs: &Inputs, reason: Reason) {
+        let started = Instant::now();
+        let mut outcome = Outcome { passes: self.done.borrow().passes + 1, ..Outcome::default() };
+        match self.try_pass(inputs) {
+            Ok((plan, report, public_ip)) => {
+                self.journal.pass(
+                    reason,
+                    &report,
+                    &plan.findings,
+                    inputs.leases.leases.len(),
+                    started.elapsed(),
+                );
+                outcome.clean = report.clean;
+                outcome.mtu = Some(plan.mtu);
+                outcome.public_ip = public_ip;
+                outcome.own = Some(inputs.own.clone());
+            }
+            Err(error) => {
+                // The sockets may be what is broken.
+                self.kernel = None;
+                self.journal.broken(reason, &chain(&error));
+            }
+        }
+        self.done.send_replace(outcome);
+    }
+
+    fn try_pass(&mut self, inputs: &Inputs) -> Result<(Plan, Report, Option<Ipv4Addr>), PassError> {
+        let node = self.node(inputs)?;
+        let plan = plan(&plan::Inputs {
+            network: &self.place.network,
+            config: &inputs.config,
+            node: &node,
+            own: &inputs.own,
+            leases: &inputs.leases,
+            bridge: self.place.bridge,
+            masquerade: self.place.masquerade,
+            forward: self.place.forward,
+            isolated_from: &inputs.isolated_from,
+        })?;
+        let report = converge(self.kernel()?, &plan.territory, &plan.facts)?;
+        Ok((plan, report, node.public_v4))
+    }
+
+    fn node(&mut self, inputs: &Inputs) -> Result<Node, PassError> {
+        let place = self.place.clone();
+        let kernel = self.kernel()?;
+        let uplink = uplink::read(kernel, inputs.uplink)?;
+        Ok(Node {
+            public_v4: inputs.public_ip.or_else(|| survey::v4(&uplink)),
+            public_v6: None,
+            identity: inputs.identity.clone(),
+            routes: kernel.routes_of_others(&remains(&place.network, inputs.config.cidrs()))?,
+            forward_chains: kernel.netfilter()?.forward_chains()?,
+            ipv6: kernel.has_ipv6(),
+            ports: ports(kernel, &place)?,
+            uplink,
+        })
+    }
+
+    fn retire(&mut self, cidrs: BTreeSet<Prefix>) -> Result<Report, WorldError> {
+        let mut territory = remains(&self.place.network, cidrs);
+        territory.links.extend(self.place.bridge);
+        converge(self.kernel()?, &territory, &Facts::default())
+    }
+
+    fn kernel(&mut self) -> Result<&mut Kernel, WorldError> {
+        match &mut self.kernel {
+            Some(kernel) => Ok(kernel),
+            empty => Ok(empty.insert(Kernel::open()?)),
+        }
+    }
+}
+
+/// The host's ends of this network's endpoints that exist now: whoever is in the ledger, by its derived name.
+fn ports(kernel: &mut Kernel, place: &Place) -> Result<BTreeSet<LinkName>, WorldError> {
+    let existing = kernel.existing_links("veth")?;
+    if existing.is_empty() {
+        return Ok(existing);
+    }
+    let network = place.network.as_str();
+    let planned: BTreeSet<LinkName> =
+        holders(&place.subnet_file).iter().map(|owner| owner.host_link(network)).collect();
+    Ok(existing.intersection(&planned).copied().collect())
+}
+
+/// Who is in the ledger. A ledger that cannot be read now is read again at the next pass.
+fn holders(subnet_file: &Path) -> Vec<Attachment> {
+    let Ok(Some(dir)) = marker::read(&ledger_marker(subnet_file)) else { return Vec::new() };
+    let ledger = Ledger::at(dir);
+    let entries = ledger.lock().and_then(|held| held.entries()).unwrap_or_default();
+    entries.into_iter().map(|entry| entry.owner).collect()
+}
+
+/// Of the passes that are waiting only the newest inputs count, and the weightiest reason. Retiring comes last.
+fn newest(first: Work, todo: &Receiver<Work>) -> Vec<Work> {
+    let mut pass: Option<(Box<Inputs>, Reason)> = None;
+    let mut rest = Vec::new();
+    for work in std::iter::once(first).chain(todo.try_iter()) {
+        match work {
+            Work::Pass(inputs, reason) => {
+                let reason = pass.as_ref().map_or(reason, |(_, earlier)| reason.min(*earlier));
+                pass = Some((inputs, reason));
+            }
+            retire @ Work::Retire(..) => rest.push(retire),
+        }
+    }
+    pass.map(|(inputs, reason)| Work::Pass(inputs, reason)).into_iter().chain(rest).collect()
+}
+
+/// How long until a pass that left something undone is tried again: 0.2 s, doubling to 30 s.
+pub(super) fn backoff(failures: u32) -> Duration {
+    const FIRST: Duration = Duration::from_millis(200);
+    const MAX: Duration = Duration::from_secs(30);
+    FIRST.saturating_mul(1 << failures.min(8)).min(MAX)
+}

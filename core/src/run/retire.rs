@@ -1,0 +1,94 @@
+//! Taking away what flannel made on this host, without an agent running.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use anyhow::{Context, bail};
+
+use super::cli::CommonFlags;
+use super::store::NetworkStore;
+use super::{cache, hold, setup};
+use crate::act::pass::converge;
+use crate::decide::plan;
+use crate::touch::ledger::{Ledger, Retired};
+use crate::touch::marker;
+use crate::touch::subnet_env::SubnetEnv;
+use crate::touch::world::kernel::Kernel;
+use crate::words::addr::Prefix;
+use crate::words::config::NetworkConfig;
+use crate::words::fact::Facts;
+use crate::words::name::{LinkName, NetworkName};
+
+/// Removes devices, routes, rules, files and the lease of a network. Containers that still use it keep it: then nothing
+/// is done and the text says who they are.
+pub async fn everything(flags: &CommonFlags, store: NetworkStore) -> anyhow::Result<()> {
+    let network = store.name().clone();
+    let subnet_file = setup::subnet_file(flags, &network);
+    let hold = hold::take(&subnet_file, &network).context("stop it first")?;
+    ledger(&subnet_file)?;
+    let last = cache::read(&flags.state_dir, &network).unwrap_or_default();
+    let configured = NetworkConfig::parse(&last.config)
+        .into_iter()
+        .flat_map(|parsed| parsed.config.cidrs().collect::<Vec<_>>());
+    let written = SubnetEnv::read(&subnet_file).map(|env| env.networks).unwrap_or_default();
+    let cidrs: BTreeSet<Prefix> = configured.chain(written).collect();
+    let bridge = bridge(&subnet_file, &network);
+    kernel(&network, cidrs, bridge)?;
+    if let Some(own) = last.own
+        && let Some(value) = last.leases.leases.get(&own)
+        && let Err(error) = store.release(&own, value).await
+    {
+        tracing::warn!("the lease {own} stays in the store until it expires: {error}");
+    }
+    traces(&subnet_file, &flags.state_dir, &network)?;
+    drop(hold);
+    hold::remove(&subnet_file, &network);
+    // The directories are ours if they are empty.
+    let _ = subnet_file.parent().map(fs::remove_dir);
+    let _ = fs::remove_dir(&flags.state_dir);
+    Ok(())
+}
+
+/// The name that the first comer chose, else the one by rule.
+fn bridge(subnet_file: &Path, network: &NetworkName) -> LinkName {
+    let said = marker::read(&marker::bridge_marker(subnet_file)).ok().flatten();
+    said.and_then(|said| said.to_str().and_then(|name| LinkName::new(name).ok()))
+        .unwrap_or_else(|| network.bridge())
+}
+
+/// Removes the ledger if nobody holds an address.
+fn ledger(subnet_file: &Path) -> anyhow::Result<()> {
+    match Ledger::retire(subnet_file).context("could not remove the ledger")? {
+        Retired::Absent | Retired::Gone => Ok(()),
+        Retired::InUse(count) => {
+            bail!("containers still hold {count} addresses; remove the containers first")
+        }
+    }
+}
+
+fn kernel(network: &NetworkName, cidrs: BTreeSet<Prefix>, bridge: LinkName) -> anyhow::Result<()> {
+    let mut kernel = Kernel::open()?;
+    let mut territory = plan::remains(network, cidrs);
+    territory.links.insert(bridge);
+    let report = converge(&mut kernel, &territory, &Facts::default())?;
+    for made in &report.made {
+        tracing::info!("{} {}: {}", made.kind, made.verb, made.text);
+    }
+    match report.failed.first() {
+        Some((made, cause)) => bail!("{cause} ({})", made.text),
+        None => Ok(()),
+    }
+}
+
+/// Removes the files that describe a network on this host.
+pub(super) fn traces(subnet_file: &Path, state_dir: &Path, network: &NetworkName) -> io::Result<()> {
+    let absent_is_fine = |result: io::Result<()>| match result {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    };
+    absent_is_fine(fs::remove_file(subnet_file))?;
+    marker::withdraw(&marker::bridge_marker(subnet_file))?;
+    absent_is_fine(fs::remove_dir_all(cache::directory(state_dir, network)))
+}

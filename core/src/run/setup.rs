@@ -1,0 +1,68 @@
+//! From flags to settings, once for flanneld and for the Docker plugin.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use tokio::sync::watch;
+
+use super::agent::AgentSettings;
+use super::cli::{CommonFlags, DEFAULT_ENDPOINTS};
+use super::health::Counters;
+use super::store::etcd::split_endpoints;
+use super::store::{EtcdSettings, Store};
+use crate::touch::uplink::UplinkChoice;
+use crate::words::addr::Prefix;
+use crate::words::name::NetworkName;
+
+/// The etcd cluster that the flags name; upstream's default if they name none.
+pub fn etcd(flags: &CommonFlags) -> anyhow::Result<Store> {
+    let endpoints = split_endpoints(flags.etcd_endpoints.as_deref().unwrap_or(DEFAULT_ENDPOINTS));
+    let user = match (&flags.etcd_username, &flags.etcd_password) {
+        (Some(name), Some(password)) => Some((name.clone(), password.clone())),
+        _ => None,
+    };
+    let settings = EtcdSettings {
+        endpoints,
+        prefix: flags.etcd_prefix.clone(),
+        cafile: flags.etcd_cafile.clone(),
+        certfile: flags.etcd_certfile.clone(),
+        keyfile: flags.etcd_keyfile.clone(),
+        user,
+    };
+    Store::etcd(&settings).context("the etcd flags cannot be used")
+}
+
+/// What an agent of a network is to do, by the flags. It keeps no bridge; whoever wants one says so.
+pub fn agent(
+    flags: &CommonFlags,
+    store: &Store,
+    network: NetworkName,
+    counters: Counters,
+    isolated_from: watch::Receiver<BTreeSet<Prefix>>,
+) -> anyhow::Result<AgentSettings> {
+    Ok(AgentSettings {
+        store: store.network(&network),
+        uplink: UplinkChoice::of_flags(&flags.iface).context("--iface cannot be used")?,
+        public_ip: flags.public_ip,
+        subnet_file: subnet_file(flags, &network),
+        state_dir: flags.state_dir.clone(),
+        masquerade: flags.ip_masq,
+        forward: flags.iptables_forward_rules,
+        bridge: None,
+        isolated_from,
+        renew_margin: flags.renew_margin(),
+        resync: flags.resync(),
+        counters,
+        network,
+    })
+}
+
+/// The file that describes a network on this host: the flag's for the default network, `networks/NAME.env` beside it
+/// for a named one.
+pub fn subnet_file(flags: &CommonFlags, network: &NetworkName) -> PathBuf {
+    match network.is_default() {
+        true => flags.subnet_file.clone(),
+        false => flags.subnet_file.with_file_name("networks").join(format!("{network}.env")),
+    }
+}

@@ -1,0 +1,268 @@
+//! The connection: one endpoint at a time, a deadline on every call, errors that name endpoint and cause.
+
+use std::error::Error as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use etcd_client::{Certificate, Client, ConnectOptions, Error, Identity, KvClient, TlsOptions};
+use tokio::sync::OnceCell;
+use tokio::time::timeout;
+
+use super::EtcdSettings;
+use crate::run::store::{CALL_DEADLINE, StoreError};
+
+/// HTTP/2 ping: how often while a call or a watch is open, and how long until the path counts as dead. etcd closes
+/// connections that ping more often than every 5 s.
+const PING: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
+
+/// How long a TCP (and TLS) connection may take to come up.
+const CONNECT: Duration = Duration::from_millis(1500);
+
+/// The least an endpoint gets, however many there are.
+const PATIENCE_MIN: Duration = Duration::from_millis(500);
+
+/// Largest answer that is read. gRPC's default of 4 MiB ends at some 15,000 leases.
+const ANSWER_MAX: usize = 256 << 20;
+
+/// gRPC codes (google.rpc.Code) that say "ask another one": unknown (broken transport), deadline exceeded, unavailable.
+const ELSEWHERE: [i32; 3] = [2, 4, 14];
+
+/// The endpoints of one cluster.
+pub(super) struct Cluster {
+    endpoints: Vec<Endpoint>,
+    /// The one that answered last.
+    current: AtomicUsize,
+}
+
+struct Endpoint {
+    url: String,
+    options: ConnectOptions,
+    client: OnceCell<Client>,
+}
+
+impl std::fmt::Debug for Cluster {
+    /// Only the addresses: the options hold a password.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.endpoints.iter().map(|endpoint| &endpoint.url)).finish()
+    }
+}
+
+impl Cluster {
+    pub(super) fn new(settings: &EtcdSettings) -> Result<Self, StoreError> {
+        let tls = tls(settings)?;
+        let mut options = ConnectOptions::new()
+            .with_connect_timeout(CONNECT)
+            .with_keep_alive(PING.0, PING.1)
+            .with_keep_alive_while_idle(false)
+            .with_require_leader(true);
+        if let Some((user, password)) = &settings.user {
+            options = options.with_user(user, password.reveal()).with_auto_token_refresh(true);
+        }
+        let endpoints: Vec<_> = settings
+            .endpoints
+            .iter()
+            .map(|url| {
+                let url = match url.contains("://") {
+                    true => url.clone(),
+                    false => format!("http://{url}"),
+                };
+                let secure = url.starts_with("https://");
+                if !secure && !url.starts_with("http://") {
+                    let what = format!("etcd endpoint {url:?}");
+                    return Err(StoreError::Settings {
+                        what,
+                        cause: "it must begin with http:// or https://".into(),
+                    });
+                }
+                // As upstream: certificates given for a plain endpoint are not used.
+                let options = match &tls {
+                    Some(tls) if secure => options.clone().with_tls(tls.clone()),
+                    _ => options.clone(),
+                };
+                Ok(Endpoint { url, options, client: OnceCell::new() })
+            })
+            .collect::<Result<_, _>>()?;
+        match endpoints.is_empty() {
+            true => Err(StoreError::Settings {
+                what: "etcd endpoints".into(),
+                cause: "none is given, for example http://127.0.0.1:2379".into(),
+            }),
+            false => Ok(Self { endpoints, current: AtomicUsize::new(0) }),
+        }
+    }
+
+    /// One call, on the endpoint that answered last or on the first of the others that does.
+    pub(super) async fn call<T, F>(
+        &self,
+        tried: &'static str,
+        call: impl Fn(Client) -> F,
+    ) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        let count = self.endpoints.len();
+        let first = self.current.load(Ordering::Relaxed);
+        let patience = (CALL_DEADLINE / u32::try_from(count).unwrap_or(1)).max(PATIENCE_MIN);
+        let mut causes = Vec::new();
+        for step in 0..count {
+            let at = (first + step) % count;
+            let endpoint = &self.endpoints[at];
+            let attempt = timeout(patience, async { call(endpoint.client().await?).await }).await;
+            let cause = match attempt {
+                Ok(Ok(answer)) => {
+                    self.current.store(at, Ordering::Relaxed);
+                    return Ok(answer);
+                }
+                Ok(Err(error)) if elsewhere(&error) => cause(&error),
+                Ok(Err(error)) => {
+                    let endpoint = endpoint.url.clone();
+                    return Err(StoreError::Refused { tried, endpoint, cause: cause(&error) });
+                }
+                Err(_) => format!("no answer within {:.1} s", patience.as_secs_f64()),
+            };
+            causes.push(format!("{}: {cause}", endpoint.url));
+        }
+        Err(StoreError::Unreachable { tried, causes: causes.join(", ") })
+    }
+}
+
+impl Endpoint {
+    /// Lazy: without a user nothing is sent before the first call.
+    async fn client(&self) -> Result<Client, Error> {
+        let connect = || Client::connect([&self.url], Some(self.options.clone()));
+        self.client.get_or_try_init(connect).await.cloned()
+    }
+}
+
+/// Its key-value half, for answers of any size.
+pub(super) fn kv(client: &Client) -> KvClient {
+    client.kv_client().max_decoding_message_size(ANSWER_MAX)
+}
+
+/// Its watching half, for answers of any size.
+pub(super) fn watches(client: &Client) -> etcd_client::WatchClient {
+    client.watch_client().max_decoding_message_size(ANSWER_MAX)
+}
+
+fn elsewhere(error: &Error) -> bool {
+    match error {
+        Error::GRpcStatus(status) => ELSEWHERE.contains(&i32::from(status.code())),
+        Error::TransportError(_) | Error::IoError(_) => true,
+        _ => false,
+    }
+}
+
+/// The innermost cause, in a few words.
+pub(super) fn cause(error: &Error) -> String {
+    let outer = match error {
+        Error::GRpcStatus(status) => {
+            let mut inner = status.source();
+            while let Some(next) = inner.and_then(std::error::Error::source) {
+                inner = Some(next);
+            }
+            return inner.map_or_else(|| status.message().to_owned(), ToString::to_string);
+        }
+        Error::TransportError(error) => error.source(),
+        _ => None,
+    };
+    let mut inner = outer;
+    while let Some(next) = inner.and_then(std::error::Error::source) {
+        inner = Some(next);
+    }
+    inner.map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+/// Certificates. An authority alone is enough; our own certificate needs its key.
+fn tls(settings: &EtcdSettings) -> Result<Option<TlsOptions>, StoreError> {
+    let EtcdSettings { cafile, certfile, keyfile, endpoints, .. } = settings;
+    let mut tls = TlsOptions::new();
+    if let Some(path) = cafile {
+        tls = tls.ca_certificate(Certificate::from_pem(read("etcd-cafile", path)?));
+    } else if endpoints.iter().any(|url| url.starts_with("https://")) {
+        return Err(StoreError::Settings {
+            what: "etcd endpoints".into(),
+            cause: "https needs --etcd-cafile, the authority that signed the servers' certificates".into(),
+        });
+    }
+    match (certfile, keyfile) {
+        (Some(cert), Some(key)) => {
+            tls = tls.identity(Identity::from_pem(read("etcd-certfile", cert)?, read("etcd-keyfile", key)?));
+        }
+        (None, None) => {}
+        (Some(_), None) | (None, Some(_)) => {
+            return Err(StoreError::Settings {
+                what: "etcd-certfile and etcd-keyfile".into(),
+                cause: "one is given without the other".into(),
+            });
+        }
+    }
+    Ok((cafile.is_some() || certfile.is_some()).then_some(tls))
+}
+
+fn read(flag: &str, path: &Path) -> Result<Vec<u8>, StoreError> {
+    std::fs::read(path).map_err(|source| StoreError::Settings {
+        what: format!("{flag} {}", PathBuf::from(path).display()),
+        cause: source.to_string(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::words::secret::Secret;
+
+    fn refused(settings: EtcdSettings) -> String {
+        Cluster::new(&settings).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn wrong_settings_are_named() {
+        let with =
+            |endpoint: &str| EtcdSettings { endpoints: vec![endpoint.into()], ..EtcdSettings::default() };
+        assert!(refused(with("unix:///x")).contains("http://"));
+        assert!(refused(with("https://a:1")).contains("--etcd-cafile"));
+        let missing = EtcdSettings { cafile: Some("/nowhere/ca.pem".into()), ..with("https://a:1") };
+        assert!(refused(missing).starts_with("etcd-cafile /nowhere/ca.pem: "));
+        assert!(
+            refused(EtcdSettings { endpoints: vec![], ..EtcdSettings::default() }).contains("none is given")
+        );
+    }
+
+    #[test]
+    fn the_password_is_in_no_debug_text() {
+        let settings = EtcdSettings {
+            user: Some(("root".into(), Secret::new("hunter2".into()))),
+            ..EtcdSettings::default()
+        };
+        let cluster = Cluster::new(&settings).unwrap();
+        assert!(!format!("{settings:?} {cluster:?}").contains("hunter2"));
+    }
+
+    #[tokio::test]
+    async fn a_server_that_is_down_is_named_with_its_cause_at_once() {
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", socket.local_addr().unwrap());
+        drop(socket);
+        let cluster =
+            Cluster::new(&EtcdSettings { endpoints: vec![url.clone()], ..EtcdSettings::default() }).unwrap();
+        let start = std::time::Instant::now();
+        let answer = cluster.call("read x", |mut client| async move { client.get("x", None).await }).await;
+        let error = answer.unwrap_err().to_string();
+        assert!(error.starts_with(&format!("could not read x: etcd cannot be reached: {url}: ")), "{error}");
+        assert!(error.contains("Connection refused"), "{error}");
+        assert!(start.elapsed() < Duration::from_secs(1));
+    }
+
+    #[tokio::test]
+    async fn a_server_that_says_nothing_costs_no_more_than_the_deadline() {
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", socket.local_addr().unwrap());
+        let cluster =
+            Cluster::new(&EtcdSettings { endpoints: vec![url], ..EtcdSettings::default() }).unwrap();
+        let start = std::time::Instant::now();
+        let answer = cluster.call("read x", |mut client| async move { client.get("x", None).await }).await;
+        assert!(answer.unwrap_err().to_string().contains("no answer within 2.8 s"));
+        assert!(start.elapsed() < Duration::from_secs(3));
+    }
+}

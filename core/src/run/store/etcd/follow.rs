@@ -1,0 +1,183 @@
+//! Watching a network: read everything once, then every change from there on; read everything again when that breaks.
+
+use std::time::Duration;
+
+use etcd_client::{
+    Client, Error, EventType, GetOptions, Txn, TxnOp, WatchOptions, WatchResponse, WatchStream,
+};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::{EtcdStore, Keys, all_found, client, revision, text};
+use crate::run::store::shelf::{Shelf, publish_down};
+use crate::run::store::{Backoff, Snapshot, StoreError};
+use crate::words::name::NetworkName;
+
+/// Changes that come this close together are told as one: a thousand nodes that start are a few snapshots.
+const GATHER: Duration = Duration::from_millis(3);
+
+/// For how long changes are gathered at most.
+const GATHER_MAX: Duration = Duration::from_millis(30);
+
+/// A watch that lived this long was a good one: the next failure is a new trouble, not the same.
+const GOOD: Duration = Duration::from_secs(10);
+
+/// Why a watch ended.
+enum Ended {
+    /// The server forgot what we have not seen yet.
+    Compacted { horizon: i64 },
+    /// The stream broke.
+    Broken(String),
+}
+
+impl EtcdStore {
+    /// Keeps the receivers up to date until the last one is dropped.
+    pub(in crate::run::store) async fn follow(self, network: NetworkName, sender: watch::Sender<Snapshot>) {
+        let mut backoff = Backoff::new();
+        loop {
+            let start = Instant::now();
+            tokio::select! {
+                () = sender.closed() => return,
+                () = self.session(&network, &sender) => {}
+            }
+            if start.elapsed() > GOOD {
+                backoff.reset();
+            }
+            tokio::select! {
+                () = sender.closed() => return,
+                () = sleep(backoff.wait()) => {}
+            }
+        }
+    }
+
+    /// One round: list, watch, until something breaks.
+    async fn session(&self, network: &NetworkName, sender: &watch::Sender<Snapshot>) {
+        let ended = match self.list_and_watch(network, sender).await {
+            Ok(ended) => ended,
+            Err(error) => {
+                let was_up = sender.borrow().down.is_none();
+                if publish_down(sender, &error) {
+                    match was_up {
+                        true => tracing::warn!("network {network}: {error}"),
+                        // Still away, for another reason.
+                        false => tracing::info!("network {network}: {error}"),
+                    }
+                }
+                return;
+            }
+        };
+        match ended {
+            Ended::Compacted { horizon } => tracing::info!(
+                "network {network}: the watch fell behind compaction horizon (compact rev {horizon}), re-listing and resuming"
+            ),
+            Ended::Broken(cause) => {
+                tracing::info!("network {network}: etcd watch closed ({cause}), reconnecting");
+            }
+        }
+    }
+
+    async fn list_and_watch(
+        &self,
+        network: &NetworkName,
+        sender: &watch::Sender<Snapshot>,
+    ) -> Result<Ended, StoreError> {
+        let keys = self.keys(network);
+        let (mut shelf, listed) = self.read(&keys).await?;
+        if sender.borrow().down.is_some() {
+            tracing::info!("network {network}: etcd is reachable again");
+        }
+        shelf.publish(sender, listed);
+        let mut stream = self.open(&keys, listed + 1).await?;
+        loop {
+            let mut seen = match stream.message().await {
+                Ok(Some(message)) => message,
+                Ok(None) => return Ok(Ended::Broken("the server closed it".into())),
+                Err(error) => return Ok(Ended::Broken(client::cause(&error))),
+            };
+            let mut last = 0;
+            let gathered = Instant::now();
+            loop {
+                if seen.canceled() {
+                    return match seen.compact_revision() {
+                        0 => Err(StoreError::Refused {
+                            tried: "watch the network",
+                            endpoint: format!("{:?}", self.cluster),
+                            cause: seen.cancel_reason().to_owned(),
+                        }),
+                        horizon => Ok(Ended::Compacted { horizon }),
+                    };
+                }
+                last = apply(&keys, &mut shelf, &seen).max(last);
+                if gathered.elapsed() > GATHER_MAX {
+                    break;
+                }
+                match timeout(GATHER, stream.message()).await {
+                    Ok(Ok(Some(message))) => seen = message,
+                    // The end of the stream is seen again in the next round, after what came before it was told.
+                    Ok(Ok(None) | Err(_)) | Err(_) => break,
+                }
+            }
+            shelf.publish(sender, last);
+        }
+    }
+
+    /// Config and leases at one revision.
+    async fn read(&self, keys: &Keys) -> Result<(Shelf, i64), StoreError> {
+        let Keys { config, subnets } = keys.clone();
+        let all = Some(GetOptions::new().with_prefix());
+        let txn = Txn::new().and_then([TxnOp::get(config, None), TxnOp::get(subnets, all)]);
+        let answer = self.txn("read the network", txn).await?;
+        let mut shelf = Shelf::default();
+        for kv in all_found(&answer) {
+            put(keys, &mut shelf, kv.key(), kv.value());
+        }
+        Ok((shelf, revision(&answer)))
+    }
+
+    /// One stream with two watches: the config, and the leases.
+    async fn open(&self, keys: &Keys, from: i64) -> Result<WatchStream, StoreError> {
+        let options = WatchOptions::new().with_start_revision(from);
+        let prefix = options.clone().with_prefix();
+        self.cluster
+            .call("watch the network", |client: Client| {
+                let (options, prefix) = (options.clone(), prefix.clone());
+                async move {
+                    let mut stream =
+                        client::watches(&client).watch(keys.subnets.as_str(), Some(prefix)).await?;
+                    stream.watch(keys.config.as_str(), Some(options)).await?;
+                    Ok::<_, Error>(stream)
+                }
+            })
+            .await
+    }
+}
+
+fn put(keys: &Keys, shelf: &mut Shelf, key: &[u8], value: &[u8]) {
+    let key = text(key);
+    match key.strip_prefix(&keys.subnets) {
+        Some(lease) => shelf.put(lease, value),
+        None if key == keys.config => shelf.config(Some(value)),
+        None => {}
+    }
+}
+
+/// Applies the events of a message; the highest revision among them.
+fn apply(keys: &Keys, shelf: &mut Shelf, message: &WatchResponse) -> i64 {
+    let mut last = 0;
+    for event in message.events() {
+        let Some(kv) = event.kv() else { continue };
+        last = last.max(kv.mod_revision());
+        match event.event_type() {
+            EventType::Put => put(keys, shelf, kv.key(), kv.value()),
+            EventType::Delete => {
+                let key = text(kv.key());
+                match key.strip_prefix(&keys.subnets) {
+                    Some(lease) => shelf.delete(lease),
+                    None if key == keys.config => shelf.config(None),
+                    None => {}
+                }
+            }
+        }
+    }
+    last
+}

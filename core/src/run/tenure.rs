@@ -1,0 +1,317 @@
+//! Holding our lease: acquire it, renew it, notice its loss, acquire it again.
+//!
+//! Driven by whole values: what we offer (config and lease value) and what the store holds. Every change of either is looked
+//! at anew, so a node that found no free subnet gets one as soon as there is one, without a restart.
+//!
+//! **Source** — upstream pkg/subnet/etcd/local_manager.go, `AcquireLease` and `CompleteLease`; the texts that operators grep for
+//! are its own.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until};
+
+use super::store::{Backoff, Claim, Held, LEASE_TTL, NetworkStore, Renewal, Snapshot, StoreError};
+use crate::decide::allocate::{self, Choice};
+use crate::words::addr::{Family, Prefix};
+use crate::words::code::Code;
+use crate::words::config::NetworkConfig;
+use crate::words::lease::{LeaseValue, OwnLease, Subnets};
+use crate::words::report::Finding;
+
+/// Lost races in a row after which the next try waits longer.
+const RACES_MAX: u32 = 10;
+
+/// How long to wait for the store's watch to show what a lost race was about.
+const RACE_WAIT: Duration = Duration::from_millis(100);
+
+/// What a node offers in exchange for a subnet.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Offer {
+    /// The network as it is configured now.
+    pub config: Arc<NetworkConfig>,
+    /// What the lease should say.
+    pub value: LeaseValue,
+    /// What we had before, if anything is known of it.
+    pub previous: Option<Subnets>,
+    /// No subnet is taken from these.
+    pub avoid: Vec<Prefix>,
+}
+
+/// How the tenure stands.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct TenureState {
+    /// What we hold.
+    pub own: Option<OwnLease>,
+    /// Why we hold nothing.
+    pub waiting: Option<Finding>,
+}
+
+/// The task that holds a lease.
+pub struct Tenure {
+    store: NetworkStore,
+    snapshots: watch::Receiver<Snapshot>,
+    offers: watch::Receiver<Option<Offer>>,
+    publish: watch::Sender<TenureState>,
+    margin: Duration,
+    ttl: Duration,
+    held: Option<Held>,
+    /// What we held last, before it was lost.
+    last: Option<Subnets>,
+    races: u32,
+    backoff: Backoff,
+    next: Instant,
+}
+
+impl Tenure {
+    /// Starts the task; it ends when the receiver, the snapshots or the offers are dropped. `margin` is how long before its end
+    /// a lease is renewed.
+    pub fn spawn(
+        store: NetworkStore,
+        snapshots: watch::Receiver<Snapshot>,
+        offers: watch::Receiver<Option<Offer>>,
+        margin: Duration,
+    ) -> watch::Receiver<TenureState> {
+        Self::spawn_with(store, snapshots, offers, margin, LEASE_TTL)
+    }
+
+    /// The same with leases that last `ttl`.
+    pub fn spawn_with(
+        store: NetworkStore,
+        snapshots: watch::Receiver<Snapshot>,
+        offers: watch::Receiver<Option<Offer>>,
+        margin: Duration,
+        ttl: Duration,
+    ) -> watch::Receiver<TenureState> {
+        let (publish, receiver) = watch::channel(TenureState::default());
+        let tenure = Self {
+            store,
+            snapshots,
+            offers,
+            publish,
+            margin: margin.min(ttl / 2),
+            ttl,
+            held: None,
+            last: None,
+            races: 0,
+            backoff: Backoff::new(),
+            next: Instant::now(),
+        };
+        tokio::spawn(tenure.run());
+        receiver
+    }
+
+    async fn run(mut self) {
+        loop {
+            let offer = self.offers.borrow_and_update().clone();
+            let snapshot = self.snapshots.borrow_and_update().clone();
+            match offer {
+                Some(offer) => self.step(&offer, &snapshot).await,
+                // Nothing is offered any more, so nothing is held: whoever retires gives the lease back himself.
+                None => {
+                    self.held = None;
+                    self.next = Instant::now() + self.ttl;
+                }
+            }
+            tokio::select! {
+                changed = self.offers.changed() => if changed.is_err() { return },
+                changed = self.snapshots.changed() => if changed.is_err() { return },
+                () = sleep_until(self.next) => {}
+                () = self.publish.closed() => return,
+            }
+        }
+    }
+
+    /// Looks at what is offered and what is there, and does what follows.
+    async fn step(&mut self, offer: &Offer, snapshot: &Snapshot) {
+        if let Some(held) = self.held.take() {
+            self.keep(held, offer, snapshot).await;
+        }
+        if self.held.is_none() && snapshot.known {
+            self.acquire(offer, snapshot).await;
+        }
+    }
+
+    /// Keeps what we hold, unless it is lost or the config does not allow it any more.
+    async fn keep(&mut self, held: Held, offer: &Offer, snapshot: &Snapshot) {
+        let subnets = held.own.subnets;
+        if !allocate::compatible(&offer.config, &subnets) {
+            tracing::info!("lease {subnets} is not compatible with the current config, giving it back");
+            self.last = None;
+            if let Err(error) = self.store.release(&subnets, &held.own.value).await {
+                tracing::warn!("the lease {subnets} stays until it expires: {error}");
+            }
+            return;
+        }
+        // A snapshot of a time before our last write does not know of it.
+        if snapshot.known && snapshot.revision >= held.revision {
+            match snapshot.leases.leases.get(&subnets) {
+                None => return self.lost(subnets, "its key is gone from the store"),
+                Some(value) if !allocate::same_holder(value, &held.own.value) => {
+                    let holder = allocate::holder(value);
+                    return self.lost(subnets, &format!("{holder} has written itself into it"));
+                }
+                Some(_) => {}
+            }
+        }
+        let due = self.renewal(&held).is_some_and(|due| due <= Instant::now());
+        if due || held.own.value != offer.value {
+            self.renew(held, offer).await;
+        } else {
+            self.hold(held);
+        }
+    }
+
+    async fn renew(&mut self, held: Held, offer: &Offer) {
+        let subnets = held.own.subnets;
+        match self.store.renew(&held, &offer.value, self.ttl).await {
+            Ok(Renewal::Done(held)) => {
+                tracing::info!("Lease renewed, new expiration: in {:?}", self.ttl);
+                self.backoff.reset();
+                self.hold(held);
+            }
+            Ok(Renewal::Lost(None)) => self.lost(subnets, "its key is gone from the store"),
+            Ok(Renewal::Lost(Some(value))) => {
+                self.lost(subnets, &format!("{} has written itself into it", allocate::holder(&value)));
+            }
+            Err(error) => {
+                let wait = self.backoff.wait();
+                tracing::error!("Error renewing lease (trying again in {wait:?}): {error}");
+                self.held = Some(held);
+                self.next = Instant::now() + wait;
+            }
+        }
+    }
+
+    fn lost(&mut self, subnets: Subnets, how: &str) {
+        let finding = Finding::new(Code::LEASE_LOST, format!("{subnets}: {how}"));
+        tracing::error!("{finding}");
+        self.last = Some(subnets);
+        self.wait_for(finding);
+    }
+
+    async fn acquire(&mut self, offer: &Offer, snapshot: &Snapshot) {
+        for subnets in allocate::outdated(&offer.config, &snapshot.leases, &offer.value) {
+            tracing::info!(
+                "Found lease ({subnets}) for current IP ({}) but not compatible with current config, deleting",
+                offer.value.public_ip
+            );
+            if let Err(error) = self.store.release(&subnets, &offer.value).await {
+                tracing::warn!("the lease {subnets} stays until it expires: {error}");
+            }
+        }
+        let previous = self.last.as_ref().or(offer.previous.as_ref());
+        let choice = allocate::choose(
+            &offer.config,
+            &snapshot.leases,
+            &offer.value,
+            previous,
+            &offer.avoid,
+            fastrand::u64(..),
+        );
+        match choice {
+            Ok(choice) => match self.take(&choice, offer).await {
+                Ok(Some(held)) => {
+                    self.races = 0;
+                    self.backoff.reset();
+                    self.hold(held);
+                }
+                Ok(None) => self.lost_race(),
+                Err(error) => {
+                    self.wait_for(error.finding());
+                    self.next = Instant::now() + self.backoff.wait();
+                }
+            },
+            Err(none) => {
+                // The next snapshot or config may have one; a slow look catches what was missed.
+                self.wait_for(none.finding());
+                self.next = Instant::now() + Duration::from_secs(30);
+            }
+        }
+    }
+
+    /// None if somebody else was faster.
+    async fn take(&self, choice: &Choice, offer: &Offer) -> Result<Option<Held>, StoreError> {
+        let ip = offer.value.public_ip;
+        match choice {
+            Choice::Adopt(subnets) => {
+                tracing::info!("Found lease ({}) for current IP ({ip}), reusing", told(subnets));
+                match self.store.adopt(subnets, &offer.value, self.ttl).await? {
+                    Renewal::Done(held) => Ok(Some(held)),
+                    Renewal::Lost(_) => Ok(None),
+                }
+            }
+            Choice::Reclaim(subnets) | Choice::Claim(subnets) => {
+                match (choice, offer.config.v4) {
+                    (Choice::Reclaim(_), _) => {
+                        tracing::info!("Found previously leased subnet ({subnets}), reusing")
+                    }
+                    (_, Some(range)) => tracing::info!(
+                        "Picking subnet in range {} ... {}",
+                        range.first.base(),
+                        range.last.base()
+                    ),
+                    (_, None) => {}
+                }
+                match self.store.claim(subnets, &offer.value, self.ttl).await? {
+                    Claim::Made(held) => {
+                        tracing::info!("Allocated lease ({}) to current node ({ip}) ", told(subnets));
+                        Ok(Some(held))
+                    }
+                    Claim::Taken => Ok(None),
+                }
+            }
+        }
+    }
+
+    /// Somebody was faster: look again, soon; later if that goes on.
+    fn lost_race(&mut self) {
+        self.races += 1;
+        let wait = match self.races % RACES_MAX {
+            0 => self.backoff.wait(),
+            _ => RACE_WAIT.mul_f64(fastrand::f64()),
+        };
+        tracing::debug!("lost the race for a subnet, trying again in {wait:?}");
+        self.next = Instant::now() + wait;
+    }
+
+    fn hold(&mut self, held: Held) {
+        self.next = self.renewal(&held).unwrap_or_else(|| Instant::now() + self.ttl);
+        let state = TenureState { own: Some(held.own.clone()), waiting: None };
+        self.last = Some(held.own.subnets);
+        self.held = Some(held);
+        self.tell(state);
+    }
+
+    fn wait_for(&mut self, finding: Finding) {
+        self.tell(TenureState { own: None, waiting: Some(finding) });
+    }
+
+    fn tell(&self, state: TenureState) {
+        self.publish.send_if_modified(|current| {
+            let news = *current != state;
+            *current = state;
+            news
+        });
+    }
+
+    /// When to renew: a margin before the end, and up to a tenth of it earlier, by subnet, so that nodes which started
+    /// together do not renew together. None for a reservation.
+    fn renewal(&self, held: &Held) -> Option<Instant> {
+        let spread = fastrand::Rng::with_seed(seed(&held.own.subnets)).f64();
+        let early = self.margin.mul_f64(1.0 + spread / 10.0);
+        held.expires?.checked_sub(early)
+    }
+}
+
+fn seed(subnets: &Subnets) -> u64 {
+    subnets.key().bytes().fold(7, |seed, byte| seed.wrapping_mul(31).wrapping_add(u64::from(byte)))
+}
+
+/// As upstream's log has it: an absent family is `::/0`.
+fn told(subnets: &Subnets) -> String {
+    let part =
+        |family, none: &str| subnets.of(family).map_or_else(|| none.to_owned(), |subnet| subnet.to_string());
+    format!("ip: {} ipv6: {}", part(Family::V4, "0.0.0.0/0"), part(Family::V6, "::/0"))
+}
