@@ -9,6 +9,10 @@ use crate::words::territory::Territory;
 /// ordinary; a third is for what the kernel removed along with those; the last look only verifies.
 pub const ROUNDS_MAX: usize = 3;
 
+/// Of so many changes the report has the text. Nobody reads the thousands of a large cluster's first pass, and printing them would
+/// cost more than making them.
+pub const TOLD_MAX: usize = 64;
+
 /// Brings the territory to the plan. Fails only when the world cannot be looked at: what could not be changed is in
 /// the report and will be in the next diff.
 pub fn converge(world: &mut dyn World, territory: &Territory, desired: &Facts) -> Result<Report, WorldError> {
@@ -39,17 +43,22 @@ fn round(world: &mut dyn World, changes: &[Change<'_>], report: &mut Report) -> 
         match result {
             Ok(()) => {
                 progress = true;
-                report.made.push(made(change));
+                let told = report.made.len() < TOLD_MAX;
+                report.made.push(made(change, told));
             }
-            Err(error) => report.failed.push((made(change), chain(&error))),
+            Err(error) => {
+                let told = report.failed.len() < TOLD_MAX;
+                report.failed.push((made(change, told), chain(&error)));
+            }
         }
     }
     progress
 }
 
-fn made(change: &Change<'_>) -> Made {
+fn made(change: &Change<'_>, told: bool) -> Made {
     let fact = change.fact();
-    Made { verb: change.verb(), kind: fact.kind(), text: fact.to_string() }
+    let text = if told { fact.to_string() } else { String::new() };
+    Made { verb: change.verb(), kind: fact.kind(), text }
 }
 
 /// An error with all its causes on one line.

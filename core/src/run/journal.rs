@@ -115,6 +115,13 @@ fn told(verb: &'static str, reason: Reason) -> &'static str {
     }
 }
 
+/// A table is told by its name: it may have thousands of elements, and `nft list table` shows them.
 fn one_line(text: &str) -> String {
+    let text = match text.split_once('{') {
+        Some((head, _)) if text.starts_with("nft") => {
+            head.trim_end().trim_end_matches('\'').replace('\'', "")
+        }
+        _ => text.to_owned(),
+    };
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }

@@ -24,12 +24,13 @@ use crate::touch::uplink::{self, UplinkError};
 use crate::touch::world::WorldError;
 use crate::touch::world::kernel::Kernel;
 use crate::words::addr::Prefix;
+use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
 use crate::words::fact::Facts;
 use crate::words::lease::{LeaseSet, OwnLease};
 use crate::words::name::{Attachment, LinkName, NetworkName};
 use crate::words::node::{Identity, Node};
-use crate::words::report::{Reason, Report};
+use crate::words::report::{Finding, Reason, Report};
 use crate::words::units::Mtu;
 
 /// What does not change while an agent runs.
@@ -53,6 +54,8 @@ pub(super) struct Inputs {
     pub(super) public_ip: Option<Ipv4Addr>,
     pub(super) identity: Identity,
     pub(super) isolated_from: BTreeSet<Prefix>,
+    /// What the network's CIDRs were before the config changed: our routes in there are still ours to remove.
+    pub(super) former: BTreeSet<Prefix>,
 }
 
 /// How a pass ended.
@@ -168,7 +171,7 @@ impl Thread {
 
     fn try_pass(&mut self, inputs: &Inputs) -> Result<(Plan, Report, Option<Ipv4Addr>), PassError> {
         let node = self.node(inputs)?;
-        let plan = plan(&plan::Inputs {
+        let mut plan = plan(&plan::Inputs {
             network: &self.place.network,
             config: &inputs.config,
             node: &node,
@@ -179,7 +182,13 @@ impl Thread {
             forward: self.place.forward,
             isolated_from: &inputs.isolated_from,
         })?;
+        plan.territory.cidrs.extend(&inputs.former);
         let report = converge(self.kernel()?, &plan.territory, &plan.facts)?;
+        if self.place.forward
+            && let Some(hint) = self.kernel()?.netfilter()?.hint()
+        {
+            plan.findings.push(Finding::new(Code::FORWARD_DROPPED, hint));
+        }
         Ok((plan, report, node.public_v4))
     }
 

@@ -52,8 +52,8 @@ pub fn load(
     };
     let [v4, v6] = [adopted(devices[0])?, adopted(devices[1])?];
     let now = Kept {
-        vtep_mac: v4.or(kept.map(|kept| kept.vtep_mac)).unwrap_or_else(random),
-        vtep_mac_v6: v6.or(kept.map(|kept| kept.vtep_mac_v6)).unwrap_or_else(random),
+        vtep_mac: v4.or_else(|| kept.map(|kept| kept.vtep_mac)).unwrap_or_else(random),
+        vtep_mac_v6: v6.or_else(|| kept.map(|kept| kept.vtep_mac_v6)).unwrap_or_else(random),
     };
     if kept != Some(now) {
         write(&path, now).map_err(|source| IdentityError::Io { path, source })?;

@@ -105,6 +105,7 @@ impl Prefix {
     }
 
     /// Length of the prefix in bits.
+    #[expect(clippy::len_without_is_empty, reason = "the length of a prefix is not a count of elements")]
     pub fn len(&self) -> u8 {
         self.0.prefix()
     }
@@ -221,6 +222,7 @@ impl InterfaceAddress {
     }
 
     /// Length of the subnet's prefix in bits.
+    #[expect(clippy::len_without_is_empty, reason = "the length of a prefix is not a count of elements")]
     pub fn len(&self) -> u8 {
         self.0.prefix()
     }

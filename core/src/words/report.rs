@@ -79,7 +79,7 @@ pub struct Made {
     pub verb: &'static str,
     /// Kind of the fact.
     pub kind: &'static str,
-    /// The fact as iproute2 would say it.
+    /// The fact as iproute2 would say it; empty for all but the first few of a large pass.
     pub text: String,
 }
 

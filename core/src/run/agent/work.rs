@@ -1,0 +1,418 @@
+//! An agent at work: it follows the newest values and decides when the kernel is looked at.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::{Instant, sleep_until};
+
+use super::{AgentSettings, Command, Leased, Status, WAIT, gateway};
+use crate::run::cache::{self, LastGood};
+use crate::run::hold::{self, Hold};
+use crate::run::kernel_events::KernelEvents;
+use crate::run::reconcile::{Inputs, Outcome, Place, Reconciler, backoff};
+use crate::run::retire;
+use crate::run::store::Snapshot;
+use crate::run::survey::{self, Survey};
+use crate::run::tenure::{Offer, Tenure, TenureState};
+use crate::touch::subnet_env::SubnetEnv;
+use crate::words::addr::{Family, Prefix};
+use crate::words::code::Code;
+use crate::words::config::NetworkConfig;
+use crate::words::lease::{LeaseSet, OwnLease, Subnets};
+use crate::words::report::{Finding, Reason};
+use crate::words::units::Mtu;
+
+/// Notices from the kernel are gathered for so long before it is looked at.
+const SETTLE: Duration = Duration::from_millis(50);
+
+/// A running agent's state: the newest value of everything it was told.
+pub(super) struct Work {
+    settings: AgentSettings,
+    publish: watch::Sender<Status>,
+    hold: Hold,
+    reconciler: Reconciler,
+    snapshots: watch::Receiver<Snapshot>,
+    offer: watch::Sender<Option<Offer>>,
+    tenure: watch::Receiver<TenureState>,
+    kernel_notice: Arc<Notify>,
+    _events: KernelEvents,
+    /// The document as it was last parsed, and what it said.
+    document: Option<String>,
+    config: Option<Arc<NetworkConfig>>,
+    config_trouble: Option<Finding>,
+    survey: Option<Survey>,
+    survey_trouble: Option<Finding>,
+    survey_due: bool,
+    own: Option<OwnLease>,
+    leases: Arc<LeaseSet>,
+    saved: LastGood,
+    env: Option<SubnetEnv>,
+    /// CIDRs of earlier configs.
+    former: BTreeSet<Prefix>,
+    failures: u32,
+    next_look: Instant,
+    pending: Option<Reason>,
+    /// Kernel notices in a row: somebody may be undoing what we do.
+    streak: u32,
+    last_notice: Instant,
+    ready: bool,
+    told: Option<Finding>,
+}
+
+impl Work {
+    pub(super) fn start(
+        settings: AgentSettings,
+        publish: watch::Sender<Status>,
+        hold: Hold,
+    ) -> Result<Self, std::io::Error> {
+        let place = Place {
+            network: settings.network.clone(),
+            subnet_file: settings.subnet_file.clone(),
+            masquerade: settings.masquerade,
+            forward: settings.forward,
+            bridge: settings.bridge,
+        };
+        let kernel_notice = Arc::new(Notify::new());
+        let saved = cache::read(&settings.state_dir, &settings.network).unwrap_or_default();
+        let (offer, offered) = watch::channel(None);
+        let snapshots = settings.store.watch();
+        let tenure = Tenure::spawn(settings.store.clone(), snapshots.clone(), offered, settings.renew_margin);
+        Ok(Self {
+            reconciler: Reconciler::start(place, settings.counters.clone())?,
+            _events: KernelEvents::subscribe(kernel_notice.clone())?,
+            snapshots,
+            settings,
+            publish,
+            hold,
+            offer,
+            tenure,
+            kernel_notice,
+            document: None,
+            config: None,
+            config_trouble: None,
+            survey: None,
+            survey_trouble: None,
+            survey_due: true,
+            own: None,
+            leases: Arc::default(),
+            saved,
+            env: None,
+            former: BTreeSet::new(),
+            failures: 0,
+            next_look: Instant::now() + WAIT,
+            pending: None,
+            streak: 0,
+            last_notice: Instant::now(),
+            ready: false,
+            told: None,
+        })
+    }
+
+    pub(super) async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Command>) {
+        self.restore();
+        loop {
+            self.follow().await;
+            // Every arm is cancel-safe; none awaits inside the select.
+            tokio::select! {
+                changed = self.snapshots.changed() => if changed.is_err() { return },
+                changed = self.tenure.changed() => if changed.is_err() { return },
+                Ok(()) = self.settings.isolated_from.changed() => self.look(Reason::Config, Duration::ZERO),
+                Ok(()) = self.reconciler.outcome.changed() => self.passed(),
+                () = self.kernel_notice.notified() => self.noticed(),
+                () = sleep_until(self.next_look) => self.look_now(),
+                command = inbox.recv() => match command {
+                    Some(Command::Poke(reason)) => self.look(reason, Duration::ZERO),
+                    Some(Command::Retire(reply)) => {
+                        let _ = reply.send(self.retire().await);
+                        return;
+                    }
+                    Some(Command::Stop(reply)) => {
+                        let _ = reply.send(());
+                        return;
+                    }
+                    None => return,
+                },
+            }
+        }
+    }
+
+    /// A start without the store goes on with what was true last: local containers must not wait for it.
+    fn restore(&mut self) {
+        let Some(subnets) = self.saved.own else { return };
+        let Some(value) = self.saved.leases.leases.get(&subnets).cloned() else { return };
+        let Ok(parsed) = NetworkConfig::parse(&self.saved.config) else { return };
+        tracing::info!(
+            network = %self.settings.network,
+            "starting from the last known state: subnet {subnets}, {} leases", self.saved.leases.leases.len()
+        );
+        self.document = Some(self.saved.config.clone());
+        self.config = Some(Arc::new(parsed.config));
+        self.own = Some(OwnLease { subnets, value });
+        self.leases = Arc::new(self.saved.leases.clone());
+        self.look(Reason::Startup, Duration::ZERO);
+    }
+
+    /// Brings everything up to the newest values: config, uplink, what we offer, what we hold, what is published.
+    async fn follow(&mut self) {
+        let snapshot = self.snapshots.borrow_and_update().clone();
+        if let Some(document) = &snapshot.config
+            && self.document.as_ref() != Some(document)
+        {
+            self.read_config(document.clone());
+        } else if snapshot.known && snapshot.config.is_none() && self.config.is_none() {
+            let text = format!("network {} has none", self.settings.network);
+            self.config_trouble = Some(Finding::new(Code::CONFIG_ABSENT, text));
+        }
+        if snapshot.known && *self.leases != *snapshot.leases {
+            self.leases = snapshot.leases.clone();
+            self.look(Reason::Leases, Duration::ZERO);
+        }
+        self.look_around().await;
+        self.make_offer();
+        self.take_tenure();
+        self.save();
+        self.announce(&snapshot);
+    }
+
+    fn read_config(&mut self, document: String) {
+        let network = &self.settings.network;
+        match NetworkConfig::parse(&document) {
+            Ok(parsed) if parsed.config.v6.is_some() => {
+                let text = "EnableIPv6 is true; IPv6 is not built yet in this version";
+                self.config_trouble = Some(Finding::new(Code::CONFIG_BROKEN, text));
+            }
+            Ok(parsed) => {
+                for finding in &parsed.findings {
+                    tracing::warn!(%network, "{finding}");
+                }
+                tracing::info!(%network, "Found network config - Backend type: {}", parsed.config.backend.name());
+                if self.config.as_deref() != Some(&parsed.config) {
+                    self.former.extend(self.config.iter().flat_map(|config| config.cidrs()));
+                    self.survey_due = true;
+                    self.config = Some(Arc::new(parsed.config));
+                    self.look(Reason::Config, Duration::ZERO);
+                }
+                self.config_trouble = None;
+            }
+            Err(error) => {
+                self.config_trouble = Some(Finding::new(Code::CONFIG_BROKEN, error.to_string()));
+            }
+        }
+        self.document = Some(document);
+    }
+
+    /// Uplink, identity, what we advertise: looked at when something they follow from has changed.
+    async fn look_around(&mut self) {
+        let Some(config) = self.config.clone() else { return };
+        if !std::mem::take(&mut self.survey_due) {
+            return;
+        }
+        let settings = self.settings.clone();
+        let known = self.survey.as_ref().map(|survey| survey.link);
+        let survey = tokio::task::spawn_blocking(move || survey::take(&settings, &config, known)).await;
+        match survey.unwrap_or_else(|error| Err(Finding::new(Code::UPLINK_ABSENT, error.to_string()))) {
+            Ok(survey) => {
+                if self
+                    .survey
+                    .as_ref()
+                    .is_none_or(|known| known.link != survey.link || known.value != survey.value)
+                {
+                    tracing::info!(
+                        network = %self.settings.network,
+                        "Using interface with name {} and address {}", survey.link, survey.value.public_ip
+                    );
+                    self.look(Reason::Uplink, Duration::ZERO);
+                }
+                self.survey = Some(survey);
+                self.survey_trouble = None;
+            }
+            Err(finding) => self.survey_trouble = Some(finding),
+        }
+    }
+
+    /// Offers the lease value; nothing is offered while the network cannot be served here.
+    fn make_offer(&mut self) {
+        let (Some(config), Some(survey)) = (&self.config, &self.survey) else { return };
+        if self.survey_trouble.is_some() || self.config_trouble.is_some() {
+            return;
+        }
+        let previous = self.saved.own.or_else(|| {
+            SubnetEnv::previous_subnet(&self.settings.subnet_file, Family::V4).map(Subnets::v4_only)
+        });
+        let offer = Offer {
+            config: config.clone(),
+            value: survey.value.clone(),
+            previous,
+            avoid: survey.avoid.clone(),
+        };
+        self.offer.send_if_modified(|current| {
+            let news = current.as_ref() != Some(&offer);
+            *current = Some(offer);
+            news
+        });
+    }
+
+    fn take_tenure(&mut self) {
+        let state = self.tenure.borrow_and_update().clone();
+        if let Some(own) = state.own
+            && self.own.as_ref() != Some(&own)
+        {
+            self.own = Some(own);
+            self.ready = false;
+            self.look(Reason::Leases, Duration::ZERO);
+        }
+    }
+
+    /// Keeps what is true now for a start without the store.
+    fn save(&mut self) {
+        let (Some(document), Some(own)) = (&self.document, &self.own) else { return };
+        if self.config_trouble.is_some() {
+            return;
+        }
+        let mut leases = LeaseSet { leases: self.leases.leases.clone(), findings: Vec::new() };
+        leases.leases.insert(own.subnets, own.value.clone());
+        let now = LastGood { config: document.clone(), own: Some(own.subnets), leases };
+        if now != self.saved {
+            if let Err(error) = cache::write(&self.settings.state_dir, &self.settings.network, &now) {
+                tracing::warn!(network = %self.settings.network, "the last known state could not be kept: {error}");
+            }
+            self.saved = now;
+        }
+    }
+
+    /// Tells everybody how the agent stands, and the operator what it waits for, once.
+    fn announce(&mut self, snapshot: &Snapshot) {
+        let waiting = self
+            .config_trouble
+            .clone()
+            .or_else(|| self.survey_trouble.clone())
+            .or_else(|| snapshot.down.clone())
+            .or_else(|| self.tenure.borrow().waiting.clone());
+        if waiting != self.told {
+            let network = &self.settings.network;
+            match &waiting {
+                Some(finding) if self.own.is_some() => tracing::warn!(%network, "{finding}"),
+                Some(finding) => tracing::error!(%network, "waiting: {finding}"),
+                None => tracing::info!(%network, "not waiting any more"),
+            }
+            self.told.clone_from(&waiting);
+        }
+        let lease = match (&self.config, &self.own, &self.survey) {
+            (Some(config), Some(own), Some(survey)) => {
+                Some(Leased { config: config.clone(), own: own.clone(), mtu: survey.mtu })
+            }
+            _ => None,
+        };
+        let status = Status { waiting, lease, ready: self.ready };
+        self.settings.counters.ready(self.settings.network.as_str(), status.ready);
+        self.publish.send_if_modified(|current| {
+            let news = *current != status;
+            *current = status;
+            news
+        });
+    }
+
+    /// Plans a look at the kernel, at the latest after `delay`.
+    fn look(&mut self, reason: Reason, delay: Duration) {
+        self.pending = Some(self.pending.map_or(reason, |pending| pending.min(reason)));
+        self.next_look = self.next_look.min(Instant::now() + delay);
+    }
+
+    /// The kernel said something. Whoever keeps undoing our work is answered more and more slowly, up to a second.
+    fn noticed(&mut self) {
+        const QUIET: Duration = Duration::from_secs(3);
+        const SLOWEST: Duration = Duration::from_millis(800);
+        self.streak = if self.last_notice.elapsed() > QUIET { 0 } else { self.streak.saturating_add(1) };
+        self.last_notice = Instant::now();
+        let settle = SETTLE.saturating_mul(1 + self.streak / 8).min(SLOWEST);
+        self.look(Reason::Kernel, settle);
+    }
+
+    fn look_now(&mut self) {
+        let reason = self.pending.take().unwrap_or(Reason::Resync);
+        let idle = if self.survey_trouble.is_some() { WAIT } else { self.settings.resync };
+        self.next_look = Instant::now() + idle;
+        self.survey_due |= self.survey_trouble.is_some() || self.survey.is_none();
+        let (Some(config), Some(own), Some(survey)) = (&self.config, &self.own, &self.survey) else { return };
+        let inputs = Inputs {
+            config: config.clone(),
+            own: own.clone(),
+            leases: self.leases.clone(),
+            uplink: survey.link,
+            public_ip: self.settings.public_ip,
+            identity: survey.identity.clone(),
+            isolated_from: self.settings.isolated_from.borrow().clone(),
+            former: self.former.clone(),
+        };
+        self.reconciler.pass(inputs, reason);
+    }
+
+    /// A pass has ended.
+    fn passed(&mut self) {
+        let outcome: Outcome = self.reconciler.outcome.borrow_and_update().clone();
+        if outcome.clean {
+            self.failures = 0;
+        } else {
+            self.look(Reason::Retry, backoff(self.failures));
+            self.failures = self.failures.saturating_add(1);
+        }
+        // The uplink is gone, or has another address: what we advertise must follow.
+        let moved =
+            self.survey.as_ref().is_some_and(|survey| Some(survey.value.public_ip) != outcome.public_ip);
+        self.survey_due |= moved;
+        if outcome.own.is_some() && outcome.own == self.own {
+            self.ready = self.write_subnet_file(outcome.mtu) && (outcome.clean || self.ready);
+        }
+    }
+
+    /// After the first pass, so that whoever waits for the file finds a data path.
+    fn write_subnet_file(&mut self, mtu: Option<Mtu>) -> bool {
+        let (Some(config), Some(own), Some(mtu)) = (&self.config, &self.own, mtu) else { return false };
+        let env = SubnetEnv {
+            networks: config.cidrs().collect(),
+            subnets: [Family::V4, Family::V6].into_iter().filter_map(|family| gateway(own, family)).collect(),
+            mtu,
+            ip_masq: self.settings.masquerade,
+        };
+        if self.env.as_ref() == Some(&env) && self.settings.subnet_file.exists() {
+            return true;
+        }
+        let path = self.settings.subnet_file.display();
+        match env.write(&self.settings.subnet_file) {
+            Ok(()) => {
+                tracing::info!(network = %self.settings.network, "Wrote subnet file to {path}");
+                self.env = Some(env);
+                true
+            }
+            Err(error) => {
+                tracing::error!("Failed to write subnet file: {}", crate::act::pass::chain(&error));
+                false
+            }
+        }
+    }
+
+    /// Takes everything of the network away from this host.
+    async fn retire(self) -> Result<(), String> {
+        let known = self.config.iter().flat_map(|config| config.cidrs());
+        let cidrs = known.chain(self.env.iter().flat_map(|env| env.networks.iter().copied())).collect();
+        let report = self.reconciler.retire(cidrs).await?;
+        // Nothing is offered any more, so what is released now is not claimed again.
+        self.offer.send_replace(None);
+        if let Some(own) = &self.own
+            && let Err(error) = self.settings.store.release(&own.subnets, &own.value).await
+        {
+            tracing::warn!("the lease {} stays in the store until it expires: {error}", own.subnets);
+        }
+        retire::traces(&self.settings.subnet_file, &self.settings.state_dir, &self.settings.network)
+            .map_err(|error| format!("the files of the network could not be removed: {error}"))?;
+        drop(self.hold);
+        hold::remove(&self.settings.subnet_file, &self.settings.network);
+        tracing::info!(network = %self.settings.network, "retired");
+        match report.failed.first() {
+            Some((made, cause)) => Err(format!("{cause} ({})", made.text)),
+            None => Ok(()),
+        }
+    }
+}
