@@ -67,7 +67,9 @@ fn add(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
     }
     let wish = conf.wish(&CniArgs::parse(&call.args)?)?;
     let pools = pools(&env)?;
-    let namespace = Namespace::open(Path::new(&call.netns)).map_err(|error| no_namespace(call, &error))?;
+    let namespace = Namespace::open(Path::new(&call.netns))
+        .and_then(Namespace::in_place)
+        .map_err(|error| no_namespace(call, &error))?;
     let peer_home = namespace.try_clone().map_err(|error| no_namespace(call, &error))?;
     let mut sandbox = Kernel::open_inside(namespace).map_err(world_error)?;
     let mut host = Kernel::open().map_err(world_error)?;
@@ -158,7 +160,7 @@ fn unlink(call: &Call, conf: &Conf, owner: &Attachment, link: LinkName) -> Resul
     // Not made by us, or gone already.
     if !call.netns.is_empty()
         && !is_own_namespace(call)
-        && let Ok(namespace) = Namespace::open(Path::new(&call.netns))
+        && let Ok(namespace) = Namespace::open(Path::new(&call.netns)).and_then(Namespace::in_place)
     {
         let mut sandbox = Kernel::open_inside(namespace).map_err(world_error)?;
         return delete_veth(&mut sandbox, link);

@@ -51,6 +51,7 @@
 //! - Assert text of the kernel or of the product, not calls.
 //! - A test that needs a program says so with [`LabPlan::needs`].
 
+mod alone;
 pub mod binaries;
 mod cgroup;
 mod command;
@@ -63,6 +64,7 @@ mod lab;
 pub mod needs;
 pub mod probe;
 
+pub use alone::{alone, another_namespace, sh};
 pub use command::{COMMAND_DEADLINE, Output};
 pub use daemon::{Daemon, Usage};
 pub use engine::Container;

@@ -1,10 +1,10 @@
 //! Write a fact into a real kernel, read the same fact back; every test in a network namespace of its own.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::collections::BTreeSet;
 use std::error::Error;
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
 use std::thread;
 use std::time::Instant;
 
@@ -20,43 +20,7 @@ use flannel_core::words::fact::{
 use flannel_core::words::name::LinkName;
 use flannel_core::words::territory::Territory;
 use flannel_core::words::units::{Mtu, Port, Vni};
-use flannel_tests::needs::require_root_and_namespaces;
-use nix::sched::{CloneFlags, unshare};
-
-/// Runs the test on a thread in a namespace of its own; skips by name where the machine has none.
-fn alone(test: impl FnOnce() -> Result<()> + Send) {
-    if !require_root_and_namespaces() {
-        return;
-    }
-    thread::scope(|scope| {
-        let inside = || {
-            unshare(CloneFlags::CLONE_NEWNET).context("unshare")?;
-            test()
-        };
-        if let Err(error) = scope.spawn(inside).join().unwrap() {
-            panic!("{error:#}");
-        }
-    });
-}
-
-/// Another namespace, that lives as long as the answer.
-fn another_namespace() -> Result<Namespace> {
-    let (send, receive) = mpsc::channel();
-    thread::spawn(move || {
-        let made = unshare(CloneFlags::CLONE_NEWNET).map_err(Into::into).and_then(|()| Namespace::current());
-        let _ = send.send(made);
-    });
-    Ok(receive.recv()??)
-}
-
-/// Output of a command in this thread's namespace.
-fn run(line: &str) -> Result<String> {
-    let mut words = line.split(' ');
-    let program = words.next().context("no program")?;
-    let output = Command::new(program).args(words).output()?;
-    ensure!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(String::from_utf8(output.stdout)?)
-}
+use flannel_tests::{alone, another_namespace, sh};
 
 fn name(text: &str) -> LinkName {
     LinkName::new(text).unwrap()
@@ -130,11 +94,8 @@ fn route(of: &str, destination: &str, via: Option<&str>, metric: u32) -> Route {
 
 /// An underlay: a bridge of the test's own, with an address and a route to the neighborhood.
 fn underlay() -> Result<()> {
-    run("ip link add up0 type bridge")?;
-    run("ip addr add 192.168.77.1/24 dev up0")?;
-    run("ip -6 addr add fd77::1/64 dev up0 nodad")?;
-    run("ip link set up0 up")?;
-    Ok(())
+    sh("ip link add up0 type bridge && ip addr add 192.168.77.1/24 dev up0")?;
+    sh("ip -6 addr add fd77::1/64 dev up0 nodad && ip link set up0 up").map(drop)
 }
 
 fn all<T>(results: Vec<std::result::Result<T, WorldError>>) -> Result<()> {
@@ -229,7 +190,7 @@ fn a_vxlan_device_is_what_go_flannel_makes() {
         let mut kernel = Kernel::open()?;
         for (device, local) in [("flannel.1", "192.168.77.1"), ("flannel-v6.1", "fd77::1")] {
             all(kernel.apply(&[Change::Create(&vxlan(device, 1, local))]))?;
-            let shown = run(&format!("ip -d link show {device}"))?;
+            let shown = sh(&format!("ip -d link show {device}"))?;
             let zero = if local.contains(':') { " local fd77::1" } else { " local 192.168.77.1" };
             ensure!(
                 shown.contains(&format!(
@@ -265,13 +226,13 @@ fn peers_behind_vxlan_as_iproute2_shows_them() {
             ];
             let desired: Facts = facts.iter().cloned().collect();
             all(kernel.apply(&diff(&desired, &kernel_sees(&territory)?)))?;
-            let routes = run("ip route show dev flannel.1")? + &run("ip -6 route show dev flannel-v6.1")?;
+            let routes = sh("ip route show dev flannel.1")? + &sh("ip -6 route show dev flannel-v6.1")?;
             ensure!(routes.contains("10.100.68.0/24 via 10.100.68.0 onlink"), "{routes}");
             ensure!(routes.contains("fd42:cafe:0:1::/64 via fd42:cafe:0:1:: metric 1024 onlink"), "{routes}");
-            let fdb = run("bridge fdb show dev flannel.1")? + &run("bridge fdb show dev flannel-v6.1")?;
+            let fdb = sh("bridge fdb show dev flannel.1")? + &sh("bridge fdb show dev flannel-v6.1")?;
             ensure!(fdb.contains("76:e6:39:1b:26:d1 dst 192.168.77.2 self permanent"), "{fdb}");
             ensure!(fdb.contains("76:e6:39:1b:26:d2 dst fd77::2 self permanent"), "{fdb}");
-            let neighbors = run("ip neigh show dev flannel.1")?;
+            let neighbors = sh("ip neigh show dev flannel.1")?;
             ensure!(neighbors.contains("10.100.68.0 lladdr 76:e6:39:1b:26:d1 PERMANENT"), "{neighbors}");
             there_and_back(&mut kernel, &territory, facts)?;
         }
@@ -306,9 +267,7 @@ fn what_iproute2_writes_from_a_fact_is_the_fact() {
         .into_iter()
         .collect();
         for fact in facts.iter() {
-            let line = fact.to_string();
-            let made = Command::new("sh").args(["-c", &line]).output()?;
-            ensure!(made.status.success(), "{line}: {}", String::from_utf8_lossy(&made.stderr));
+            sh(&fact.to_string())?;
         }
         let mut territory = owned(&["cni0", "flannel.1", "v0"]);
         territory.cidrs.insert("10.100.0.0/16".parse()?);
@@ -326,17 +285,17 @@ fn a_veth_is_born_with_its_other_end_in_the_container() {
         let mut kernel = Kernel::open()?;
         kernel.set_sandbox(sandbox.try_clone()?);
         let port = Fact::BridgePort(BridgePort { link: name("veth0"), bridge: name("cni0"), hairpin: true });
-        let facts = vec![bridge("cni0"), veth("veth0", "eth0", true), port.clone()];
+        let facts = [bridge("cni0"), veth("veth0", "eth0", true), port.clone()];
         let mut desired: Facts = facts.iter().cloned().collect();
         all(kernel.apply(&diff(&desired, &Facts::default())))?;
 
-        let mut container = Kernel::open_inside(sandbox)?;
+        let mut container = Kernel::open_inside(sandbox.in_place()?)?;
         let inner = container.link(name("eth0"))?.context("eth0 was not born in the container")?;
         ensure!(
             inner.mac == Some(mac("0a:58:0a:64:05:02")) && inner.mtu == Some(Mtu::new(1450)?) && !inner.up
         );
         ensure!(container.link(name("veth0"))?.is_none() && kernel.link(name("eth0"))?.is_none());
-        let shown = run("bridge -d link show dev veth0")?;
+        let shown = sh("bridge -d link show dev veth0")?;
         ensure!(shown.contains("master cni0") && shown.contains("hairpin on"), "{shown}");
 
         // Hairpin off and on again, and off the bridge.
@@ -349,11 +308,11 @@ fn a_veth_is_born_with_its_other_end_in_the_container() {
         let seen = kernel.observe(&territory)?;
         ensure!(matches!(diff(&desired, &seen)[..], [Change::Replace { .. }]), "{seen}");
         all(kernel.apply(&diff(&desired, &seen)))?;
-        ensure!(run("bridge -d link show dev veth0")?.contains("hairpin off"));
+        ensure!(sh("bridge -d link show dev veth0")?.contains("hairpin off"));
         desired.remove(&port.key());
         let seen = kernel.observe(&territory)?;
         all(kernel.apply(&diff(&desired, &seen)))?;
-        ensure!(!run("ip link show veth0")?.contains("master"));
+        ensure!(!sh("ip link show veth0")?.contains("master"));
 
         // Inside: name, address and routes; and the setting of an interface there, not here.
         let accept = Sysctl {
@@ -405,13 +364,13 @@ fn a_changed_link_is_changed_in_place_and_a_different_one_made_anew() {
         let territory = owned(&["flannel.1"]);
         let desired: Facts = [vxlan("flannel.1", 1, "192.168.77.1")].into_iter().collect();
         all(kernel.apply(&diff(&desired, &Facts::default())))?;
-        let index = || run("cat /proc/self/net/if_inet6").and_then(|_| run("ip -o link show flannel.1"));
+        let index = || sh("ip -o link show flannel.1");
         let number = |text: &str| text.split(':').next().unwrap_or_default().to_owned();
         let first = index()?;
 
         // MTU, MAC, up and alias are changed on the device...
-        run("ip link set flannel.1 down mtu 1300 address 76:00:00:00:00:01")?;
-        run("ip link set flannel.1 alias other")?;
+        sh("ip link set flannel.1 down mtu 1300 address 76:00:00:00:00:01")?;
+        sh("ip link set flannel.1 alias other")?;
         let seen = kernel.observe(&territory)?;
         all(kernel.apply(&diff(&desired, &seen)))?;
         ensure!(diff(&desired, &kernel.observe(&territory)?).is_empty());
@@ -423,8 +382,8 @@ fn a_changed_link_is_changed_in_place_and_a_different_one_made_anew() {
         all(kernel.apply(&diff(&other, &seen)))?;
         ensure!(diff(&other, &kernel.observe(&territory)?).is_empty());
         ensure!(number(&index()?) != number(&first));
-        run("ip link del flannel.1")?;
-        run("ip link add flannel.1 type bridge")?;
+        sh("ip link del flannel.1")?;
+        sh("ip link add flannel.1 type bridge")?;
         let seen = kernel.observe(&territory)?;
         all(kernel.apply(&diff(&desired, &seen)))?;
         ensure!(diff(&desired, &kernel.observe(&territory)?).is_empty());
@@ -439,7 +398,7 @@ fn a_link_that_somebody_else_was_faster_to_make_is_taken_or_named() {
         let wanted = bridge("cni0");
         all(kernel.apply(&[Change::Create(&wanted)]))?;
         all(kernel.apply(&[Change::Create(&wanted)]))?;
-        run("ip link add other0 type veth peer name other1")?;
+        sh("ip link add other0 type veth peer name other1")?;
         let wrong = bridge("other0");
         let results = kernel.apply(&[Change::Create(&wrong), Change::Create(&wanted)]);
         let text = results[0].as_ref().unwrap_err().to_string();
@@ -467,7 +426,7 @@ fn a_refused_route_is_explained_in_the_kernels_words() {
         ensure!(error.source().is_some_and(|e| e.to_string().contains("unreachable")), "{error:?}");
         let text = results[2].as_ref().unwrap_err().to_string();
         ensure!(text.contains("there is no interface nowhere"), "{text}");
-        let shown = run("ip route show")?;
+        let shown = sh("ip route show")?;
         ensure!(shown.contains("10.1.0.0/16") && shown.contains("10.4.0.0/16"), "{shown}");
         Ok(())
     });
@@ -498,11 +457,11 @@ fn every_failure_in_a_large_batch_is_attributed() {
 fn nothing_outside_the_territory_is_seen() {
     alone(|| {
         underlay()?;
-        run("ip route add 10.100.1.0/24 via 192.168.77.2 dev up0")?;
-        run("ip route add 10.100.2.0/24 via 192.168.77.2 dev up0 proto 70")?;
-        run("ip route add 10.200.2.0/24 via 192.168.77.2 dev up0 proto 70")?;
-        run("ip route add blackhole 10.100.3.0/24 proto 70")?;
-        run("ip neigh add 192.168.77.9 lladdr 02:00:00:00:00:09 dev up0 nud permanent")?;
+        sh("ip route add 10.100.1.0/24 via 192.168.77.2 dev up0")?;
+        sh("ip route add 10.100.2.0/24 via 192.168.77.2 dev up0 proto 70")?;
+        sh("ip route add 10.200.2.0/24 via 192.168.77.2 dev up0 proto 70")?;
+        sh("ip route add blackhole 10.100.3.0/24 proto 70")?;
+        sh("ip neigh add 192.168.77.9 lladdr 02:00:00:00:00:09 dev up0 nud permanent")?;
         let mut kernel = Kernel::open()?;
         for mut territory in [owned(&["cni0"]), aliased(&["cni0"])] {
             territory.cidrs.insert("10.100.0.0/16".parse()?);
@@ -522,11 +481,11 @@ fn nothing_outside_the_territory_is_seen() {
 fn routes_of_others_say_what_planners_ask() {
     alone(|| {
         underlay()?;
-        run("ip route add default via 192.168.77.254 dev up0")?;
-        run("ip route add unreachable 10.3.0.0/16")?;
-        run("ip link add d0 type veth peer name d1")?;
-        run("ip addr add 172.17.0.1/16 dev d0")?;
-        run("ip link set d0 up")?;
+        sh("ip route add default via 192.168.77.254 dev up0")?;
+        sh("ip route add unreachable 10.3.0.0/16")?;
+        sh("ip link add d0 type veth peer name d1")?;
+        sh("ip addr add 172.17.0.1/16 dev d0")?;
+        sh("ip link set d0 up")?;
         let mut kernel = Kernel::open()?;
         let routes = kernel.routes_of_others(&owned(&[]))?;
         let of = |destination: &str| {
@@ -548,8 +507,8 @@ fn routes_of_others_say_what_planners_ask() {
 #[test]
 fn an_alternative_name_is_not_the_name() {
     alone(|| {
-        run("ip link add real0 type bridge")?;
-        run("ip link property add dev real0 altname cni0")?;
+        sh("ip link add real0 type bridge")?;
+        sh("ip link property add dev real0 altname cni0")?;
         ensure!(Kernel::open()?.link(name("cni0"))?.is_none());
         Ok(())
     });
@@ -590,7 +549,7 @@ fn a_dump_while_others_write_is_whole() {
                     }
                 })
             });
-            let looked = (0..50).try_for_each(|_| {
+            let looked = (0..20).try_for_each(|_| {
                 let seen = kernel.observe(&territory)?;
                 ensure!(diff(&desired, &seen).is_empty(), "a look missed something");
                 Ok(())

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::world::WorldError;
 use super::world::kernel::Kernel;
 use crate::words::addr::Mac;
+use crate::words::fact::LinkKind;
 use crate::words::name::{LinkName, NetworkName};
 use crate::words::node::Identity;
 
@@ -62,7 +63,8 @@ pub fn load(
 }
 
 fn mac(kernel: &mut Kernel, device: LinkName) -> Result<Option<Mac>, WorldError> {
-    Ok(kernel.link(device)?.and_then(|link| link.mac))
+    let ours = kernel.link(device)?.filter(|link| matches!(link.kind, LinkKind::Vxlan(_)));
+    Ok(ours.and_then(|link| link.mac))
 }
 
 fn random() -> Mac {

@@ -33,8 +33,8 @@ use crate::words::fact::{Address, Change, Fact, Facts, Forward, Neighbor, Sysctl
 use crate::words::name::LinkName;
 use crate::words::territory::Territory;
 
-/// With up to this many interfaces the kernel is asked about each of them; with more, about all, and the answer is
-/// sifted here.
+/// In a host's namespace, with up to this many interfaces the kernel is asked about each of them; with more, about all,
+/// and the answer is sifted here. A container's namespace is so small that asking about all is always less work.
 const ASKED_SINGLY_MAX: usize = 4;
 
 /// The kernel of one network namespace.
@@ -51,7 +51,7 @@ pub struct Kernel {
 impl Kernel {
     /// The kernel as the calling thread sees it.
     pub fn open() -> Result<Self, WorldError> {
-        let socket = Socket::open().map_err(|e| io_error("open a netlink socket", e))?;
+        let socket = Socket::open(None).map_err(|e| io_error("open a netlink socket", e))?;
         Ok(Self { socket, netfilter: None, namespace: None, sandbox: None })
     }
 
@@ -67,7 +67,7 @@ impl Kernel {
     }
 
     fn inside(namespace: Namespace) -> io::Result<Self> {
-        let socket = namespace.run(Socket::open)??;
+        let socket = Socket::open(Some(&namespace))?;
         Ok(Self { socket, netfilter: None, namespace: Some(namespace), sandbox: None })
     }
 
@@ -155,7 +155,8 @@ impl Kernel {
         let seen: Vec<_> =
             seen.into_iter().filter(|seen| territory.holds_link(&seen.fact(name_of))).collect();
         let links = seen.iter().map(|seen| seen.name).collect();
-        Ok(Ours { seen, links, names })
+        let singly = self.namespace.is_none() && seen.len() <= ASKED_SINGLY_MAX;
+        Ok(Ours { seen, links, names, singly })
     }
 
     fn observe_addresses(&mut self, t: &Territory, ours: &Ours, facts: &mut Facts) -> Result<(), WorldError> {
@@ -328,14 +329,16 @@ struct Ours {
     seen: Vec<link::Seen>,
     links: BTreeSet<LinkName>,
     names: HashMap<u32, LinkName>,
+    /// Whether the kernel is asked about each of ours, or about all interfaces.
+    singly: bool,
 }
 
 impl Ours {
     /// What to ask about: each of our interfaces, or (none) all interfaces at once.
     fn asked(&self) -> impl Iterator<Item = Option<u32>> {
-        let single = self.seen.len() <= ASKED_SINGLY_MAX;
-        let each = self.seen.iter().filter(move |_| single).map(|seen| Some(seen.index));
-        each.chain((!single).then_some(None))
+        let each = self.seen.iter().filter(|_| self.singly).map(|seen| Some(seen.index));
+        let all = !self.singly && !self.seen.is_empty();
+        each.chain(all.then_some(None))
     }
 
     /// The name of one of ours.

@@ -19,6 +19,8 @@ use nix::sys::socket::{
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 
+use super::netns::Namespace;
+
 /// How often an inconsistent dump is repeated before what it showed is taken as it is: whoever looks applies the
 /// difference and looks again, and a host whose routes never rest must not keep us from working.
 const DUMP_TRIES_MAX: usize = 4;
@@ -62,14 +64,14 @@ pub(super) struct Socket {
 }
 
 impl Socket {
-    /// Opens a socket in the namespace of the calling thread.
-    pub(super) fn open() -> io::Result<Self> {
-        let fd = nix::sys::socket::socket(
-            AddressFamily::Netlink,
-            SockType::Raw,
-            SockFlag::SOCK_CLOEXEC,
-            SockProtocol::NetlinkRoute,
-        )?;
+    /// Opens a socket in this namespace, or in that of the calling thread.
+    pub(super) fn open(namespace: Option<&Namespace>) -> io::Result<Self> {
+        let make = || {
+            let (family, kind) = (AddressFamily::Netlink, SockType::Raw);
+            nix::sys::socket::socket(family, kind, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)
+        };
+        // Only the socket is made inside; all else about it can be done from outside.
+        let fd = namespace.map_or_else(|| Ok(make()), |namespace| namespace.run(make))??;
         set(&fd, libc::SOL_NETLINK, libc::NETLINK_EXT_ACK, 1)?;
         set(&fd, libc::SOL_NETLINK, libc::NETLINK_CAP_ACK, 1)?;
         // Without it the kernel ignores the filters of a dump (Linux 4.20 and later have it).
