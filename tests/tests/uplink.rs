@@ -84,7 +84,7 @@ fn a_mac_is_made_once_kept_and_taken_over_from_a_device() {
         interfaces()?;
         let state = tempfile::tempdir()?;
         let network = NetworkName::default_network();
-        let devices = Some([LinkName::new("flannel.1")?, LinkName::new("flannel-v6.1")?]);
+        let devices = [Some(LinkName::new("flannel.1")?), Some(LinkName::new("flannel-v6.1")?)];
         let mut kernel = Kernel::open()?;
         let made = identity::load(&mut kernel, state.path(), &network, devices)?;
         ensure!(made.vtep_mac != made.vtep_mac_v6 && made.vtep_mac.0[0] & 3 == 2, "{made:?}");

@@ -14,16 +14,21 @@ pub(super) fn fact(seen: &Seen, name_of: impl Fn(u32) -> Option<LinkName>) -> Op
     Some(BridgePort { link: seen.name, bridge: name_of(seen.master?)?, hairpin: seen.hairpin? })
 }
 
-/// Puts the interface on the bridge with this index, then sets hairpin: the kernel looks for the port's bridge before it
-/// enslaves (net/core/rtnetlink.c `rtnl_newlink`), so these are two messages.
-pub(super) fn join(port: &BridgePort, bridge: u32) -> [Request; 2] {
+/// Puts the interface on the bridge with this index.
+pub(super) fn join(port: &BridgePort, bridge: u32) -> Request {
+    controlled_by(port.link, bridge)
+}
+
+/// Lets frames leave by the port they came in by, if that is asked for. A second message: the kernel looks for the port's
+/// bridge before it enslaves (net/core/rtnetlink.c `rtnl_newlink`).
+pub(super) fn hairpin(port: &BridgePort) -> Option<Request> {
     let mut mode = named(port.link);
     mode.attributes.push(LinkAttribute::LinkInfo(vec![
         LinkInfo::PortKind(InfoPortKind::Bridge),
-        LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(port.hairpin)])),
+        LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(true)])),
     ]));
     // Only NEWLINK looks at a port's attributes; without NLM_F_CREATE it changes what is there.
-    [controlled_by(port.link, bridge), (RouteNetlinkMessage::NewLink(mode), 0)]
+    port.hairpin.then_some((RouteNetlinkMessage::NewLink(mode), 0))
 }
 
 /// Takes the interface off its bridge.

@@ -99,7 +99,8 @@ impl<'a> Writer<'a> {
             Fact::BridgePort(port) if delete => self.push(place, &bridge_port::leave(port), pardon),
             Fact::BridgePort(port) => {
                 let bridge = self.index(change, port.bridge)?;
-                for request in bridge_port::join(port, bridge) {
+                self.push(place, &bridge_port::join(port, bridge), pardon);
+                if let Some(request) = bridge_port::hairpin(port) {
                     self.push(place, &request, pardon);
                 }
             }
