@@ -3,7 +3,7 @@
 //! **Shape** — `<dir>/<network>/config` is the document; `<dir>/<network>/subnets/<key>` is a lease, with exactly etcd's value;
 //! `<dir>/<network>/expires/<key>` says when it ends, in seconds since 1970, and a lease without it is a reservation;
 //! `<dir>/<network>/revision` counts the writes. The default network is called `default`. `ls` and `cat` are the debugger.
-//! **Writes** happen under an flock on `<dir>/lock`, each as a new file that is renamed into place. Expired leases are swept by
+//! **Writes** happen under an flock on `<dir>/.lock` (no network can be called so), each as a new file that is renamed into place. Expired leases are swept by
 //! whoever holds the lock next.
 //! **Watching** is inotify, and a slow look for what it misses (an expiry, a file system without it).
 
@@ -83,7 +83,7 @@ impl EmbeddedStore {
         network: &NetworkName,
         act: impl FnOnce(&Locked) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let (dir, lock) = (self.place(network), self.dir.join("lock"));
+        let (dir, lock) = (self.place(network), self.dir.join(".lock"));
         let at = self.dir.clone();
         tokio::task::spawn_blocking(move || {
             let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&lock);

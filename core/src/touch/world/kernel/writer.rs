@@ -7,8 +7,7 @@ use super::link::{Request, Settle};
 use super::netlink::{Batch, Refusal, Socket};
 use super::{action, address, again, bridge_port, forward, io_error, link, neighbor, refused, route};
 use crate::touch::world::WorldError;
-use crate::words::addr::Prefix;
-use crate::words::fact::{Change, Fact, Link, LinkKind, Route};
+use crate::words::fact::{Change, Fact, Link, LinkKind};
 use crate::words::name::LinkName;
 
 /// What a message may fail with although its change is made.
@@ -46,10 +45,8 @@ pub(super) struct Writer<'a> {
     indices: HashMap<LinkName, Option<u32>>,
     /// Links that the batch not yet sent makes or deletes: their indices are not known before it is sent.
     unsettled: HashSet<LinkName>,
-    /// Changes that found their link made already, as the kernel put it.
-    taken: Vec<(usize, Refusal)>,
-    /// Who wrote the route to a destination with a metric; kept only while routes are also deleted.
-    routes: Option<HashMap<(Prefix, u32), usize>>,
+    /// Changes that found their link made already.
+    taken: Vec<usize>,
 }
 
 impl<'a> Writer<'a> {
@@ -64,7 +61,6 @@ impl<'a> Writer<'a> {
             indices: HashMap::new(),
             unsettled: HashSet::new(),
             taken: Vec::new(),
-            routes: changes.iter().any(deletes_route).then(HashMap::new),
         }
     }
 
@@ -79,8 +75,8 @@ impl<'a> Writer<'a> {
             }
         }
         self.flush();
-        for (place, refusal) in std::mem::take(&mut self.taken) {
-            let result = self.verify_taken(place, refusal);
+        for place in std::mem::take(&mut self.taken) {
+            let result = self.verify_taken(place);
             self.record(place, result);
         }
         self.results
@@ -127,30 +123,14 @@ impl<'a> Writer<'a> {
                 self.push(place, &request, pardon);
             }
             Fact::Route(route) => {
-                if delete && self.is_replaced(route) {
-                    return Ok(());
-                }
                 let Some(index) = self.index_or_gone(change, route.link, delete)? else { return Ok(()) };
                 let request = if delete { route::delete(route, index) } else { route::write(route, index) };
                 self.push(place, &request, pardon);
-                if let (Some(routes), false) = (&mut self.routes, delete) {
-                    routes.insert((route.destination, route.metric), place);
-                }
             }
             // Not rtnetlink's: the kernel's other parts answer for these.
             Fact::Sysctl(_) | Fact::Table(_) | Fact::Accept(_) => {}
         }
         Ok(())
-    }
-
-    /// Whether another route to the same destination took this one's place. The kernel keeps one for each metric, and
-    /// would take the new one for the old one if that had no gateway (net/ipv4/fib_semantics.c `fib_nh_match`).
-    fn is_replaced(&mut self, route: &Route) -> bool {
-        let by =
-            self.routes.as_ref().and_then(|routes| routes.get(&(route.destination, route.metric)).copied());
-        let Some(place) = by else { return false };
-        self.flush();
-        self.results.get(place).is_some_and(Result::is_ok)
     }
 
     fn link(&mut self, place: usize, change: &Change<'_>, link: &Link) -> Result<(), WorldError> {
@@ -238,13 +218,9 @@ impl<'a> Writer<'a> {
     }
 
     fn refusal(&mut self, place: usize, pardon: Pardon, refusal: Refusal) {
-        // What follows on a link that something stood in the way of is judged with it, at the end.
-        if self.taken.iter().any(|(taken, _)| *taken == place) {
-            return;
-        }
         if pardon.covers(refusal.errno) {
             if pardon == Pardon::Existence {
-                self.taken.push((place, refusal));
+                self.taken.push(place);
             }
         } else if let Some(change) = self.changes.get(place) {
             self.record(place, Err(refused(action(change), refusal)));
@@ -281,17 +257,14 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Something is in the way of a link. It may be the link itself: made between our look and our write by another
-    /// process with the same plan.
-    fn verify_taken(&mut self, place: usize, refusal: Refusal) -> Result<(), WorldError> {
+    /// Somebody else made the link between our look and our write: another process with the same plan, as a rule.
+    fn verify_taken(&mut self, place: usize) -> Result<(), WorldError> {
         let Some(change) = self.changes.get(place) else { return Ok(()) };
         let Fact::Link(want) = change.fact() else { return Ok(()) };
         let tried = || action(change);
         let found = link::by_name(self.socket, &[want.name]).map_err(|e| io_error(tried(), e))?;
         let Some(seen) = found.into_iter().flatten().next() else {
-            let peer = matches!(want.kind, LinkKind::Veth { .. });
-            let guess = peer.then(|| "the name of its other end is taken".to_owned());
-            return Err(refused(tried(), Refusal { detail: refusal.detail.or(guess), ..refusal }));
+            return Err(refused(tried(), exists("the name of its other end is taken".to_owned())));
         };
         let underlay = match &seen.kind {
             link::SeenKind::Vxlan(vxlan) => vxlan.underlay,
@@ -303,13 +276,12 @@ impl<'a> Writer<'a> {
         if change.fact().satisfied_by(&Fact::Link(Box::new(have.clone()))) {
             return Ok(());
         }
-        let detail = Some(format!("there is another interface of this name, made as `{have}`"));
-        Err(refused(tried(), Refusal { detail, ..refusal }))
+        Err(refused(tried(), exists(format!("there is another interface of this name, made as `{have}`"))))
     }
 }
 
-fn deletes_route(change: &Change<'_>) -> bool {
-    matches!(change, Change::Delete(Fact::Route(_)))
+fn exists(detail: String) -> Refusal {
+    Refusal { errno: libc::EEXIST, detail: Some(detail) }
 }
 
 fn no_link(change: &Change<'_>, name: LinkName) -> WorldError {
