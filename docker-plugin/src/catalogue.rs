@@ -1,0 +1,177 @@
+//! The networks that the store knows, and how a wish becomes one of them.
+
+use flannel_core::decide::plan::overlap;
+use flannel_core::run::store::{Created, Store};
+use flannel_core::words::addr::Prefix;
+use flannel_core::words::config::NetworkConfig;
+use flannel_core::words::name::NetworkName;
+use flannel_core::words::units::Vni;
+
+use crate::definition::{FALLBACK_CIDR, Wish, free_vni, vni_of};
+use crate::ipam_driver::blocking;
+use crate::server::Refusal;
+use crate::veth;
+
+/// How often two hosts that define networks at the same moment may collide on a VNI.
+const VNI_TRIES: usize = 4;
+
+/// The store as a list of networks.
+pub(crate) struct Catalogue {
+    store: Store,
+    /// Whether it is this machine's alone; then a default network needs no definition by hand.
+    embedded: bool,
+}
+
+impl Catalogue {
+    pub(crate) fn new(store: Store, embedded: bool) -> Self {
+        Self { store, embedded }
+    }
+
+    /// Finds the wish in the store, or defines it there. The second part is the definition, if it was made now.
+    pub(crate) async fn settle(&self, wish: &Wish) -> Result<(NetworkName, Option<String>), Refusal> {
+        let known = self.known().await?;
+        let network = match (&wish.network, wish.cidr) {
+            (Some(network), _) => network.clone(),
+            (None, Some(cidr)) => self.named_by(cidr, &known)?,
+            (None, None) => NetworkName::default_network(),
+        };
+        if let Some((_, document)) = known.iter().find(|(name, _)| *name == network) {
+            agree(wish, &network, document)?;
+            return Ok((network, None));
+        }
+        let fallback = network.is_default() && self.embedded;
+        let cidr = match wish.cidr {
+            Some(cidr) => cidr,
+            None if fallback => FALLBACK_CIDR.parse().map_err(|error| Refusal(format!("{error}")))?,
+            None => {
+                return Err(Refusal(format!(
+                    "the store has no config of network {network}: put one there, or define it with --subnet CIDR (and --ipam-opt backend=…)"
+                )));
+            }
+        };
+        let mut known = parsed(known);
+        for _ in 0..VNI_TRIES {
+            if let Some((other, config)) =
+                known.iter().find(|(_, config)| config.cidrs().any(|c| c.overlaps(&cidr)))
+            {
+                return Err(overlaps(cidr, other, config));
+            }
+            let config = self.defined(wish, cidr, &known).await?;
+            let document = config.to_json();
+            match self.store.network(&network).create_config(&document).await.map_err(|e| Refusal::of(&e))? {
+                Created::Exists(document) => {
+                    agree(wish, &network, &document)?;
+                    return Ok((network, None));
+                }
+                Created::Made => {}
+            }
+            // Another host may have defined another network with the same VNI in this very moment; of the two the one
+            // whose name comes first keeps it.
+            known = parsed(self.known().await?);
+            let vni = vni_of(&config);
+            known.retain(|(name, _)| *name != network);
+            let clash =
+                known.iter().any(|(name, other)| vni.is_some() && vni_of(other) == vni && *name < network);
+            if !clash {
+                tracing::info!(%network, config = document, "network defined");
+                return Ok((network, Some(document)));
+            }
+            self.store.network(&network).remove().await.map_err(|error| Refusal::of(&error))?;
+        }
+        Err(Refusal(format!(
+            "network {network}: other hosts are defining networks at the same time; try again"
+        )))
+    }
+
+    /// The config of a new network, refused if this host could not use it.
+    async fn defined(
+        &self,
+        wish: &Wish,
+        cidr: Prefix,
+        known: &[(NetworkName, NetworkConfig)],
+    ) -> Result<NetworkConfig, Refusal> {
+        let vni = free_vni(known.iter().map(|(_, config)| config)).unwrap_or(Vni::ONE);
+        let config = wish
+            .define(&cidr, vni)
+            .map_err(|error| Refusal(format!("a network cannot be defined as {wish}: {error}")))?;
+        let taken =
+            known.iter().find(|(_, other)| vni_of(&config).is_some() && vni_of(other) == vni_of(&config));
+        if let Some((other, _)) = taken {
+            return Err(Refusal(format!(
+                "VNI {} is network {other}'s: give another one, or none and a free one is taken",
+                vni_of(&config).map(Vni::id).unwrap_or_default()
+            )));
+        }
+        let routes = blocking(veth::host_routes).await?;
+        match overlap(&config, &routes) {
+            Some(finding) => Err(Refusal(format!("{finding}"))),
+            None => Ok(config),
+        }
+    }
+
+    async fn known(&self) -> Result<Vec<(NetworkName, String)>, Refusal> {
+        self.store.networks().await.map_err(|error| Refusal(error.finding().to_string()))
+    }
+
+    /// The network that has this CIDR, or the name that a new one gets.
+    fn named_by(&self, cidr: Prefix, known: &[(NetworkName, String)]) -> Result<NetworkName, Refusal> {
+        let configs = parsed(known.to_vec());
+        if let Some((name, _)) =
+            configs.iter().find(|(_, config)| config.v4.is_some_and(|v4| v4.cidr == cidr))
+        {
+            return Ok(name.clone());
+        }
+        if let Some((other, config)) =
+            configs.iter().find(|(_, config)| config.cidrs().any(|c| c.overlaps(&cidr)))
+        {
+            return Err(overlaps(cidr, other, config));
+        }
+        let default = NetworkName::default_network();
+        match known.iter().any(|(name, _)| *name == default) {
+            false => Ok(default),
+            true => Wish::name_for(&cidr).map_err(|error| Refusal::of(&error)),
+        }
+    }
+
+    /// Removes a definition that was made for a `docker network create`, if it is still that and nobody leases.
+    pub(crate) async fn undefine(&self, network: &NetworkName, defined: Option<&str>) -> Result<(), Refusal> {
+        let Some(defined) = defined else { return Ok(()) };
+        let store = self.store.network(network);
+        if store.config().await.map_err(|error| Refusal::of(&error))?.as_deref() == Some(defined)
+            && let Err(error) = store.remove().await
+        {
+            tracing::info!(%network, "its definition stays in the store: {error}");
+        }
+        Ok(())
+    }
+}
+
+/// Configs that can be read; one that cannot is nobody's CIDR.
+fn parsed(known: Vec<(NetworkName, String)>) -> Vec<(NetworkName, NetworkConfig)> {
+    let parse =
+        |(name, document): (NetworkName, String)| Some((name, NetworkConfig::parse(&document).ok()?.config));
+    known.into_iter().filter_map(parse).collect()
+}
+
+fn agree(wish: &Wish, network: &NetworkName, document: &str) -> Result<(), Refusal> {
+    let stored = NetworkConfig::parse(document)
+        .map_err(|error| {
+            Refusal(format!("the config of network {network} in the store cannot be used: {error}"))
+        })?
+        .config;
+    match wish.agrees_with(&stored) {
+        true => Ok(()),
+        false => Err(Refusal(format!(
+            "network {network} is already defined otherwise: the store has {}, asked for was {wish}; leave the options out to join it, or take another network",
+            stored.to_json()
+        ))),
+    }
+}
+
+fn overlaps(cidr: Prefix, other: &NetworkName, config: &NetworkConfig) -> Refusal {
+    let theirs: Vec<String> = config.cidrs().map(|cidr| cidr.to_string()).collect();
+    let theirs = theirs.join(" ");
+    Refusal(format!(
+        "--subnet {cidr} overlaps flannel network {other}, which is {theirs}: use --subnet {theirs} to join it (the answer is this host's part), or a CIDR outside of it"
+    ))
+}

@@ -1,0 +1,257 @@
+//! `IpamDriver.*`: pools are this node's subnets of flannel networks, addresses come from the ledger that CNI shares.
+//!
+//! `--subnet` names a whole flannel network and the answer is this node's part of it, so one command serves every host, and
+//! the engine does not compare the answer with its routes (for an automatic pool it does, and asks again for ever when
+//! they overlap; see [`routes_clash`]).
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::http::Uri;
+use axum::routing::post;
+use serde_json::json;
+
+use flannel_core::words::addr::{InterfaceAddress, Prefix};
+use flannel_core::words::name::NetworkName;
+
+use crate::definition::Wish;
+use crate::networks::Part;
+use crate::plugin::Plugin;
+use crate::server::{Nothing, Refusal, call, constant};
+use crate::wire;
+
+/// Address space that our pools of local networks are in; tells our pools from those of an engine's own IPAM.
+pub(crate) const LOCAL_SPACE: &str = "flannel-local";
+/// The same for networks of a swarm.
+pub(crate) const GLOBAL_SPACE: &str = "flannel-global";
+
+pub(crate) fn routes() -> Router<Arc<Plugin>> {
+    Router::new()
+        .route(
+            "/IpamDriver.GetCapabilities",
+            post(|| constant(json!({"RequiresMACAddress": false, "RequiresRequestReplay": false}))),
+        )
+        .route(
+            "/IpamDriver.GetDefaultAddressSpaces",
+            post(|| {
+                constant(json!({
+                    "LocalDefaultAddressSpace": LOCAL_SPACE,
+                    "GlobalDefaultAddressSpace": GLOBAL_SPACE,
+                }))
+            }),
+        )
+        .route(
+            "/IpamDriver.RequestPool",
+            post(|s: State<Arc<Plugin>>, u: Uri, b: Bytes| call(s, u, b, request_pool)),
+        )
+        .route(
+            "/IpamDriver.ReleasePool",
+            post(|s: State<Arc<Plugin>>, u: Uri, b: Bytes| call(s, u, b, release_pool)),
+        )
+        .route(
+            "/IpamDriver.RequestAddress",
+            post(|s: State<Arc<Plugin>>, u: Uri, b: Bytes| call(s, u, b, request_address)),
+        )
+        .route(
+            "/IpamDriver.ReleaseAddress",
+            post(|s: State<Arc<Plugin>>, u: Uri, b: Bytes| call(s, u, b, release_address)),
+        )
+}
+
+/// What a PoolID says, so that it means the same after any restart: `flannel/<network>/<subnet>[/<range>]`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct PoolId {
+    pub(crate) network: NetworkName,
+    pub(crate) subnet: Prefix,
+    pub(crate) range: Option<Prefix>,
+}
+
+impl fmt::Display for PoolId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "flannel/{}/{}", self.network, self.subnet)?;
+        self.range.map_or(Ok(()), |range| write!(f, "/{range}"))
+    }
+}
+
+impl FromStr for PoolId {
+    type Err = Refusal;
+
+    fn from_str(text: &str) -> Result<Self, Refusal> {
+        let wrong = || Refusal(format!("pool {text:?} is none of this plugin's"));
+        let parts: Vec<&str> = text.split('/').collect();
+        let prefix =
+            |address: &str, len: &str| format!("{address}/{len}").parse::<Prefix>().map_err(|_| wrong());
+        let (network, subnet, range) = match parts.as_slice() {
+            ["flannel", network, a, l] => (network, prefix(a, l)?, None),
+            ["flannel", network, a, l, ra, rl] => (network, prefix(a, l)?, Some(prefix(ra, rl)?)),
+            _ => return Err(wrong()),
+        };
+        Ok(Self { network: NetworkName::new(network).map_err(|_| wrong())?, subnet, range })
+    }
+}
+
+async fn request_pool(plugin: Arc<Plugin>, request: wire::RequestPool) -> Result<wire::Pool, Refusal> {
+    if request.v6 {
+        return Err("IPv6 is not built yet for flannel networks: leave --ipv6 and IPv6 subnets out".into());
+    }
+    let wish = Wish::read(&request.pool, &request.options).map_err(|error| Refusal::of(&error))?;
+    let part = plugin.networks().part_for(&wish).await?;
+    if wish.cidr.is_none() {
+        let plugin = Arc::clone(&plugin);
+        let part = part.clone();
+        blocking(move || routes_clash(&plugin, &part)).await?;
+    }
+    let range = range_within(&request.sub_pool, &part)?;
+    let pool_id = PoolId { network: part.network, subnet: part.subnet, range }.to_string();
+    Ok(wire::Pool { pool_id, pool: part.subnet, data: BTreeMap::new() })
+}
+
+/// What follows `--ip-range` must be a part of this node's subnet, which differs from host to host.
+fn range_within(sub_pool: &str, part: &Part) -> Result<Option<Prefix>, Refusal> {
+    if sub_pool.is_empty() {
+        return Ok(None);
+    }
+    let range: Prefix =
+        sub_pool.parse().map_err(|error| Refusal(format!("--ip-range {sub_pool}: {error}")))?;
+    match part.subnet.covers(&range) {
+        true => Ok(Some(range)),
+        false => Err(Refusal(format!(
+            "--ip-range {range} is not inside {}, this host's subnet of {}: leave it out, or give a part of that subnet",
+            part.subnet, part.cidr
+        ))),
+    }
+}
+
+/// An engine compares an automatic pool with the host's link-scope routes and its name servers, and when they overlap it
+/// keeps asking for another one, for ever. So the same comparison is made here, once, and ends in a text.
+fn routes_clash(plugin: &Plugin, part: &Part) -> Result<(), Refusal> {
+    let routes = plugin.host_routes()?;
+    let route = routes
+        .iter()
+        .filter(|route| route.scope_link && !route.destination.is_default())
+        .find(|route| route.destination.overlaps(&part.subnet));
+    let resolv_conf = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let nameserver = nameservers(&resolv_conf).find(|address| part.subnet.contains(*address));
+    let clash = match (route, nameserver) {
+        (Some(route), _) => {
+            let link = route.link.map(|link| format!(" dev {link}")).unwrap_or_default();
+            format!("the route {}{link}", route.destination)
+        }
+        (None, Some(address)) => format!("the name server {address}"),
+        (None, None) => return Ok(()),
+    };
+    Err(Refusal(format!(
+        "an automatic pool cannot be {}: Docker would find that it overlaps {clash} of this host. Name the network instead: {}",
+        part.subnet,
+        plugin.create_command(part.cidr)
+    )))
+}
+
+fn nameservers(resolv_conf: &str) -> impl Iterator<Item = IpAddr> {
+    resolv_conf.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        (words.next() == Some("nameserver")).then(|| words.next()?.parse().ok())?
+    })
+}
+
+async fn release_pool(plugin: Arc<Plugin>, request: wire::ReleasePool) -> Result<Nothing, Refusal> {
+    // An engine that no longer wants something never hears that we did not have it.
+    if let Ok(pool) = request.pool_id.parse::<PoolId>() {
+        plugin.networks().let_go(&pool.network)?;
+    }
+    Ok(Nothing {})
+}
+
+async fn request_address(
+    plugin: Arc<Plugin>,
+    request: wire::RequestAddress,
+) -> Result<wire::Address, Refusal> {
+    let pool: PoolId = request.pool_id.parse()?;
+    let wanted = match request.address.as_str() {
+        "" => None,
+        text => Some(text.parse::<IpAddr>().map_err(|error| Refusal(format!("address {text:?}: {error}")))?),
+    };
+    plugin.networks().still_ours(&pool.network, pool.subnet)?;
+    let address = match request.is_gateway() {
+        true => gateway(&pool, wanted)?,
+        false => blocking(move || plugin.claim(&pool, wanted)).await?,
+    };
+    Ok(wire::Address { address, data: BTreeMap::new() })
+}
+
+/// The gateway is on the bridge and nobody can claim it, so it needs no entry.
+fn gateway(pool: &PoolId, wanted: Option<IpAddr>) -> Result<InterfaceAddress, Refusal> {
+    let gateway = pool
+        .subnet
+        .nth(1)
+        .and_then(|first| InterfaceAddress::new(first, pool.subnet.len()).ok())
+        .ok_or_else(|| Refusal(format!("{} has no room for a gateway", pool.subnet)))?;
+    match wanted {
+        Some(other) if other != gateway.address() => Err(Refusal(format!(
+            "--gateway {other}: the gateway of a flannel network is the first address of each host's subnet, here {}; leave --gateway out",
+            gateway.address()
+        ))),
+        Some(_) | None => Ok(gateway),
+    }
+}
+
+async fn release_address(plugin: Arc<Plugin>, request: wire::ReleaseAddress) -> Result<Nothing, Refusal> {
+    let (Ok(pool), Ok(address)) = (request.pool_id.parse::<PoolId>(), request.address.parse::<IpAddr>())
+    else {
+        return Ok(Nothing {});
+    };
+    if Some(address) != pool.subnet.nth(1) {
+        blocking(move || plugin.release(&pool, address)).await?;
+    }
+    Ok(Nothing {})
+}
+
+/// Runs what waits for a disk or for the kernel beside the runtime's one thread.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Refusal> + Send + 'static,
+) -> Result<T, Refusal> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(Refusal(format!("the call broke off: {error}"))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pool_id_says_what_it_is() {
+        for text in ["flannel/default/10.100.5.0/24", "flannel/web/10.100.5.0/24/10.100.5.128/25"] {
+            let pool: PoolId = text.parse().unwrap();
+            assert_eq!(pool.to_string(), text);
+        }
+        for wrong in
+            ["", "other/default/10.100.5.0/24", "flannel/default/10.100.5.0", "flannel/config/10.0.0.0/8"]
+        {
+            assert!(wrong.parse::<PoolId>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn only_the_first_address_can_be_the_gateway() {
+        let pool: PoolId = "flannel/default/10.100.5.0/24".parse().unwrap();
+        assert_eq!(gateway(&pool, None).unwrap().to_string(), "10.100.5.1/24");
+        assert!(gateway(&pool, Some([10, 100, 5, 1].into())).is_ok());
+        let error = gateway(&pool, Some([10, 100, 5, 9].into())).unwrap_err();
+        assert!(error.0.contains("here 10.100.5.1; leave --gateway out"), "{error}");
+    }
+
+    #[test]
+    fn name_servers_are_read_as_the_resolver_does() {
+        let text =
+            "# nameserver 1.1.1.1\nnameserver 10.100.5.53\nsearch x\nnameserver bad\n nameserver fd00::1\n";
+        let found: Vec<_> = nameservers(text).map(|address| address.to_string()).collect();
+        assert_eq!(found, ["10.100.5.53", "fd00::1"]);
+    }
+}

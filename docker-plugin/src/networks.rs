@@ -1,0 +1,465 @@
+//! The flannel networks that this host serves for Docker: one agent each.
+//!
+//! **Which ones run** — a network runs while a Docker network stands on it, while its ledger holds an address (CNI shares
+//! it), and for a moment after an engine asked for its pool. The default network of a cluster (`--etcd-endpoints`) runs from
+//! the start and always, because CNI on the same host reads its subnet.env; without Docker networks it keeps no bridge.
+//! With the embedded store nothing runs that nobody uses.
+//! **When the last user goes** — everything of the network leaves the host: bridge, tunnel, rules, ledger, lease; and the
+//! definition, if this plugin made it and no other host holds a lease.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout_at};
+
+use flannel_core::run::agent::{Agent, Leased, Status};
+use flannel_core::run::health::Counters;
+use flannel_core::run::store::Store;
+use flannel_core::run::{retire, setup};
+use flannel_core::touch::ledger::{Ledger, Retired};
+use flannel_core::touch::marker::{self, bridge_marker, settle_bridge};
+use flannel_core::words::addr::{Family, Prefix};
+use flannel_core::words::name::{LinkName, NetworkName};
+use flannel_core::words::units::Mtu;
+
+use crate::catalogue::Catalogue;
+use crate::definition::Wish;
+use crate::ipam_driver::blocking;
+use crate::journal::{Journal, PoolRecord};
+use crate::server::Refusal;
+use crate::settings::Settings;
+use crate::veth;
+
+/// How long a call may wait for a store and for a lease, together: an engine's user sees an error within 5 s.
+const PATIENCE: Duration = Duration::from_millis(3500);
+
+/// How long the kernel may take to be as planned before a network is handed over all the same.
+const SETTLING: Duration = Duration::from_millis(1000);
+
+/// This node's part of a flannel network.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Part {
+    pub(crate) network: NetworkName,
+    /// All of the network.
+    pub(crate) cidr: Prefix,
+    /// What this node holds of it.
+    pub(crate) subnet: Prefix,
+    /// First address of the subnet.
+    pub(crate) gateway: IpAddr,
+    pub(crate) mtu: Mtu,
+}
+
+impl Part {
+    fn of(network: &NetworkName, lease: &Leased) -> Option<Self> {
+        Some(Self {
+            network: network.clone(),
+            cidr: lease.config.v4?.cidr,
+            subnet: lease.own.subnets.v4()?,
+            gateway: lease.gateway(Family::V4)?.address(),
+            mtu: lease.mtu,
+        })
+    }
+}
+
+/// A network that runs.
+struct Served {
+    agent: Agent,
+    status: watch::Receiver<Status>,
+    bridge: Option<LinkName>,
+    isolated_from: watch::Sender<BTreeSet<Prefix>>,
+}
+
+impl Served {
+    fn part(&self, network: &NetworkName) -> Option<Part> {
+        self.status.borrow().lease.as_ref().and_then(|lease| Part::of(network, lease))
+    }
+}
+
+/// All of them.
+pub(crate) struct Networks {
+    settings: Arc<Settings>,
+    journal: Arc<Journal>,
+    store: Store,
+    catalogue: Catalogue,
+    counters: Counters,
+    served: Mutex<BTreeMap<NetworkName, Served>>,
+    /// One change of what runs at a time.
+    lifecycle: tokio::sync::Mutex<()>,
+}
+
+impl Networks {
+    pub(crate) fn new(
+        settings: Arc<Settings>,
+        journal: Arc<Journal>,
+        store: Store,
+        counters: Counters,
+    ) -> Self {
+        let catalogue = Catalogue::new(store.clone(), settings.embedded_store().is_some());
+        Self {
+            settings,
+            journal,
+            store,
+            catalogue,
+            counters,
+            served: Mutex::default(),
+            lifecycle: tokio::sync::Mutex::default(),
+        }
+    }
+
+    fn served(&self) -> MutexGuard<'_, BTreeMap<NetworkName, Served>> {
+        self.served.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts what ran before, and the cluster's default network; takes away what was being taken away.
+    pub(crate) async fn start(self: &Arc<Self>) {
+        let mut names: BTreeSet<NetworkName> =
+            self.journal.networks().all().into_iter().map(|(_, record)| record.network).collect();
+        for (_, record) in self.journal.pools().all() {
+            match record.is_fresh() || self.has_users(&record.network) {
+                true => drop(names.insert(record.network)),
+                false => self.let_go_later(&record.network),
+            }
+        }
+        if self.always_runs(&NetworkName::default_network()) {
+            names.insert(NetworkName::default_network());
+        }
+        for name in names {
+            let bridged = self.asked_for(&name) || self.has_users(&name);
+            if let Err(Refusal(text)) = self.serve(&name, bridged).await {
+                tracing::error!(network = %name, "not served: {text}");
+            }
+        }
+    }
+
+    /// Ends every agent. The data path stays: containers go on while the plugin is away.
+    pub(crate) async fn stop(&self) {
+        let _one = self.lifecycle.lock().await;
+        let served = std::mem::take(&mut *self.served());
+        for (_, served) in served {
+            served.agent.stop().await;
+        }
+    }
+
+    fn always_runs(&self, network: &NetworkName) -> bool {
+        network.is_default() && self.settings.embedded_store().is_none()
+    }
+
+    /// Whether an engine has just asked for its pool.
+    fn asked_for(&self, network: &NetworkName) -> bool {
+        self.journal.pools().get(network.as_str()).is_some_and(|record| record.is_fresh())
+    }
+
+    /// Whether a Docker network or a container is on it.
+    fn has_users(&self, network: &NetworkName) -> bool {
+        let docker = self.journal.networks().find(|_, record| record.network == *network).is_some();
+        docker || self.addresses_held(network)
+    }
+
+    fn addresses_held(&self, network: &NetworkName) -> bool {
+        let file = self.settings.subnet_file(network);
+        let ledger = Ledger::find(&file, &self.settings.ledger_dir, network.as_str());
+        let held = ledger.and_then(|ledger| {
+            ledger.map_or(Ok(false), |ledger| Ok(!ledger.lock()?.addresses()?.is_empty()))
+        });
+        held.unwrap_or_else(|error| {
+            // In doubt it is in use: taking a network from under containers is the worse mistake.
+            tracing::warn!(%network, "{}", Refusal::of(&error));
+            true
+        })
+    }
+
+    // --- from a wish to a part ---------------------------------------------------------------------------------------
+
+    /// This node's part of the network that a wish names, defined and leased if need be. Fails within seconds, with what it
+    /// waits for.
+    pub(crate) async fn part_for(self: &Arc<Self>, wish: &Wish) -> Result<Part, Refusal> {
+        let deadline = Instant::now() + PATIENCE;
+        let (network, defined) = match self.local(wish) {
+            Some(network) => (network, None),
+            None => timeout_at(deadline, self.catalogue.settle(wish)).await.unwrap_or_else(|_| {
+                Err(Refusal(format!("the store did not answer within {} s", PATIENCE.as_secs_f32())))
+            })?,
+        };
+        let subnet = self.journal.pools().get(network.as_str()).and_then(|record| record.subnet);
+        self.note_pool(&network, subnet, defined)?;
+        self.serve(&network, true).await?;
+        match self.lease(&network, deadline).await {
+            Ok(part) => {
+                self.note_pool(&network, Some(part.subnet), None)?;
+                Ok(part)
+            }
+            Err(refusal) => {
+                // Nobody has it, so nothing of it stays; a definition that was made for it goes too.
+                self.journal
+                    .pools()
+                    .update(network.as_str(), |record| record.requested = 0)
+                    .map_err(|e| Refusal::of(&e))?;
+                self.let_go_later(&network);
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Books that a pool was asked for: what the engine does next may come after a restart of ours.
+    fn note_pool(
+        &self,
+        network: &NetworkName,
+        subnet: Option<Prefix>,
+        defined: Option<String>,
+    ) -> Result<(), Refusal> {
+        let earlier = self.journal.pools().get(network.as_str());
+        let defined = defined.or_else(|| earlier.and_then(|record| record.defined));
+        let record = PoolRecord::new(network, subnet, defined);
+        self.journal.pools().put(network.as_str(), record).map_err(|error| Refusal::of(&error))
+    }
+
+    /// The wish answered from what runs here: no store is asked.
+    fn local(&self, wish: &Wish) -> Option<NetworkName> {
+        let default = NetworkName::default_network();
+        let served = self.served();
+        served
+            .iter()
+            .find(|(name, served)| {
+                let status = served.status.borrow();
+                let Some(lease) = &status.lease else { return false };
+                let meant = match (&wish.network, wish.cidr) {
+                    (Some(wanted), _) => wanted == *name,
+                    (None, Some(cidr)) => lease.config.v4.is_some_and(|v4| v4.cidr == cidr),
+                    (None, None) => **name == default,
+                };
+                meant && wish.agrees_with(&lease.config)
+            })
+            .map(|(name, _)| name.clone())
+    }
+
+    /// Waits for the lease, and a moment for the kernel.
+    async fn lease(&self, network: &NetworkName, deadline: Instant) -> Result<Part, Refusal> {
+        let Some(mut status) = self.served().get(network).map(|served| served.status.clone()) else {
+            return Err(Refusal(format!("network {network} is not served")));
+        };
+        let leased = timeout_at(deadline, status.wait_for(|status| status.lease.is_some())).await;
+        // What it answers holds the value's lock.
+        let leased = leased.is_ok_and(|leased| leased.is_ok());
+        if !leased {
+            let waits_for = status.borrow().waiting.clone();
+            let text =
+                waits_for.map_or_else(|| "the lease is still being acquired".to_owned(), |w| w.to_string());
+            return Err(Refusal(format!("no lease of flannel network {network} on this host yet: {text}")));
+        }
+        let settled = Instant::now() + SETTLING;
+        drop(timeout_at(settled, status.wait_for(|status| status.ready)).await);
+        let lease = status.borrow().lease.clone();
+        lease
+            .and_then(|lease| Part::of(network, &lease))
+            .ok_or_else(|| Refusal(format!("flannel network {network} has no IPv4 subnet on this host")))
+    }
+
+    // --- what runs ---------------------------------------------------------------------------------------------------
+
+    /// The bridge of a network that a Docker network was made on, which keeps it.
+    pub(crate) async fn keep_bridge(self: &Arc<Self>, network: &NetworkName) -> Result<LinkName, Refusal> {
+        self.serve(network, true).await?;
+        let bridge = self.served().get(network).and_then(|served| served.bridge);
+        bridge.ok_or_else(|| Refusal(format!("network {network} is not served")))
+    }
+
+    /// Runs a network's agent, with or without a bridge.
+    async fn serve(self: &Arc<Self>, network: &NetworkName, bridged: bool) -> Result<(), Refusal> {
+        let _one = self.lifecycle.lock().await;
+        self.serve_locked(network, bridged).await
+    }
+
+    async fn serve_locked(self: &Arc<Self>, network: &NetworkName, bridged: bool) -> Result<(), Refusal> {
+        let runs = self.served().get(network).map(|served| served.bridge.is_some());
+        if runs == Some(bridged) {
+            return Ok(());
+        }
+        let bridge = match bridged {
+            true => {
+                let file = self.settings.subnet_file(network);
+                Some(settle_bridge(&file, None, network.bridge()).map_err(|error| Refusal::of(&error))?)
+            }
+            false => None,
+        };
+        let before = self.served().remove(network);
+        if let Some(before) = before {
+            before.agent.stop().await;
+        }
+        let (isolated_from, isolation) = watch::channel(BTreeSet::new());
+        let mut settings = setup::agent(
+            &self.settings.common,
+            &self.store,
+            network.clone(),
+            self.counters.clone(),
+            isolation,
+        )
+        .map_err(|error| Refusal(format!("{error:#}")))?;
+        settings.bridge = bridge;
+        let agent = Agent::spawn(settings);
+        let status = agent.status();
+        self.served()
+            .insert(network.clone(), Served { agent, status: status.clone(), bridge, isolated_from });
+        self.isolate();
+        tokio::spawn(Arc::clone(self).follow(status));
+        Ok(())
+    }
+
+    /// Keeps the networks of this host apart as their leases come and change.
+    async fn follow(self: Arc<Self>, mut status: watch::Receiver<Status>) {
+        while status.changed().await.is_ok() {
+            self.isolate();
+        }
+    }
+
+    /// Tells every network which others its containers must not reach.
+    fn isolate(&self) {
+        let served = self.served();
+        let cidrs: BTreeMap<&NetworkName, Prefix> =
+            served.iter().filter_map(|(name, served)| Some((name, served.part(name)?.cidr))).collect();
+        for (name, served) in served.iter() {
+            let others = cidrs.iter().filter(|(other, _)| **other != name).map(|(_, cidr)| *cidr).collect();
+            served.isolated_from.send_if_modified(|known| {
+                let news = *known != others;
+                *known = others;
+                news
+            });
+        }
+    }
+
+    /// An engine no longer wants the network's pool, or a network of it; when it was the last use, everything goes,
+    /// after the engine has its answer.
+    pub(crate) fn let_go(self: &Arc<Self>, network: &NetworkName) -> Result<(), Refusal> {
+        let noted = self.journal.pools().update(network.as_str(), |record| record.requested = 0);
+        noted.map_err(|error| Refusal::of(&error))?;
+        self.let_go_later(network);
+        Ok(())
+    }
+
+    /// The same for pools that were asked for so long ago that the engine must have died since.
+    pub(crate) fn let_go_of_stale(self: &Arc<Self>) {
+        for (_, record) in self.journal.pools().all() {
+            if !record.is_fresh() && !self.has_users(&record.network) {
+                self.let_go_later(&record.network);
+            }
+        }
+    }
+
+    fn let_go_later(self: &Arc<Self>, network: &NetworkName) {
+        let (networks, network) = (Arc::clone(self), network.clone());
+        // Only a running plugin gets here; at its start the sweep repeats what a stop interrupted.
+        tokio::runtime::Handle::current().spawn(async move {
+            if let Err(Refusal(text)) = networks.retire_unused(&network).await {
+                tracing::warn!(%network, "not everything of it could be removed: {text}");
+            }
+        });
+    }
+
+    async fn retire_unused(self: &Arc<Self>, network: &NetworkName) -> Result<(), Refusal> {
+        let _one = self.lifecycle.lock().await;
+        // Said by another call that came first.
+        let known = self.journal.pools().get(network.as_str()).is_some();
+        if !known || self.asked_for(network) || self.has_users(network) {
+            return Ok(());
+        }
+        let file = self.settings.subnet_file(network);
+        let ledger = file.clone();
+        let retired = blocking(move || Ledger::retire(&ledger).map_err(|error| Refusal::of(&error))).await?;
+        if let Retired::InUse(_) = retired {
+            return Ok(());
+        }
+        if self.always_runs(network) {
+            self.serve_locked(network, false).await?;
+            // The agent that keeps no bridge does not know of one.
+            blocking(move || remove_bridge(&file)).await?;
+        } else {
+            let served = self.served().remove(network);
+            match served {
+                Some(served) => served.agent.retire().await.map_err(Refusal)?,
+                None => retire::everything(&self.settings.common, self.store.network(network))
+                    .await
+                    .map_err(|error| Refusal(format!("{error:#}")))?,
+            }
+            self.isolate();
+            let defined = self.journal.pools().get(network.as_str()).and_then(|record| record.defined);
+            self.catalogue.undefine(network, defined.as_deref()).await?;
+        }
+        self.journal.pools().remove(network.as_str()).map_err(|error| Refusal::of(&error))?;
+        tracing::info!(%network, "no Docker network uses it any more");
+        Ok(())
+    }
+
+    // --- what is known here ------------------------------------------------------------------------------------------
+
+    /// This node's subnets by network.
+    pub(crate) fn subnets_here(&self) -> Vec<(NetworkName, Prefix)> {
+        let served = self.served();
+        served.iter().filter_map(|(name, served)| Some((name.clone(), served.part(name)?.subnet))).collect()
+    }
+
+    /// The part whose subnet is exactly this. After a restart its agent may still be on its way.
+    pub(crate) async fn part_with(self: &Arc<Self>, subnet: Prefix) -> Result<Option<Part>, Refusal> {
+        let network = self.subnets_here().into_iter().find(|(_, here)| *here == subnet).map(|(name, _)| name);
+        let network = network.or_else(|| {
+            self.journal
+                .pools()
+                .find(|_, record| record.subnet == Some(subnet))
+                .map(|(_, record)| record.network)
+        });
+        let Some(network) = network else { return Ok(None) };
+        self.serve(&network, true).await?;
+        let part = self.lease(&network, Instant::now() + PATIENCE).await?;
+        Ok((part.subnet == subnet).then_some(part))
+    }
+
+    /// Refuses to go on with a subnet that this host no longer holds.
+    pub(crate) fn still_ours(&self, network: &NetworkName, subnet: Prefix) -> Result<(), Refusal> {
+        let part = self.served().get(network).and_then(|served| served.part(network));
+        match part {
+            Some(part) if part.subnet != subnet => Err(Refusal(format!(
+                "this host's subnet of flannel network {network} is now {}, no longer {subnet}: remove the Docker network and create it again",
+                part.subnet
+            ))),
+            // Without a lease known yet, what was recorded counts.
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Largest packet of a network's containers, if its lease is known.
+    pub(crate) fn mtu(&self, network: &NetworkName) -> Option<Mtu> {
+        self.served().get(network).and_then(|served| served.part(network)).map(|part| part.mtu)
+    }
+
+    /// The CIDR to name in a command: the default network's, or any.
+    pub(crate) fn first_cidr(&self) -> Option<Prefix> {
+        let served = self.served();
+        served.iter().find_map(|(name, served)| served.part(name)).map(|part| part.cidr)
+    }
+
+    /// What is leased here, for texts.
+    pub(crate) fn parts_text(&self) -> String {
+        let served = self.served();
+        let parts: Vec<String> = served
+            .iter()
+            .filter_map(|(name, served)| served.part(name))
+            .map(|part| format!("{} of {}", part.subnet, part.cidr))
+            .collect();
+        match parts.is_empty() {
+            true => String::new(),
+            false => format!(" (here: {})", parts.join(", ")),
+        }
+    }
+}
+
+/// Removes the bridge that the marker beside a subnet file names, and the marker.
+fn remove_bridge(subnet_file: &Path) -> Result<(), Refusal> {
+    let marker = bridge_marker(subnet_file);
+    let named = marker::read(&marker).map_err(|error| Refusal::of(&error))?;
+    if let Some(bridge) = named.and_then(|name| LinkName::new(name.to_str()?).ok()) {
+        veth::remove_bridge(bridge)?;
+    }
+    marker::withdraw(&marker).map_err(|error| Refusal::of(&error))
+}
