@@ -103,8 +103,15 @@ impl Daemon {
                 self.tail()
             );
         }
-        kill(Pid::from_raw(self.pid), signal)
-            .with_context(|| format!("could not send {signal} to {}", self.name))
+        let send = |pid| {
+            kill(Pid::from_raw(pid), signal)
+                .with_context(|| format!("could not send {signal} to {}", self.name))
+        };
+        if signal == Signal::SIGCONT {
+            // nsenter stops itself together with what it started, and has to be woken too: it reaps.
+            send(self.child().id().cast_signed())?;
+        }
+        send(self.pid)
     }
 
     /// SIGTERM, then waits; returns how long it took. A program that is still there at the deadline is killed, and that is an error.

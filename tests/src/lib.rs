@@ -58,6 +58,7 @@ mod command;
 mod daemon;
 mod engine;
 pub mod fake;
+pub mod flanneld;
 mod host;
 mod image;
 mod lab;
@@ -74,5 +75,5 @@ pub use lab::{Lab, LabPlan, ids, in_lab, sweep};
 pub use nix::sys::signal::Signal;
 pub use probe::{
     HttpServer, PingCount, PingStream, eventually, http_get, largest_packet, ping, ping_within, secs,
-    seen_as, tcp_opens,
+    seen_as, tcp_opens, unchanged,
 };

@@ -65,6 +65,29 @@ pub fn eventually<C: Condition>(
     }
 }
 
+/// Compares two texts line by line, in any order; an error shows what is missing and what is new.
+pub fn unchanged(what: impl Display, before: &str, after: &str) -> Result<()> {
+    let (before, after) = (sorted(before), sorted(after));
+    if before == after {
+        return Ok(());
+    }
+    let lines = |a: &[&str], b: &[&str]| {
+        let only = a.iter().filter(|line| !b.contains(line)).copied();
+        only.collect::<Vec<_>>().join("\n  ")
+    };
+    bail!(
+        "{what} is not as before\nmissing:\n  {}\nnew:\n  {}",
+        lines(&before, &after),
+        lines(&after, &before)
+    )
+}
+
+fn sorted(text: &str) -> Vec<&str> {
+    let mut lines: Vec<&str> = text.lines().map(str::trim_end).collect();
+    lines.sort_unstable();
+    lines
+}
+
 /// One echo request; an error shows what ping said. Waits a second for the answer.
 pub fn ping(from: &dyn Place, to: impl Display) -> Result<()> {
     from.out(&["ping", "-n", "-c", "1", "-W", "1", &to.to_string()]).map(|_| ())
