@@ -1,0 +1,44 @@
+//! What a flanneld costs that has nothing to do.
+
+use std::thread;
+
+use anyhow::Result;
+use flannel_tests::flanneld::{Flanneld, put_config};
+use flannel_tests::{Lab, secs};
+
+use crate::table::{self, megabytes};
+
+/// Go flanneld 0.20.2 on a machine of the same kind, and what is aimed at, MB.
+const GO: f64 = 35.0;
+const AIM: f64 = 12.0;
+const QUIET: u64 = 10;
+
+pub(crate) fn run() -> Result<()> {
+    let mut rows = Vec::new();
+    for backend in ["vxlan", "host-gw"] {
+        let lab = Lab::new("idle").etcd().start()?;
+        put_config(&lab, &format!(r#"{{"Network":"10.100.0.0/16","Backend":{{"Type":"{backend}"}}}}"#))?;
+        let daemons = Flanneld::start_all(&lab)?;
+        thread::sleep(secs(2));
+        let before = daemons[0].daemon().usage()?;
+        thread::sleep(secs(QUIET));
+        let now = daemons[0].daemon().usage()?;
+        let rss = now.rss_kib as f64 * 1024.0 / 1e6;
+        rows.push(vec![
+            format!("{backend}: resident"),
+            megabytes(now.rss_kib),
+            format!("Go {GO} MB"),
+            format!("{:.2}", rss / GO),
+            format!("<= {AIM} MB"),
+        ]);
+        rows.push(vec![format!("{backend}: proportional"), megabytes(now.pss_kib)]);
+        let cpu = (now.cpu_seconds - before.cpu_seconds) * 1000.0 / QUIET as f64;
+        rows.push(vec![format!("{backend}: processor"), format!("{cpu:.1} ms/s")]);
+        lab.tear_down()?;
+    }
+    for row in &mut rows {
+        row.resize(5, String::new());
+    }
+    table::print(&["two hosts, nothing to do", "ours", "against", "ratio", "aim"], &rows);
+    Ok(())
+}

@@ -1,0 +1,48 @@
+//! The benchmarks: `bench all`, or `bench` and the names of some. They measure in labs on this machine and print tables with ratios
+//! between figures of one run; they are no tests, and nothing fails for being slow.
+//!
+//! Give them release binaries: `make bench`, or `FLANNEL_BIN_DIR=target/x86_64-unknown-linux-gnu/release`.
+#![expect(clippy::print_stdout, reason = "what is measured goes to stdout")]
+
+mod cold_start;
+mod idle;
+mod table;
+mod throughput;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+/// A benchmark: what it is called, what it measures, how it is run.
+type Bench = (&'static str, &'static str, fn() -> Result<()>);
+
+const ALL: &[Bench] = &[
+    (
+        "cold-start",
+        "flanneld with 4,000 leases in etcd, from its start to everything in the kernel",
+        cold_start::run,
+    ),
+    ("idle", "memory of flanneld that has nothing to do", idle::run),
+    ("throughput", "TCP between containers of two hosts, beside a plain routed veth pair", throughput::run),
+];
+
+fn main() -> ExitCode {
+    let names: Vec<String> = std::env::args().skip(1).collect();
+    let unknown = names.iter().find(|name| *name != "all" && !ALL.iter().any(|(known, ..)| known == name));
+    if names.is_empty() || unknown.is_some() {
+        eprintln!("usage: bench all | NAME...");
+        for (name, what, _) in ALL {
+            eprintln!("  {name:12} {what}");
+        }
+        return ExitCode::from(2);
+    }
+    let mut failed = false;
+    for (name, what, run) in ALL.iter().filter(|(name, ..)| names.iter().any(|n| n == "all" || n == name)) {
+        println!("\n## {name}: {what}\n");
+        if let Err(error) = run() {
+            eprintln!("bench {name}: {error:#}");
+            failed = true;
+        }
+    }
+    if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
