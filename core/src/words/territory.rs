@@ -18,8 +18,8 @@ pub struct Territory {
     /// Interfaces that carry this alias are ours too: what an earlier configuration made. None means that only the
     /// interfaces in `links` are looked at, one by one, as an attach does.
     pub alias: Option<String>,
-    /// Routes marked with our protocol number and with a destination inside one of these are ours, whatever
-    /// interface they leave by.
+    /// Routes through a gateway that are marked with our protocol number and have a destination inside one of these
+    /// are ours, whatever interface they leave by.
     pub cidrs: BTreeSet<Prefix>,
     /// Our tables.
     pub tables: BTreeSet<TableName>,
@@ -50,7 +50,8 @@ impl Territory {
     }
 
     /// Whether a unicast route of the main table is ours. `ours` are the links found to be ours on this look.
-    /// Routes that the kernel made (RTPROT_KERNEL) go with their addresses and are nobody's.
+    /// Routes that the kernel made (RTPROT_KERNEL) go with their addresses and are nobody's. A marked route without a
+    /// gateway belongs to the bridge it leaves by: where the CNI plugin made that, it is not the agent's.
     pub fn holds_route(&self, ours: &BTreeSet<LinkName>, route: &Route) -> bool {
         const KERNEL: RouteProtocol = RouteProtocol(2);
         if route.protocol == KERNEL {
@@ -58,6 +59,7 @@ impl Territory {
         }
         ours.contains(&route.link)
             || (route.protocol == RouteProtocol::FLANNEL
+                && route.via.is_some()
                 && self.cidrs.iter().any(|cidr| cidr.covers(&route.destination)))
     }
 
@@ -92,5 +94,40 @@ impl Territory {
             }
         }
         territory
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::words::fact::RouteScope;
+
+    #[test]
+    fn a_route_belongs_to_who_planned_it() {
+        let link = |name| LinkName::new(name).unwrap();
+        let territory =
+            Territory { cidrs: BTreeSet::from(["10.5.0.0/16".parse().unwrap()]), ..Territory::default() };
+        let ours = BTreeSet::from([link("flannel.1")]);
+        let held = |destination: &str, via: Option<&str>, name, protocol| {
+            let route = Route {
+                destination: destination.parse().unwrap(),
+                via: via.map(|via| via.parse().unwrap()),
+                link: link(name),
+                onlink: false,
+                metric: 0,
+                scope: RouteScope::Global,
+                source: None,
+                protocol,
+            };
+            territory.holds_route(&ours, &route)
+        };
+        let (marked, boot, kernel) = (RouteProtocol::FLANNEL, RouteProtocol::BOOT, RouteProtocol(2));
+        assert!(held("10.5.2.0/24", Some("10.77.0.12"), "eth0", marked));
+        assert!(held("10.6.2.0/24", None, "flannel.1", boot));
+        // The bridge of a CNI plugin, an operator's route, another network's peer, an address's own route.
+        assert!(!held("10.5.1.0/24", None, "cni0", marked));
+        assert!(!held("10.5.2.0/24", Some("10.77.0.12"), "eth0", boot));
+        assert!(!held("10.6.2.0/24", Some("10.77.0.12"), "eth0", marked));
+        assert!(!held("10.6.1.0/24", None, "flannel.1", kernel));
     }
 }
