@@ -7,7 +7,8 @@ use super::link::{Request, Settle};
 use super::netlink::{Batch, Refusal, Socket};
 use super::{action, address, again, bridge_port, forward, io_error, link, neighbor, refused, route};
 use crate::touch::world::WorldError;
-use crate::words::fact::{Change, Fact, Link, LinkKind};
+use crate::words::addr::Prefix;
+use crate::words::fact::{Change, Fact, Link, LinkKind, Route};
 use crate::words::name::LinkName;
 
 /// What a message may fail with although its change is made.
@@ -45,8 +46,10 @@ pub(super) struct Writer<'a> {
     indices: HashMap<LinkName, Option<u32>>,
     /// Links that the batch not yet sent makes or deletes: their indices are not known before it is sent.
     unsettled: HashSet<LinkName>,
-    /// Changes that found their link made already.
-    taken: Vec<usize>,
+    /// Changes that found their link made already, as the kernel put it.
+    taken: Vec<(usize, Refusal)>,
+    /// Who wrote the route to a destination with a metric; kept only while routes are also deleted.
+    routes: Option<HashMap<(Prefix, u32), usize>>,
 }
 
 impl<'a> Writer<'a> {
@@ -61,6 +64,7 @@ impl<'a> Writer<'a> {
             indices: HashMap::new(),
             unsettled: HashSet::new(),
             taken: Vec::new(),
+            routes: changes.iter().any(deletes_route).then(HashMap::new),
         }
     }
 
@@ -75,8 +79,8 @@ impl<'a> Writer<'a> {
             }
         }
         self.flush();
-        for place in std::mem::take(&mut self.taken) {
-            let result = self.verify_taken(place);
+        for (place, refusal) in std::mem::take(&mut self.taken) {
+            let result = self.verify_taken(place, refusal);
             self.record(place, result);
         }
         self.results
@@ -123,14 +127,30 @@ impl<'a> Writer<'a> {
                 self.push(place, &request, pardon);
             }
             Fact::Route(route) => {
+                if delete && self.is_replaced(route) {
+                    return Ok(());
+                }
                 let Some(index) = self.index_or_gone(change, route.link, delete)? else { return Ok(()) };
                 let request = if delete { route::delete(route, index) } else { route::write(route, index) };
                 self.push(place, &request, pardon);
+                if let (Some(routes), false) = (&mut self.routes, delete) {
+                    routes.insert((route.destination, route.metric), place);
+                }
             }
             // Not rtnetlink's: the kernel's other parts answer for these.
             Fact::Sysctl(_) | Fact::Table(_) | Fact::Accept(_) => {}
         }
         Ok(())
+    }
+
+    /// Whether another route to the same destination took this one's place. The kernel keeps one for each metric, and
+    /// would take the new one for the old one if that had no gateway (net/ipv4/fib_semantics.c `fib_nh_match`).
+    fn is_replaced(&mut self, route: &Route) -> bool {
+        let by =
+            self.routes.as_ref().and_then(|routes| routes.get(&(route.destination, route.metric)).copied());
+        let Some(place) = by else { return false };
+        self.flush();
+        self.results.get(place).is_some_and(Result::is_ok)
     }
 
     fn link(&mut self, place: usize, change: &Change<'_>, link: &Link) -> Result<(), WorldError> {
@@ -218,9 +238,13 @@ impl<'a> Writer<'a> {
     }
 
     fn refusal(&mut self, place: usize, pardon: Pardon, refusal: Refusal) {
+        // What follows on a link that something stood in the way of is judged with it, at the end.
+        if self.taken.iter().any(|(taken, _)| *taken == place) {
+            return;
+        }
         if pardon.covers(refusal.errno) {
             if pardon == Pardon::Existence {
-                self.taken.push(place);
+                self.taken.push((place, refusal));
             }
         } else if let Some(change) = self.changes.get(place) {
             self.record(place, Err(refused(action(change), refusal)));
@@ -257,14 +281,17 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Somebody else made the link between our look and our write: another process with the same plan, as a rule.
-    fn verify_taken(&mut self, place: usize) -> Result<(), WorldError> {
+    /// Something is in the way of a link. It may be the link itself: made between our look and our write by another
+    /// process with the same plan.
+    fn verify_taken(&mut self, place: usize, refusal: Refusal) -> Result<(), WorldError> {
         let Some(change) = self.changes.get(place) else { return Ok(()) };
         let Fact::Link(want) = change.fact() else { return Ok(()) };
         let tried = || action(change);
         let found = link::by_name(self.socket, &[want.name]).map_err(|e| io_error(tried(), e))?;
         let Some(seen) = found.into_iter().flatten().next() else {
-            return Err(refused(tried(), exists("the name of its other end is taken".to_owned())));
+            let peer = matches!(want.kind, LinkKind::Veth { .. });
+            let guess = peer.then(|| "the name of its other end is taken".to_owned());
+            return Err(refused(tried(), Refusal { detail: refusal.detail.or(guess), ..refusal }));
         };
         let underlay = match &seen.kind {
             link::SeenKind::Vxlan(vxlan) => vxlan.underlay,
@@ -276,12 +303,13 @@ impl<'a> Writer<'a> {
         if change.fact().satisfied_by(&Fact::Link(Box::new(have.clone()))) {
             return Ok(());
         }
-        Err(refused(tried(), exists(format!("there is another interface of this name, made as `{have}`"))))
+        let detail = Some(format!("there is another interface of this name, made as `{have}`"));
+        Err(refused(tried(), Refusal { detail, ..refusal }))
     }
 }
 
-fn exists(detail: String) -> Refusal {
-    Refusal { errno: libc::EEXIST, detail: Some(detail) }
+fn deletes_route(change: &Change<'_>) -> bool {
+    matches!(change, Change::Delete(Fact::Route(_)))
 }
 
 fn no_link(change: &Change<'_>, name: LinkName) -> WorldError {

@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+mod facts;
+
 use std::collections::BTreeSet;
 use std::error::Error;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,85 +14,15 @@ use anyhow::{Context as _, Result, ensure};
 use flannel_core::act::pass::converge;
 use flannel_core::touch::world::kernel::{Kernel, Namespace};
 use flannel_core::touch::world::{World as _, WorldError};
-use flannel_core::words::addr::{Mac, Prefix};
+use flannel_core::words::addr::Prefix;
 use flannel_core::words::fact::{
-    Address, BridgePort, Change, Fact, Facts, Forward, Link, LinkKind, Neighbor, Route, RouteProtocol,
-    RouteScope, Sysctl, VethPeer, Vxlan, diff,
+    Address, BridgePort, Change, Fact, Facts, Link, LinkKind, Route, RouteProtocol, RouteScope, Sysctl, diff,
 };
-use flannel_core::words::name::LinkName;
 use flannel_core::words::territory::Territory;
-use flannel_core::words::units::{Mtu, Port, Vni};
+use flannel_core::words::units::Mtu;
 use flannel_tests::{alone, another_namespace, sh};
 
-fn name(text: &str) -> LinkName {
-    LinkName::new(text).unwrap()
-}
-
-fn mac(text: &str) -> Mac {
-    text.parse().unwrap()
-}
-
-fn bridge(of: &str) -> Fact {
-    link(of, LinkKind::Bridge, "0a:58:0a:64:05:01", 1450)
-}
-
-fn link(of: &str, kind: LinkKind, address: &str, mtu: u64) -> Fact {
-    Fact::Link(Box::new(Link {
-        name: name(of),
-        kind,
-        mtu: Some(Mtu::new(mtu).unwrap()),
-        mac: Some(mac(address)),
-        alias: Some("flannel network default".into()),
-        up: true,
-    }))
-}
-
-fn veth(host: &str, inside: &str, in_sandbox: bool) -> Fact {
-    let peer = VethPeer {
-        name: name(inside),
-        mac: Some(mac("0a:58:0a:64:05:02")),
-        mtu: Some(Mtu::new(1450).unwrap()),
-        in_sandbox,
-    };
-    link(host, LinkKind::Veth { peer: Some(peer) }, "0a:58:00:00:00:01", 1450)
-}
-
-fn vxlan(of: &str, vni: u64, local: &str) -> Fact {
-    let vxlan = Vxlan {
-        vni: Vni::new(vni).unwrap(),
-        port: Port::VXLAN,
-        local: local.parse().unwrap(),
-        underlay: name("up0"),
-        learning: false,
-        gbp: false,
-    };
-    link(of, LinkKind::Vxlan(vxlan), "76:e6:39:1b:26:de", 1430)
-}
-
-fn address(of: &str, text: &str) -> Fact {
-    Fact::Address(Address { link: name(of), address: text.parse().unwrap(), no_prefix_route: false })
-}
-
-fn neighbor(of: &str, ip: &str, address: &str) -> Fact {
-    Fact::Neighbor(Neighbor { link: name(of), ip: ip.parse().unwrap(), mac: mac(address) })
-}
-
-fn forward(of: &str, address: &str, remote: &str) -> Fact {
-    Fact::Forward(Forward { link: name(of), mac: mac(address), remote: remote.parse().unwrap() })
-}
-
-fn route(of: &str, destination: &str, via: Option<&str>, metric: u32) -> Route {
-    Route {
-        destination: destination.parse().unwrap(),
-        via: via.map(|via| via.parse().unwrap()),
-        link: name(of),
-        onlink: via.is_some(),
-        metric,
-        scope: RouteScope::Global,
-        source: None,
-        protocol: RouteProtocol::BOOT,
-    }
-}
+use self::facts::{address, bridge, forward, mac, name, neighbor, peers, route, veth, vxlan};
 
 /// An underlay: a bridge of the test's own, with an address and a route to the neighborhood.
 fn underlay() -> Result<()> {
@@ -411,6 +343,68 @@ fn a_link_that_somebody_else_was_faster_to_make_is_taken_or_named() {
 }
 
 #[test]
+fn a_vni_that_is_in_use_is_said_in_the_kernels_words() {
+    alone(|| {
+        underlay()?;
+        sh("ip link add other0 type vxlan id 1 local 192.168.77.1 dev up0 dstport 8472")?;
+        let wanted = vxlan("flannel.1", 1, "192.168.77.1");
+        let results = Kernel::open()?.apply(&[Change::Create(&wanted)]);
+        let text = results[0].as_ref().unwrap_err().to_string();
+        ensure!(text.contains("A VXLAN device with the specified VNI already exists"), "{text}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_name_taken_inside_the_container_is_said() {
+    alone(|| {
+        let sandbox = another_namespace()?;
+        sandbox.run(|| sh("ip link add eth0 type bridge"))??;
+        let mut kernel = Kernel::open()?;
+        kernel.set_sandbox(sandbox);
+        let wanted = veth("veth0", "eth0", true);
+        let results = kernel.apply(&[Change::Create(&wanted)]);
+        let text = results[0].as_ref().unwrap_err().to_string();
+        ensure!(text.contains("the name of its other end is taken"), "{text}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_route_that_gets_or_loses_its_gateway_is_there_all_the_time() {
+    alone(|| {
+        underlay()?;
+        let mut kernel = Kernel::open()?;
+        let mut territory = owned(&[]);
+        territory.cidrs.insert("10.0.0.0/8".parse()?);
+        territory.cidrs.insert("fd42::/16".parse()?);
+        let ours =
+            |route: Route| Fact::Route(Route { protocol: RouteProtocol::FLANNEL, onlink: false, ..route });
+        let through: Facts = [
+            ours(route("up0", "10.1.0.0/16", Some("192.168.77.2"), 0)),
+            ours(route("up0", "fd42:1::/64", Some("fd77::2"), 1024)),
+        ]
+        .into_iter()
+        .collect();
+        let connected: Facts =
+            [ours(route("up0", "10.1.0.0/16", None, 0)), ours(route("up0", "fd42:1::/64", None, 1024))]
+                .into_iter()
+                .collect();
+        all(kernel.apply(&diff(&through, &Facts::default())))?;
+        for desired in [&connected, &through, &connected] {
+            let seen = kernel.observe(&territory)?;
+            let changes = diff(desired, &seen);
+            ensure!(changes.len() == 4, "{changes:#?}");
+            all(kernel.apply(&changes))?;
+            // In one step: no second round has to bring anything back.
+            let now = kernel.observe(&territory)?;
+            ensure!(now == *desired, "{now}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn a_refused_route_is_explained_in_the_kernels_words() {
     alone(|| {
         underlay()?;
@@ -560,23 +554,6 @@ fn a_dump_while_others_write_is_whole() {
             looked
         })
     });
-}
-
-/// A VXLAN device and what it takes to reach this many peers; the metric is spread.
-fn peers(count: u32) -> impl Iterator<Item = Fact> {
-    let each = |n: u32| {
-        let subnet = format!("10.{}.{}.0", 128 + n / 256, n % 256);
-        let address = format!("76:e6:00:{:02x}:{:02x}:01", n / 256, n % 256);
-        let remote = format!("192.168.{}.{}", 100 + n / 256, n % 256);
-        [
-            neighbor("flannel.1", &subnet, &address),
-            forward("flannel.1", &address, &remote),
-            Fact::Route(route("flannel.1", &format!("{subnet}/24"), Some(&subnet), 1 + n)),
-        ]
-    };
-    [vxlan("flannel.1", 1, "192.168.77.1"), address("flannel.1", "10.128.0.0/32")]
-        .into_iter()
-        .chain((1..=count).flat_map(each))
 }
 
 #[test]
