@@ -3,16 +3,14 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 mod facts;
+mod scale;
 
 use std::collections::BTreeSet;
 use std::error::Error;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
-use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use flannel_core::act::pass::converge;
-use flannel_core::touch::world::kernel::{Kernel, Namespace};
+use flannel_core::touch::world::kernel::Kernel;
 use flannel_core::touch::world::{World as _, WorldError};
 use flannel_core::words::addr::Prefix;
 use flannel_core::words::fact::{
@@ -22,15 +20,15 @@ use flannel_core::words::territory::Territory;
 use flannel_core::words::units::Mtu;
 use flannel_tests::{alone, another_namespace, sh};
 
-use self::facts::{address, bridge, forward, mac, name, neighbor, peers, route, veth, vxlan};
+use self::facts::{address, bridge, forward, mac, name, neighbor, route, veth, vxlan};
 
 /// An underlay: a bridge of the test's own, with an address and a route to the neighborhood.
-fn underlay() -> Result<()> {
+pub(crate) fn underlay() -> Result<()> {
     sh("ip link add up0 type bridge && ip addr add 192.168.77.1/24 dev up0")?;
     sh("ip -6 addr add fd77::1/64 dev up0 nodad && ip link set up0 up").map(drop)
 }
 
-fn all<T>(results: Vec<std::result::Result<T, WorldError>>) -> Result<()> {
+pub(crate) fn all<T>(results: Vec<std::result::Result<T, WorldError>>) -> Result<()> {
     for result in results {
         result?;
     }
@@ -62,12 +60,12 @@ fn there_and_back(kernel: &mut Kernel, territory: &Territory, facts: Vec<Fact>) 
     Ok(seen)
 }
 
-fn owned(links: &[&str]) -> Territory {
+pub(crate) fn owned(links: &[&str]) -> Territory {
     Territory { links: links.iter().map(|link| name(link)).collect(), ..Territory::default() }
 }
 
 /// The same territory, looked at through the alias: one look at all interfaces.
-fn aliased(links: &[&str]) -> Territory {
+pub(crate) fn aliased(links: &[&str]) -> Territory {
     Territory { alias: Some("flannel network default".into()), ..owned(links) }
 }
 
@@ -111,6 +109,31 @@ fn a_bridge_with_addresses_and_a_route() {
             ensure!(text.contains("ip addr replace 10.100.7.1/24 dev cni0 noprefixroute\n"), "{text}");
             ensure!(text.contains("ip route replace default via 10.100.5.9 dev cni0 onlink\n"), "{text}");
         }
+        Ok(())
+    });
+}
+
+#[test]
+fn settings_of_the_host_and_of_an_interface() {
+    alone(|| {
+        let set = |link: Option<&str>, path: &str, value: &str| {
+            let (link, path, value) = (link.map(name), path.to_owned(), value.to_owned());
+            Fact::Sysctl(Sysctl { link, path, value })
+        };
+        let accept = set(Some("cni0"), "net/ipv6/conf/cni0/accept_ra", "0");
+        let facts = vec![
+            set(None, "net/ipv4/ip_forward", "1"),
+            set(None, "net/ipv4/ip_local_port_range", "20000 60000"),
+            bridge("cni0"),
+            accept.clone(),
+        ];
+        let territory = Territory::of(&facts);
+        there_and_back(&mut Kernel::open()?, &territory, facts)?;
+        let forward = sh("sysctl -n net.ipv4.ip_forward")?;
+        ensure!(forward == "1\n", "a setting is set, never unset: {forward}");
+        let results = Kernel::open()?.apply(&[Change::Create(&accept)]);
+        let text = results[0].as_ref().unwrap_err().to_string();
+        ensure!(text == "could not add sysctl (`sysctl -w net.ipv6.conf.cni0.accept_ra=0`)", "{text}");
         Ok(())
     });
 }
@@ -375,9 +398,11 @@ fn a_route_that_gets_or_loses_its_gateway_is_there_all_the_time() {
     alone(|| {
         underlay()?;
         let mut kernel = Kernel::open()?;
-        let mut territory = owned(&[]);
-        territory.cidrs.insert("10.0.0.0/8".parse()?);
-        territory.cidrs.insert("fd42::/16".parse()?);
+        let look = move || -> Result<Facts> {
+            let mut seen = Kernel::open()?.observe(&owned(&["up0"]))?;
+            seen.retain(|fact| matches!(fact, Fact::Route(_)));
+            Ok(seen)
+        };
         let ours =
             |route: Route| Fact::Route(Route { protocol: RouteProtocol::FLANNEL, onlink: false, ..route });
         let through: Facts = [
@@ -392,12 +417,12 @@ fn a_route_that_gets_or_loses_its_gateway_is_there_all_the_time() {
                 .collect();
         all(kernel.apply(&diff(&through, &Facts::default())))?;
         for desired in [&connected, &through, &connected] {
-            let seen = kernel.observe(&territory)?;
+            let seen = look()?;
             let changes = diff(desired, &seen);
             ensure!(changes.len() == 4, "{changes:#?}");
             all(kernel.apply(&changes))?;
             // In one step: no second round has to bring anything back.
-            let now = kernel.observe(&territory)?;
+            let now = look()?;
             ensure!(now == *desired, "{now}");
         }
         Ok(())
@@ -424,27 +449,6 @@ fn a_refused_route_is_explained_in_the_kernels_words() {
         ensure!(text.contains("there is no interface nowhere"), "{text}");
         let shown = sh("ip route show")?;
         ensure!(shown.contains("10.1.0.0/16") && shown.contains("10.4.0.0/16"), "{shown}");
-        Ok(())
-    });
-}
-
-#[test]
-fn every_failure_in_a_large_batch_is_attributed() {
-    alone(|| {
-        underlay()?;
-        let mut kernel = Kernel::open()?;
-        let routes: Vec<Fact> = (0..5000u32)
-            .map(|n| {
-                let destination = format!("10.{}.{}.0/24", n / 250, n % 250);
-                let via = if n % 3 == 0 { "172.16.0.1" } else { "192.168.77.2" };
-                Fact::Route(Route { onlink: false, ..route("up0", &destination, Some(via), n) })
-            })
-            .collect();
-        let changes: Vec<_> = routes.iter().map(Change::Create).collect();
-        let results = kernel.apply(&changes);
-        for (n, result) in results.iter().enumerate() {
-            ensure!(result.is_err() == (n % 3 == 0), "{n}: {result:?}");
-        }
         Ok(())
     });
 }
@@ -520,76 +524,4 @@ fn a_namespace_without_anything_is_an_empty_look() {
         ensure!(Kernel::open()?.routes_of_others(&territory)?.is_empty());
         Ok(())
     });
-}
-
-#[test]
-fn a_dump_while_others_write_is_whole() {
-    alone(|| {
-        underlay()?;
-        let mut kernel = Kernel::open()?;
-        let territory = owned(&["flannel.1"]);
-        let desired: Facts = peers(2000).collect();
-        all(kernel.apply(&diff(&desired, &Facts::default())))?;
-        let here = Namespace::current()?;
-        let stop = AtomicBool::new(false);
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                here.run(|| {
-                    let mut writer = Kernel::open().unwrap();
-                    let noise = Fact::Route(Route {
-                        onlink: false,
-                        ..route("up0", "10.99.0.0/24", Some("192.168.77.2"), 0)
-                    });
-                    while !stop.load(Ordering::Relaxed) {
-                        writer.apply(&[Change::Create(&noise), Change::Delete(&noise)]);
-                    }
-                })
-            });
-            let looked = (0..20).try_for_each(|_| {
-                let seen = kernel.observe(&territory)?;
-                ensure!(diff(&desired, &seen).is_empty(), "a look missed something");
-                Ok(())
-            });
-            stop.store(true, Ordering::Relaxed);
-            looked
-        })
-    });
-}
-
-#[test]
-fn thousands_of_peers_and_what_they_cost() {
-    alone(|| {
-        underlay()?;
-        for count in [4000, 10_000] {
-            let mut kernel = Kernel::open()?;
-            let territory = aliased(&["flannel.1"]);
-            let desired: Facts = peers(count).collect();
-            let (wall, cpu) = (Instant::now(), cpu_seconds());
-            let report = converge(&mut kernel, &territory, &desired)?;
-            let (took, used) = (wall.elapsed(), cpu_seconds() - cpu);
-            ensure!(
-                report.clean && report.looks == 2,
-                "{} looks, failed: {:#?}",
-                report.looks,
-                report.failed.first()
-            );
-            let (wall, cpu) = (Instant::now(), cpu_seconds());
-            let report = converge(&mut kernel, &territory, &desired)?;
-            ensure!(report.made.is_empty());
-            println!(
-                "{count} peers: converge {took:.3?} wall, {used:.3} CPU-s; a look that finds nothing to do {:.3?} wall, {:.3} CPU-s",
-                wall.elapsed(),
-                cpu_seconds() - cpu,
-            );
-            kernel.delete_link(name("flannel.1"))?;
-        }
-        Ok(())
-    });
-}
-
-/// User and system time of this thread.
-fn cpu_seconds() -> f64 {
-    let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_THREAD).unwrap();
-    let seconds = |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
-    seconds(usage.user_time()) + seconds(usage.system_time())
 }
