@@ -80,6 +80,9 @@ impl FakeWorld {
     /// Sets an interface up or down.
     pub fn set_link(&mut self, name: LinkName, up: bool) {
         let Some(Fact::Link(link)) = self.facts.get(&Key::Link(name)) else { return };
+        if link.up == up {
+            return;
+        }
         let mut link = link.clone();
         link.up = up;
         self.facts.set(Fact::Link(link));
@@ -133,7 +136,11 @@ impl FakeWorld {
             Fact::Neighbor(neighbor) => {
                 self.link(neighbor.link).ok_or(libc::ENODEV)?;
             }
-            Fact::Forward(forward) => self.may_forward(forward)?,
+            Fact::Forward(forward) => {
+                if !self.forwards(forward)? {
+                    return Ok(());
+                }
+            }
             Fact::Route(route) => return self.create_route(route),
             Fact::Sysctl(Sysctl { link: Some(link), .. }) => {
                 self.link(*link).ok_or(libc::ENOENT)?;
@@ -145,10 +152,9 @@ impl FakeWorld {
     }
 
     fn create_link(&mut self, link: &Link) -> Result<(), Errno> {
-        if let LinkKind::Given = link.kind {
-            self.link(link.name).ok_or(libc::ENODEV)?;
-            self.set_link(link.name, link.up);
-            return Ok(());
+        // What exists by itself cannot be made.
+        if link.kind == LinkKind::Given {
+            return Err(libc::ENODEV);
         }
         if self.link(link.name).is_some() {
             return Err(libc::EEXIST);
@@ -188,19 +194,21 @@ impl FakeWorld {
         Ok(underlay.mtu.and_then(|mtu| mtu.less(overhead).ok()))
     }
 
-    fn replace_link(&mut self, new: &Link) -> Result<(), Errno> {
-        let Some(old) = self.link(new.name).cloned() else { return self.create_link(new) };
-        if !new.kind.same_device(&old.kind) {
+    /// `seen` is what the link looked like to whoever wants it replaced.
+    fn replace_link(&mut self, seen: &Link, new: &Link) -> Result<(), Errno> {
+        if !new.kind.same_device(&seen.kind) {
             self.delete_link(new.name);
             return self.create_link(new);
         }
+        let old = self.link(new.name).cloned().ok_or(libc::ENODEV)?;
         if let (Some(most), Some(mtu)) = (self.most(&old)?, new.mtu)
             && mtu > most
         {
             return Err(libc::EINVAL);
         }
-        // All neighbors are forgotten with the address (net/core/neighbour.c `neigh_changeaddr`).
-        if new.mac.is_some() && new.mac != old.mac {
+        // All neighbors are forgotten when a MAC is set, even the same one (net/core/neighbour.c `neigh_changeaddr`);
+        // it is set only if it looked different.
+        if new.mac.is_some() && new.mac != seen.mac {
             self.facts.retain(|fact| !matches!(fact, Fact::Neighbor(n) if n.link == new.name));
         }
         self.facts.set(Fact::Link(Box::new(Link {
@@ -235,12 +243,14 @@ impl FakeWorld {
         above.into_iter().for_each(|link| self.delete_link(link));
     }
 
-    fn may_forward(&self, forward: &Forward) -> Result<(), Errno> {
+    /// Whether the link has a forwarding database. Any other takes the entry for an address it shall listen to
+    /// (net/core/rtnetlink.c `ndo_dflt_fdb_add`), which is no fact.
+    fn forwards(&self, forward: &Forward) -> Result<bool, Errno> {
         match &self.link(forward.link).ok_or(libc::ENODEV)?.kind {
-            LinkKind::Vxlan(vxlan) if vxlan.local.is_ipv4() == forward.remote.is_ipv4() => Ok(()),
+            LinkKind::Vxlan(vxlan) if vxlan.local.is_ipv4() == forward.remote.is_ipv4() => Ok(true),
             // drivers/net/vxlan/vxlan_core.c `vxlan_fdb_parse`
             LinkKind::Vxlan(_) => Err(libc::EAFNOSUPPORT),
-            _ => Err(libc::EOPNOTSUPP),
+            _ => Ok(false),
         }
     }
 
@@ -256,7 +266,11 @@ impl FakeWorld {
             return Err(libc::EINVAL);
         }
         if let Some(via) = route.via {
-            if local(via) {
+            // Not to oneself; but IPv4 minds only on-link (net/ipv4/fib_semantics.c `fib_check_nh_v4_gw`).
+            if local(via) && (route.onlink || via.is_ipv6()) {
+                return Err(libc::EINVAL);
+            }
+            if route.onlink && self.leads_elsewhere(route.link, via) {
                 return Err(libc::EINVAL);
             }
             if !route.onlink && !self.on_link(route.link, via) {
@@ -279,6 +293,31 @@ impl FakeWorld {
         Ok(())
     }
 
+    /// What leads to the new gateway by another link goes first, as the real world's writer does it.
+    fn replace_route(&mut self, old: &Route, new: &Route) -> Result<(), Errno> {
+        if new.makes_way(old) {
+            self.delete(&Fact::Route(old.clone()));
+        }
+        self.create_route(new)
+    }
+
+    /// Whether an IPv6 gateway that is said to be on a link is already reached by another one, other than by default
+    /// (net/ipv6/route.c `ip6_route_check_nh_onlink`). IPv4 does not look.
+    fn leads_elsewhere(&self, link: LinkName, via: IpAddr) -> bool {
+        let routes = self.facts.iter().filter_map(|fact| match fact {
+            Fact::Route(route) => Some((route.destination, route.link)),
+            Fact::Address(address) if !address.no_prefix_route => {
+                Some((address.address.prefix(), address.link))
+            }
+            _ => None,
+        });
+        via.is_ipv6()
+            && routes
+                .filter(|(destination, _)| destination.contains(via) && !destination.is_default())
+                .max_by_key(|(destination, _)| destination.len())
+                .is_some_and(|(_, through)| through != link)
+    }
+
     /// Whether a gateway is reachable without another one (net/ipv4/fib_semantics.c `fib_check_nh_v4_gw`).
     fn on_link(&self, link: LinkName, via: IpAddr) -> bool {
         let connected = self.addresses().any(|address| {
@@ -294,9 +333,9 @@ impl FakeWorld {
     fn delete(&mut self, fact: &Fact) {
         match fact {
             Fact::Link(link) => self.delete_link(link.name),
-            // Only the very route goes; another may be in its place by now.
-            Fact::Route(route) => {
-                if matches!(self.facts.get(&fact.key()), Some(Fact::Route(have)) if have == route) {
+            // Only the very route, the very destination goes; another may be in its place by now.
+            Fact::Route(_) | Fact::Forward(_) => {
+                if self.facts.get(&fact.key()) == Some(fact) {
                     self.facts.remove(&fact.key());
                 }
             }
@@ -355,7 +394,8 @@ impl FakeWorld {
             .collect();
         for (link, path) in &territory.sysctls {
             if link.is_none_or(|link| self.link(link).is_some()) {
-                let value = if path.ends_with("/accept_ra") { "1" } else { "0" };
+                let on = path.ends_with("/accept_ra") || path.ends_with("/accept_dad");
+                let value = if on { "1" } else { "0" };
                 let unset = Fact::Sysctl(Sysctl { link: *link, path: path.clone(), value: value.into() });
                 seen.set(self.facts.get(&unset.key()).cloned().unwrap_or(unset));
             }
@@ -371,7 +411,8 @@ impl FakeWorld {
         }
         match change {
             Change::Create(fact) => self.create(fact),
-            Change::Replace { new: Fact::Link(link), .. } => self.replace_link(link),
+            Change::Replace { old: Fact::Link(seen), new: Fact::Link(new) } => self.replace_link(seen, new),
+            Change::Replace { old: Fact::Route(old), new: Fact::Route(new) } => self.replace_route(old, new),
             Change::Replace { new, .. } => self.create(new),
             Change::Delete(fact) => {
                 self.delete(fact);

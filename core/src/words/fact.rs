@@ -319,6 +319,17 @@ impl Link {
     }
 }
 
+impl Route {
+    /// Whether the old route must go before this one can come: the kernel refuses an IPv6 gateway as on-link while a route
+    /// to it leaves by another link (net/ipv6/route.c `ip6_route_check_nh_onlink`), and the route to a peer's
+    /// subnet is a route to the gateway in it.
+    pub fn makes_way(&self, old: &Self) -> bool {
+        self.onlink
+            && self.link != old.link
+            && self.via.is_some_and(|via| via.is_ipv6() && old.destination.contains(via))
+    }
+}
+
 impl LinkKind {
     /// Whether a device of the kind `have` can become this one without being made anew.
     pub fn same_device(&self, have: &Self) -> bool {

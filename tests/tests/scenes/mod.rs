@@ -242,6 +242,17 @@ impl Scene {
         Self { reverse: true, ..self.clone() }
     }
 
+    /// The same on a host without a FORWARD chain of iptables.
+    pub(crate) fn without_chains(mut self) -> Self {
+        self.keeps.chains = false;
+        self
+    }
+
+    /// The same host, before anything happened on it.
+    pub(crate) fn ground_only(self) -> Self {
+        Self { past: None, mischief: Vec::new(), ..self }
+    }
+
     /// Another network on the same host: its own CIDR, VNI and name.
     pub(crate) fn second_network(&self) -> Self {
         let backend = r#"{"Type":"vxlan","VNI":77,"DirectRouting":true}"#;
@@ -261,6 +272,8 @@ impl Scene {
     /// Makes the host: the ground, other people's things, our past, and what happened to it.
     pub(crate) fn play(&self, world: &mut dyn Bench) {
         for fact in ground().iter().chain(&others()) {
+            // The wire's other end: without it eth0 has no carrier.
+            world.set_link(link_name("far0"), true);
             let result = world.apply(&[Change::Create(fact)]).remove(0);
             result.unwrap_or_else(|error| panic!("{fact}: {error:?}"));
         }
@@ -394,21 +407,17 @@ const PORT: &str = "veth0123456789a";
 /// A host with an uplink: eth0 in two families, a default route, and one endpoint.
 pub(crate) fn ground() -> Vec<Fact> {
     let eth0 = link_name("eth0");
-    let peer = VethPeer { name: link_name("far0"), mac: None, mtu: None, in_sandbox: false };
-    let link = |name: LinkName, peer: Option<VethPeer>| {
-        let kind = match peer {
-            Some(peer) => LinkKind::Veth { peer: Some(peer) },
-            None => LinkKind::Given,
-        };
-        Fact::Link(Box::new(Link { name, kind, mtu: None, mac: None, alias: None, up: true }))
+    let link = |name: &str, mac: u8, kind: LinkKind| {
+        let mac = Some(Mac([2, 3, 0, 0, 0, mac]));
+        Fact::Link(Box::new(Link { name: link_name(name), kind, mtu: None, mac, alias: None, up: true }))
+    };
+    let pair = |peer: &str, mac: u8| {
+        let mac = Some(Mac([2, 3, 0, 0, 0, mac]));
+        LinkKind::Veth { peer: Some(VethPeer { name: link_name(peer), mac, mtu: None, in_sandbox: false }) }
     };
     vec![
-        link(eth0, Some(peer)),
-        link(link_name("far0"), None),
-        link(
-            link_name(PORT),
-            Some(VethPeer { name: link_name("container0"), mac: None, mtu: None, in_sandbox: false }),
-        ),
+        link("eth0", 1, pair("far0", 2)),
+        link(PORT, 3, pair("container0", 4)),
         Fact::Address(Address { link: eth0, address: address("192.168.100.1/24"), no_prefix_route: false }),
         Fact::Address(Address { link: eth0, address: address("fd00:100::1/64"), no_prefix_route: false }),
         route("0.0.0.0/0".parse().unwrap(), Some(ip("192.168.100.254")), eth0, 4),
@@ -417,7 +426,7 @@ pub(crate) fn ground() -> Vec<Fact> {
 }
 
 /// Things of others that look as much like ours as they can without being ours.
-fn others() -> Vec<Fact> {
+pub(crate) fn others() -> Vec<Fact> {
     let (eth0, docker0, theirs) = (link_name("eth0"), link_name("docker0"), link_name("vxlan.calico"));
     let onlink = Route {
         destination: "10.200.7.0/24".parse().unwrap(),
@@ -467,7 +476,7 @@ pub(crate) fn vxlan(link: &str, vni: u64, alias: Option<&str>) -> Link {
             gbp: false,
         }),
         mtu: None,
-        mac: None,
+        mac: Some(Mac([2, 4, 0, 0, 0, vni as u8])),
         alias: alias.map(str::to_owned),
         up: true,
     }

@@ -131,6 +131,12 @@ impl<'a> Writer<'a> {
                     return Ok(());
                 }
                 let Some(index) = self.index_or_gone(change, route.link, delete)? else { return Ok(()) };
+                if let Change::Replace { old: Fact::Route(old), .. } = change
+                    && route.makes_way(old)
+                    && let Some(index) = self.index_or_gone(change, old.link, true)?
+                {
+                    self.push(place, &route::delete(old, index), Pardon::Absence);
+                }
                 let request = if delete { route::delete(route, index) } else { route::write(route, index) };
                 self.push(place, &request, pardon);
                 if let (Some(routes), false) = (&mut self.routes, delete) {
@@ -158,7 +164,9 @@ impl<'a> Writer<'a> {
             Change::Delete(_) => self.delete_link(place, link.name),
             Change::Create(_) => self.create_link(place, change, link, Pardon::Existence)?,
             Change::Replace { old: Fact::Link(old), .. } if link.kind.same_device(&old.kind) => {
-                self.push(place, &link::settle(link, Settle::Everything), Pardon::Nothing);
+                // With a MAC, even the same one, the kernel forgets the neighbors (net/core/neighbour.c `neigh_changeaddr`).
+                let changed = Link { mac: link.mac.filter(|mac| old.mac != Some(*mac)), ..link.clone() };
+                self.push(place, &link::settle(&changed, Settle::Everything), Pardon::Nothing);
             }
             Change::Replace { .. } => {
                 // The delete may find that somebody else was faster.
