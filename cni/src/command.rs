@@ -80,7 +80,7 @@ fn add(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
     let scratch = Scratch::of(conf, &owner);
     let fresh = scratch.keep(&kept(conf, &env)).map_err(|error| scratch.error("write", &error))?;
 
-    let place = Place { host_link: owner.host_link(&conf.name), link, wish: &wish, env: &env, pools: &pools };
+    let place = Place { host_link: owner.host_link(conf.network().as_str()), link, wish: &wish, env: &env, pools: &pools };
     let mut made = None;
     let attached = attach::attach(&ledger, &owner, (&pools, &wish.ips), |addresses| {
         let spec = place.endpoint(&shared, addresses);
@@ -154,7 +154,7 @@ fn del(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
 /// Deletes the veth pair by whatever end can be found.
 fn unlink(call: &Call, conf: &Conf, owner: &Attachment, link: LinkName) -> Result<(), CniError> {
     let mut host = Kernel::open().map_err(world_error)?;
-    if host.delete_link(owner.host_link(&conf.name)).map_err(world_error)? {
+    if host.delete_link(owner.host_link(conf.network().as_str())).map_err(world_error)? {
         return Ok(());
     }
     // Not made by us, or gone already.
@@ -210,7 +210,7 @@ fn pools(env: &SubnetEnv) -> Result<Vec<Pool>, CniError> {
 
 /// The node's bridge of this network, as this configuration wants it.
 fn shared(conf: &Conf, wish: &Wish, env: &SubnetEnv, pools: &[Pool]) -> Result<Shared, CniError> {
-    let name = marker::settle_bridge(&conf.subnet_file, wish.bridge, conf.default_bridge())
+    let name = marker::settle_bridge(&conf.subnet_file, wish.bridge, conf.network().bridge())
         .map_err(|error| CniError::new(CniError::CONFIG, chain(&error)))?;
     let subnets: Vec<Prefix> = pools.iter().map(Pool::subnet).collect();
     let rules = match wish.ip_masq.unwrap_or(!env.ip_masq) {

@@ -115,14 +115,13 @@ impl Conf {
         ledger_root(&self.ipam)
     }
 
-    /// The bridge of the network unless somebody chose another: the one rule is [`NetworkName::bridge`]. Named networks have
-    /// their subnet file called after them; the default network's is called `subnet`.
-    pub(crate) fn default_bridge(&self) -> LinkName {
-        let stem = self.subnet_file.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
-        match NetworkName::new(stem) {
-            Ok(name) if stem != "subnet" => name.bridge(),
-            _ => NetworkName::default_network().bridge(),
-        }
+    /// The flannel network this is about, whatever the runtime calls it. Agents write a named network's file as
+    /// `networks/NAME.env` beside the default network's (`run::setup::subnet_file`).
+    pub(crate) fn network(&self) -> NetworkName {
+        let file = &self.subnet_file;
+        let named = file.parent().and_then(Path::file_name).is_some_and(|dir| dir == "networks");
+        let stem = file.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+        NetworkName::new(stem).ok().filter(|_| named).unwrap_or_else(NetworkName::default_network)
     }
 
     /// Everything ADD needs to know. What upstream's bridge and host-local plugins can do and this one cannot is an error that names
@@ -307,6 +306,11 @@ impl Kept {
         flag(&self.0, "ipMasq").ok().flatten().unwrap_or(false)
     }
 
+    /// Name of the configuration that made it.
+    pub(crate) fn name(&self) -> Option<&str> {
+        field(&self.0, "name").and_then(Value::as_str)
+    }
+
     /// For the plugin that does the work.
     pub(crate) fn to_value(&self) -> Value {
         Value::Object(self.0.clone())
@@ -479,7 +483,7 @@ mod tests {
         assert_eq!(bare.data_dir, Path::new("/var/lib/cni/flannel"));
         assert_eq!(bare.ledger_root(), Path::new("/var/lib/cni/networks"));
         assert_eq!(bare.worker(), Worker::Ourselves);
-        assert_eq!(bare.default_bridge().as_str(), "cni0");
+        assert!(bare.network().is_default());
         let usual = wish(json!({ "name": "cbr0", "cniVersion": "0.3.1", "type": "flannel",
             "delegate": { "hairpinMode": true, "isDefaultGateway": true } }))
         .unwrap();
@@ -610,8 +614,10 @@ mod tests {
     }
 
     #[test]
-    fn a_named_networks_bridge_follows_from_its_subnet_file() {
-        let named = conf(json!({ "name": "n", "subnetFile": "/run/flannel/web.env" })).unwrap();
-        assert_eq!(named.default_bridge().as_str(), "fl-web");
+    fn the_flannel_network_follows_from_its_subnet_file() {
+        let named = conf(json!({ "name": "n", "subnetFile": "/run/flannel/networks/web.env" })).unwrap();
+        assert_eq!(named.network().as_str(), "web");
+        let moved = conf(json!({ "name": "n", "subnetFile": "/run/other/flannel.env" })).unwrap();
+        assert!(moved.network().is_default());
     }
 }

@@ -45,7 +45,7 @@ pub(super) fn check(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
     let mut sandbox = Kernel::open_inside(namespace).map_err(world_error)?;
     let mut host = Kernel::open().map_err(world_error)?;
 
-    let derived = owner.host_link(&conf.name);
+    let derived = owner.host_link(conf.network().as_str());
     let addresses = previous.addresses(link);
     let spec = EndpointSpec {
         host_link: previous.host_link(shared.bridge.name).unwrap_or(derived),

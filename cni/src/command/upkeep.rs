@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{Answer, Scratch, ledger_error, pools, subnet_env, world_error};
 use crate::args::Call;
-use crate::conf::{Conf, Worker};
+use crate::conf::{Conf, Kept, Worker};
 use crate::delegate;
 use crate::result::CniError;
 
@@ -30,12 +30,12 @@ pub(super) fn gc(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
     let found = Ledger::find(&conf.subnet_file, &conf.ledger_root(), &conf.name).map_err(ledger_error)?;
     let Some(ledger) = found else { return Ok(Answer::Nothing) };
     let entries = ledger.lock().and_then(|held| held.entries()).map_err(ledger_error)?;
-    let others = other_names(&ledger, conf);
+    let elsewhere = cached_elsewhere(conf);
     let mut host = Kernel::open().map_err(world_error)?;
     let (mut dead, mut failed): (Vec<&Entry>, Vec<String>) = (Vec::new(), Vec::new());
     // Deleting an interface takes the kernel long; nobody has to wait for the ledger meanwhile.
     for entry in entries.iter().filter(|entry| !entry.is_docker() && !valid.contains(&entry.owner)) {
-        match bury(&mut host, conf, &others, &entry.owner) {
+        match bury(&mut host, conf, &elsewhere, &entry.owner) {
             Ok(true) => dead.push(entry),
             Ok(false) => {}
             Err(error) => failed.push(format!("{}: {error}", entry.owner)),
@@ -68,29 +68,40 @@ pub(super) fn gc(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
     }
 }
 
-/// Deletes an attachment's veth pair; false if it is alive under another configuration's name, whose runtime we
-/// did not hear.
-fn bury(host: &mut Kernel, conf: &Conf, others: &[String], owner: &Attachment) -> Result<bool, CniError> {
-    if host.delete_link(owner.host_link(&conf.name)).map_err(world_error)? {
-        return Ok(true);
+/// Deletes an attachment's veth pair; false if another configuration that shares the ledger made it, whose runtime
+/// we did not hear.
+fn bury(
+    host: &mut Kernel,
+    conf: &Conf,
+    elsewhere: &[String],
+    owner: &Attachment,
+) -> Result<bool, CniError> {
+    let link = owner.host_link(conf.network().as_str());
+    let kept = Scratch::of(conf, owner).read();
+    match kept.as_ref().and_then(Kept::name) {
+        Some(name) if name != conf.name => return Ok(false),
+        Some(_) => {}
+        // Without a file it is not of this configuration: alive if it shows, else what something left.
+        None if host.link_exists(link).map_err(world_error)? => return Ok(false),
+        None => {}
     }
-    for other in others {
-        if host.link_exists(owner.host_link(other)).map_err(world_error)? {
-            return Ok(false);
-        }
+    let result = format!("-{}-{}", owner.container, owner.interface);
+    if elsewhere.iter().any(|name| name.ends_with(&result)) {
+        return Ok(false);
     }
+    host.delete_link(link).map_err(world_error)?;
     Ok(true)
 }
 
-/// The other configurations that share this ledger: links to it beside it, and its own name.
-fn other_names(ledger: &Ledger, conf: &Conf) -> Vec<String> {
-    let dir = ledger.dir();
-    let own = dir.file_name().map(|name| name.to_string_lossy().into_owned());
-    let beside = dir.parent().and_then(|root| fs::read_dir(root).ok()).into_iter().flatten().flatten();
-    let links = beside
-        .filter(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == dir))
-        .map(|entry| entry.file_name().to_string_lossy().into_owned());
-    links.chain(own).filter(|name| *name != conf.name).collect()
+/// Results that libcni keeps for attachments of other configurations (libcni/api.go: `NAME-CONTAINER-INTERFACE`).
+fn cached_elsewhere(conf: &Conf) -> Vec<String> {
+    const RESULTS: &str = "/var/lib/cni/results";
+    let ours = format!("{}-", conf.name);
+    let files = fs::read_dir(RESULTS).into_iter().flatten().flatten();
+    files
+        .map(|file| file.file_name().to_string_lossy().into_owned())
+        .filter(|name| !name.starts_with(&ours))
+        .collect()
 }
 
 /// Whether an ADD could succeed now.

@@ -17,6 +17,7 @@ use super::health::Counters;
 use super::journal::Journal;
 use super::survey;
 use crate::act::pass::{chain, converge};
+use crate::decide::bridge;
 use crate::decide::plan::{self, Plan, PlanError, plan, remains};
 use crate::touch::ledger::{Ledger, ledger_marker};
 use crate::touch::marker;
@@ -26,7 +27,7 @@ use crate::touch::world::kernel::Kernel;
 use crate::words::addr::Prefix;
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
-use crate::words::fact::Facts;
+use crate::words::fact::{Fact, Facts};
 use crate::words::lease::{LeaseSet, OwnLease};
 use crate::words::name::{Attachment, LinkName, NetworkName};
 use crate::words::node::{Identity, Node};
@@ -183,6 +184,11 @@ impl Thread {
             isolated_from: &inputs.isolated_from,
         })?;
         plan.territory.cidrs.extend(&inputs.former);
+        if let Some(bridge) = self.place.bridge
+            && let Some(link) = self.kernel()?.link(bridge)?
+        {
+            bridge::adopt(&mut plan.facts, &Facts::from_iter([Fact::Link(Box::new(link))]), bridge);
+        }
         let report = converge(self.kernel()?, &plan.territory, &plan.facts)?;
         if self.place.forward
             && let Some(hint) = self.kernel()?.netfilter()?.hint()
@@ -211,6 +217,7 @@ impl Thread {
     fn retire(&mut self, cidrs: BTreeSet<Prefix>) -> Result<Report, WorldError> {
         let mut territory = remains(&self.place.network, cidrs);
         territory.links.extend(self.place.bridge);
+        territory.tables.extend(self.place.bridge.map(bridge::masquerade_table));
         converge(self.kernel()?, &territory, &Facts::default())
     }
 

@@ -11,6 +11,7 @@ use super::cli::CommonFlags;
 use super::store::NetworkStore;
 use super::{cache, hold, setup};
 use crate::act::pass::converge;
+use crate::decide::bridge::masquerade_table;
 use crate::decide::plan;
 use crate::touch::ledger::{Ledger, Retired};
 use crate::touch::marker;
@@ -72,6 +73,7 @@ fn kernel(network: &NetworkName, cidrs: BTreeSet<Prefix>, bridge: LinkName) -> a
     let mut kernel = Kernel::open()?;
     let mut territory = plan::remains(network, cidrs);
     territory.links.insert(bridge);
+    territory.tables.insert(masquerade_table(bridge));
     let report = converge(&mut kernel, &territory, &Facts::default())?;
     for made in &report.made {
         tracing::info!("{} {}: {}", made.kind, made.verb, made.text);

@@ -4,6 +4,7 @@
 //! Give them release binaries: `make bench`, or `FLANNEL_BIN_DIR=target/x86_64-unknown-linux-gnu/release`.
 #![expect(clippy::print_stdout, reason = "what is measured goes to stdout")]
 
+mod attach;
 mod cold_start;
 mod idle;
 mod table;
@@ -17,6 +18,7 @@ use anyhow::Result;
 type Bench = (&'static str, &'static str, fn() -> Result<()>);
 
 const ALL: &[Bench] = &[
+    ("cni", "ADD and DEL of the CNI plugin, beside Debian's Go plugins", attach::run),
     (
         "cold-start",
         "flanneld with 4,000 leases in etcd, from its start to everything in the kernel",
