@@ -25,6 +25,9 @@ const PATIENCE_MIN: Duration = Duration::from_millis(500);
 /// Largest answer that is read. gRPC's default of 4 MiB ends at some 15,000 leases.
 const ANSWER_MAX: usize = 256 << 20;
 
+/// How rustls says that the server refused us, and how hyper says that it hung up.
+const REJECTED: [&str; 2] = ["received fatal alert", "connection closed"];
+
 /// gRPC codes (google.rpc.Code) that say "ask another one": unknown (broken transport), deadline exceeded, unavailable.
 const ELSEWHERE: [i32; 3] = [2, 4, 14];
 
@@ -37,6 +40,8 @@ pub(super) struct Cluster {
 
 struct Endpoint {
     url: String,
+    /// Whether we show no certificate on a connection that is TLS.
+    anonymous: bool,
     options: ConnectOptions,
     client: OnceCell<Client>,
 }
@@ -80,7 +85,8 @@ impl Cluster {
                     Some(tls) if secure => options.clone().with_tls(tls.clone()),
                     _ => options.clone(),
                 };
-                Ok(Endpoint { url, options, client: OnceCell::new() })
+                let anonymous = secure && settings.certfile.is_none();
+                Ok(Endpoint { url, anonymous, options, client: OnceCell::new() })
             })
             .collect::<Result<_, _>>()?;
         match endpoints.is_empty() {
@@ -121,7 +127,7 @@ impl Cluster {
                 }
                 Err(_) => format!("no answer within {:.1} s", patience.as_secs_f64()),
             };
-            causes.push(format!("{}: {cause}", endpoint.url));
+            causes.push(endpoint.told(&cause));
         }
         Err(StoreError::Unreachable { tried, causes: causes.join(", ") })
     }
@@ -132,6 +138,16 @@ impl Endpoint {
     async fn client(&self) -> Result<Client, Error> {
         let connect = || Client::connect([&self.url], Some(self.options.clone()));
         self.client.get_or_try_init(connect).await.cloned()
+    }
+
+    /// The cause with its endpoint. A server that wants a certificate and gets none says so after the handshake of TLS 1.3,
+    /// in an alert that may be lost with the connection.
+    fn told(&self, cause: &str) -> String {
+        let hint = match self.anonymous && REJECTED.iter().any(|rejected| cause.contains(rejected)) {
+            true => " (if it asks for client certificates, give --etcd-certfile and --etcd-keyfile)",
+            false => "",
+        };
+        format!("{}: {cause}{hint}", self.url)
     }
 }
 
@@ -147,7 +163,11 @@ pub(super) fn watches(client: &Client) -> etcd_client::WatchClient {
 
 fn elsewhere(error: &Error) -> bool {
     match error {
-        Error::GRpcStatus(status) => ELSEWHERE.contains(&i32::from(status.code())),
+        // A status with a cause was made on our side, out of a connection that broke, whatever its code says; a server's
+        // has only a text.
+        Error::GRpcStatus(status) => {
+            status.source().is_some() || ELSEWHERE.contains(&i32::from(status.code()))
+        }
         Error::TransportError(_) | Error::IoError(_) => true,
         _ => false,
     }
