@@ -80,7 +80,13 @@ fn add(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
     let scratch = Scratch::of(conf, &owner);
     let fresh = scratch.keep(&kept(conf, &env)).map_err(|error| scratch.error("write", &error))?;
 
-    let place = Place { host_link: owner.host_link(conf.network().as_str()), link, wish: &wish, env: &env, pools: &pools };
+    let place = Place {
+        host_link: owner.host_link(conf.network().as_str()),
+        link,
+        wish: &wish,
+        env: &env,
+        pools: &pools,
+    };
     let mut made = None;
     let attached = attach::attach(&ledger, &owner, (&pools, &wish.ips), |addresses| {
         let spec = place.endpoint(&shared, addresses);

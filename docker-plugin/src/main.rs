@@ -39,13 +39,7 @@ const SWEEP_EVERY: Duration = Duration::from_secs(30);
 fn main() -> ExitCode {
     let settings = match Settings::read(std::env::args(), Environment::of_process()) {
         Ok(settings) => settings,
-        Err(refusal) => {
-            match refusal.status {
-                0 => say(&refusal.text),
-                _ => eprint!("{}", refusal.text),
-            }
-            return ExitCode::from(u8::try_from(refusal.status).unwrap_or(1));
-        }
+        Err(refusal) => return refusal.exit(),
     };
     start_logging(settings.common.verbosity);
     let outcome = match settings.cleanup {
@@ -59,12 +53,6 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-fn say(text: &str) {
-    use std::io::Write;
-    // Nobody reads it: then there is nobody to tell.
-    let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
 /// Runs until SIGTERM or SIGINT. The data path and the leases stay.

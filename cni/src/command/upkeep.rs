@@ -70,12 +70,7 @@ pub(super) fn gc(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
 
 /// Deletes an attachment's veth pair; false if another configuration that shares the ledger made it, whose runtime
 /// we did not hear.
-fn bury(
-    host: &mut Kernel,
-    conf: &Conf,
-    elsewhere: &[String],
-    owner: &Attachment,
-) -> Result<bool, CniError> {
+fn bury(host: &mut Kernel, conf: &Conf, elsewhere: &[String], owner: &Attachment) -> Result<bool, CniError> {
     let link = owner.host_link(conf.network().as_str());
     let kept = Scratch::of(conf, owner).read();
     match kept.as_ref().and_then(Kept::name) {
