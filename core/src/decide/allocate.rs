@@ -72,12 +72,12 @@ pub fn same_holder(a: &LeaseValue, b: &LeaseValue) -> bool {
     }
 }
 
-/// The leases that carry our public address, in the order of their keys in the store.
+/// The leases that carry our public address and can be taken over, in the order of their keys in the store.
 pub fn ours(leases: &LeaseSet, value: &LeaseValue) -> Vec<Subnets> {
     let mut ours: Vec<_> = leases
         .leases
         .iter()
-        .filter(|(_, lease)| same_holder(lease, value))
+        .filter(|(subnets, lease)| same_holder(lease, value) && !leases.blocked.contains(subnets))
         .map(|(subnets, _)| *subnets)
         .collect();
     ours.sort_by_cached_key(Subnets::key);
@@ -121,7 +121,13 @@ pub fn choose(
 
 /// Whether no lease overlaps these subnets, in any family.
 pub fn is_free(leases: &LeaseSet, subnets: &Subnets) -> bool {
-    !leases.leases.keys().any(|lease| lease.overlap(subnets))
+    !taken(leases).any(|lease| lease.overlap(subnets))
+}
+
+/// Every subnet that nobody else can have.
+fn taken(leases: &LeaseSet) -> impl Iterator<Item = &Subnets> {
+    let blocked = leases.blocked.iter().filter(|subnets| !leases.leases.contains_key(subnets));
+    leases.leases.keys().chain(blocked)
 }
 
 /// Subnets that nobody has, one per enabled family.
@@ -146,7 +152,7 @@ pub fn pick(
 
 fn pick_in(range: &Range, leases: &LeaseSet, avoid: &[Prefix], random: u64) -> Result<Prefix, OutOfSubnets> {
     let family = range.first.family();
-    let held = leases.leases.keys().filter_map(|lease| lease.of(family));
+    let held = taken(leases).filter_map(|lease| lease.of(family));
     let candidates = candidates(range, held.chain(avoid.iter().copied()));
     let index = usize::try_from(random % candidates.len().max(1) as u64).unwrap_or(0);
     candidates.get(index).copied().ok_or_else(|| {
@@ -159,7 +165,7 @@ fn pick_in(range: &Range, leases: &LeaseSet, avoid: &[Prefix], random: u64) -> R
             first: range.first,
             last: range.last,
             total: range.first.steps_to(&range.last).map_or(0, |steps| steps + 1),
-            leases: leases.leases.keys().filter_map(|lease| lease.of(family)).filter(within).count(),
+            leases: taken(leases).filter_map(|lease| lease.of(family)).filter(within).count(),
             avoided: avoid.iter().filter(|prefix| within(prefix)).count(),
         }
     })
@@ -250,6 +256,8 @@ pub fn holder(value: &LeaseValue) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use proptest::prelude::*;
 
@@ -264,7 +272,7 @@ mod tests {
     fn set(leases: &[(&str, &str)]) -> LeaseSet {
         LeaseSet {
             leases: leases.iter().map(|(key, ip)| (Subnets::parse_key(key).unwrap(), value(ip))).collect(),
-            findings: vec![],
+            ..LeaseSet::default()
         }
     }
 
@@ -369,6 +377,20 @@ mod tests {
     }
 
     #[test]
+    fn a_key_that_is_no_lease_takes_its_subnet_and_belongs_to_nobody() {
+        let config = config(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"alloc"}}"#);
+        let mut leases = set(&[("10.5.1.0-24", "1.1.1.1")]);
+        leases.blocked = BTreeSet::from([key("10.5.1.0-24"), key("10.5.2.0-24")]);
+        let me = value("1.1.1.1");
+        let previous = key("10.5.2.0-24");
+        let choice = choose(&config, &leases, &me, Some(&previous), &[], 0).unwrap();
+        assert_eq!(choice, Choice::Claim(key("10.5.3.0-24")));
+        let full = super::tests::config(THREE);
+        leases.blocked = ["10.100.0.0-25", "10.100.0.128-25", "10.100.1.0-25"].map(key).into();
+        assert_eq!(pick(&full, &leases, &[], 0).unwrap_err().leases, 3);
+    }
+
+    #[test]
     fn nodes_without_ipv4_match_by_ipv6() {
         let six = |ip: &str| {
             LeaseValue::from_json(&format!(r#"{{"PublicIP":"0.0.0.0","PublicIPv6":"{ip}"}}"#)).unwrap()
@@ -413,7 +435,7 @@ mod tests {
             let prefix = |(third, len): &(u8, u8)| Prefix::containing([10, 5, *third, 0].into(), *len).unwrap();
             let leases = LeaseSet {
                 leases: taken.iter().map(|t| (Subnets::v4_only(prefix(t)), value("1.1.1.1"))).collect(),
-                findings: vec![],
+                ..LeaseSet::default()
             };
             let avoid: Vec<_> = avoid.iter().map(prefix).collect();
             let range = config.v4.unwrap();

@@ -54,7 +54,7 @@ pub fn read(state_dir: &Path, network: &NetworkName) -> Option<LastGood> {
     Some(LastGood {
         config: written.config,
         own: written.own.and_then(|key| Subnets::parse_key(&key).ok()),
-        leases: LeaseSet { leases: leases.collect(), findings: Vec::new() },
+        leases: LeaseSet { leases: leases.collect(), ..LeaseSet::default() },
     })
 }
 
@@ -85,7 +85,7 @@ mod tests {
         assert_eq!(read(dir.path(), &network), None);
         let own = Subnets::parse_key("10.5.1.0-24").unwrap();
         let value = LeaseValue::from_json(r#"{"PublicIP":"192.0.2.1","PublicIPv6":null}"#).unwrap();
-        let leases = LeaseSet { leases: [(own, value)].into(), findings: vec![] };
+        let leases = LeaseSet { leases: [(own, value)].into(), ..LeaseSet::default() };
         let last = LastGood { config: "{}".into(), own: Some(own), leases };
         write(dir.path(), &network, &last).unwrap();
         assert_eq!(read(dir.path(), &network), Some(last));

@@ -2,10 +2,12 @@
 //!
 //! Driven by whole values: what we offer (config and lease value) and what the store holds. Every change of either is looked
 //! at anew, so a node that found no free subnet gets one as soon as there is one, without a restart.
+//! Whoever writes over our key with our address, or with rubbish, is written over; whoever writes another holder into it has it.
 //!
 //! **Source** — upstream pkg/subnet/etcd/local_manager.go, `AcquireLease` and `CompleteLease`; the texts that operators grep for
 //! are its own.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +27,9 @@ const RACES_MAX: u32 = 10;
 
 /// How long to wait for the store's watch to show what a lost race was about.
 const RACE_WAIT: Duration = Duration::from_millis(100);
+
+/// After so long without one, the next foreign write into our key is answered at once again.
+const PEACE: Duration = Duration::from_secs(60);
 
 /// What a node offers in exchange for a subnet.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -62,11 +67,23 @@ pub struct Tenure {
     races: u32,
     backoff: Backoff,
     next: Instant,
+    /// Whether it was said that the lease cannot be renewed.
+    late: bool,
+    mending: Mending,
+    /// Leases of ours that the config does not allow, as far as they were given back.
+    given_back: BTreeSet<Subnets>,
+}
+
+/// When what somebody wrote into our key is written over: at once, and later and later if he goes on (two hosts with one
+/// public address would write as fast as they can).
+struct Mending {
+    backoff: Backoff,
+    not_before: Instant,
 }
 
 impl Tenure {
-    /// Starts the task; it ends when the receiver, the snapshots or the offers are dropped. `margin` is how long before its end
-    /// a lease is renewed.
+    /// Starts the task; it ends when the receiver, the snapshots or the offers are dropped, and leaves the lease. When the offer
+    /// is withdrawn (none, after there was one) the lease is given back. `margin` is how long before its end a lease is renewed.
     pub fn spawn(
         store: NetworkStore,
         snapshots: watch::Receiver<Snapshot>,
@@ -97,6 +114,9 @@ impl Tenure {
             races: 0,
             backoff: Backoff::new(),
             next: Instant::now(),
+            late: false,
+            mending: Mending { backoff: Backoff::new(), not_before: Instant::now() },
+            given_back: BTreeSet::new(),
         };
         tokio::spawn(tenure.run());
         receiver
@@ -108,9 +128,8 @@ impl Tenure {
             let snapshot = self.snapshots.borrow_and_update().clone();
             match offer {
                 Some(offer) => self.step(&offer, &snapshot).await,
-                // Nothing is offered any more, so nothing is held: whoever retires gives the lease back himself.
                 None => {
-                    self.held = None;
+                    self.withdraw().await;
                     self.next = Instant::now() + self.ttl;
                 }
             }
@@ -121,6 +140,23 @@ impl Tenure {
                 () = self.publish.closed() => return,
             }
         }
+    }
+
+    /// Nothing is offered any more, so nothing is held.
+    async fn withdraw(&mut self) {
+        if let Some(held) = self.held.take() {
+            self.give_back(&held.own.subnets, &held.own.value).await;
+            self.tell(TenureState::default());
+        }
+    }
+
+    /// False if the store could not be reached.
+    async fn give_back(&self, subnets: &Subnets, value: &LeaseValue) -> bool {
+        let released = self.store.release(subnets, value).await;
+        if let Err(error) = &released {
+            tracing::warn!("the lease {subnets} stays until it expires: {error}");
+        }
+        released.is_ok()
     }
 
     /// Looks at what is offered and what is there, and does what follows.
@@ -139,27 +175,36 @@ impl Tenure {
         if !allocate::compatible(&offer.config, &subnets) {
             tracing::info!("lease {subnets} is not compatible with the current config, giving it back");
             self.last = None;
-            if let Err(error) = self.store.release(&subnets, &held.own.value).await {
-                tracing::warn!("the lease {subnets} stays until it expires: {error}");
+            if self.give_back(&subnets, &held.own.value).await {
+                self.given_back.insert(subnets);
             }
             return;
         }
+        let mut mend = false;
         // A snapshot of a time before our last write does not know of it.
         if snapshot.known && snapshot.revision >= held.revision {
             match snapshot.leases.leases.get(&subnets) {
-                None => return self.lost(subnets, "its key is gone from the store"),
+                None if snapshot.leases.blocked.contains(&subnets) => mend = true,
+                None => return self.lost(subnets, GONE),
                 Some(value) if !allocate::same_holder(value, &held.own.value) => {
-                    let holder = allocate::holder(value);
-                    return self.lost(subnets, &format!("{holder} has written itself into it"));
+                    return self.lost(subnets, &taken_by(value));
                 }
-                Some(_) => {}
+                Some(value) => mend = *value != held.own.value,
             }
         }
-        let due = self.renewal(&held).is_some_and(|due| due <= Instant::now());
+        let now = Instant::now();
+        let due = self.renewal(&held).is_some_and(|due| due <= now);
         if due || held.own.value != offer.value {
+            self.renew(held, offer).await;
+        } else if mend && self.mending.not_before <= now {
+            tracing::warn!("lease {subnets}: somebody has written into its key, writing our value again");
+            self.mending.count(now);
             self.renew(held, offer).await;
         } else {
             self.hold(held);
+            if mend {
+                self.next = self.next.min(self.mending.not_before);
+            }
         }
     }
 
@@ -167,17 +212,22 @@ impl Tenure {
         let subnets = held.own.subnets;
         match self.store.renew(&held, &offer.value, self.ttl).await {
             Ok(Renewal::Done(held)) => {
-                tracing::info!("Lease renewed, new expiration: in {:?}", self.ttl);
+                match held.expires {
+                    Some(_) => tracing::info!("Lease renewed, new expiration: in {:?}", self.ttl),
+                    None => tracing::info!("lease {subnets} is a reservation, it does not expire"),
+                }
+                self.late = false;
                 self.backoff.reset();
                 self.hold(held);
             }
-            Ok(Renewal::Lost(None)) => self.lost(subnets, "its key is gone from the store"),
-            Ok(Renewal::Lost(Some(value))) => {
-                self.lost(subnets, &format!("{} has written itself into it", allocate::holder(&value)));
-            }
+            Ok(Renewal::Lost(None)) => self.lost(subnets, GONE),
+            Ok(Renewal::Lost(Some(value))) => self.lost(subnets, &taken_by(&value)),
             Err(error) => {
                 let wait = self.backoff.wait();
-                tracing::error!("Error renewing lease (trying again in {wait:?}): {error}");
+                match std::mem::replace(&mut self.late, true) {
+                    false => tracing::error!("Error renewing lease (trying again until it works): {error}"),
+                    true => tracing::debug!("Error renewing lease (trying again in {wait:?}): {error}"),
+                }
                 self.held = Some(held);
                 self.next = Instant::now() + wait;
             }
@@ -193,12 +243,16 @@ impl Tenure {
 
     async fn acquire(&mut self, offer: &Offer, snapshot: &Snapshot) {
         for subnets in allocate::outdated(&offer.config, &snapshot.leases, &offer.value) {
+            // A reservation stays: it is said and tried once.
+            if self.given_back.contains(&subnets) {
+                continue;
+            }
             tracing::info!(
                 "Found lease ({subnets}) for current IP ({}) but not compatible with current config, deleting",
                 offer.value.public_ip
             );
-            if let Err(error) = self.store.release(&subnets, &offer.value).await {
-                tracing::warn!("the lease {subnets} stays until it expires: {error}");
+            if self.give_back(&subnets, &offer.value).await {
+                self.given_back.insert(subnets);
             }
         }
         let previous = self.last.as_ref().or(offer.previous.as_ref());
@@ -265,12 +319,12 @@ impl Tenure {
         }
     }
 
-    /// Somebody was faster: look again, soon; later if that goes on.
+    /// Somebody was faster: look again, soon; later and later if that goes on.
     fn lost_race(&mut self) {
-        self.races += 1;
-        let wait = match self.races % RACES_MAX {
-            0 => self.backoff.wait(),
-            _ => RACE_WAIT.mul_f64(fastrand::f64()),
+        self.races = self.races.saturating_add(1);
+        let wait = match self.races {
+            ..RACES_MAX => RACE_WAIT.mul_f64(fastrand::f64()),
+            RACES_MAX.. => self.backoff.wait(),
         };
         tracing::debug!("lost the race for a subnet, trying again in {wait:?}");
         self.next = Instant::now() + wait;
@@ -280,6 +334,7 @@ impl Tenure {
         self.next = self.renewal(&held).unwrap_or_else(|| Instant::now() + self.ttl);
         let state = TenureState { own: Some(held.own.clone()), waiting: None };
         self.last = Some(held.own.subnets);
+        self.given_back.clear();
         self.held = Some(held);
         self.tell(state);
     }
@@ -303,6 +358,21 @@ impl Tenure {
         let early = self.margin.mul_f64(1.0 + spread / 10.0);
         held.expires?.checked_sub(early)
     }
+}
+
+impl Mending {
+    fn count(&mut self, now: Instant) {
+        if self.not_before + PEACE < now {
+            self.backoff.reset();
+        }
+        self.not_before = now + self.backoff.wait();
+    }
+}
+
+const GONE: &str = "its key is gone from the store";
+
+fn taken_by(value: &LeaseValue) -> String {
+    format!("{} has written itself into it", allocate::holder(value))
 }
 
 fn seed(subnets: &Subnets) -> u64 {

@@ -2,7 +2,7 @@
 //!
 //! Upstream: pkg/lease/lease.go (`LeaseAttrs`), pkg/subnet/subnet.go (`MakeSubnetKey`, `ParseSubnetKey`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
@@ -312,6 +312,9 @@ pub struct OwnLease {
 pub struct LeaseSet {
     /// The leases.
     pub leases: BTreeMap<Subnets, LeaseValue>,
+    /// Subnets that a key takes away from everybody without being a lease that could be taken over: its value cannot be
+    /// read, or the key is not written as we write it.
+    pub blocked: BTreeSet<Subnets>,
     /// Keys that are no leases: each is one finding, and the others are still leases.
     pub findings: Vec<Finding>,
 }

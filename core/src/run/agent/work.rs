@@ -271,7 +271,7 @@ impl Work {
         if self.config_trouble.is_some() {
             return;
         }
-        let mut leases = LeaseSet { leases: self.leases.leases.clone(), findings: Vec::new() };
+        let mut leases = LeaseSet { leases: self.leases.leases.clone(), ..LeaseSet::default() };
         leases.leases.insert(own.subnets, own.value.clone());
         let now = LastGood { config: document.clone(), own: Some(own.subnets), leases };
         if now != self.saved {

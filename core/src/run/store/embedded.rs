@@ -3,8 +3,8 @@
 //! **Shape** — `<dir>/<network>/config` is the document; `<dir>/<network>/subnets/<key>` is a lease, with exactly etcd's value;
 //! `<dir>/<network>/expires/<key>` says when it ends, in seconds since 1970, and a lease without it is a reservation;
 //! `<dir>/<network>/revision` counts the writes. The default network is called `default`. `ls` and `cat` are the debugger.
-//! **Writes** happen under an flock on `<dir>/.lock` (no network can be called so), each as a new file that is renamed into place. Expired leases are swept by
-//! whoever holds the lock next.
+//! **Writes** happen under an flock on `<dir>/.lock`, each as a new file that is renamed into place. Expired leases are swept by
+//! whoever holds the lock next. A process that was stopped while it holds the lock costs the others an error, not their life.
 //! **Watching** is inotify, and a slow look for what it misses (an expiry, a file system without it).
 
 use std::fs::{self, File, OpenOptions};
@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::io::unix::AsyncFd;
@@ -20,7 +21,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
 use super::shelf::{Shelf, publish_down};
-use super::{Claim, Created, Held, Renewal, Snapshot, StoreError};
+use super::{CALL_DEADLINE, Claim, Created, Held, Renewal, Snapshot, StoreError};
 use crate::decide::allocate::same_holder;
 use crate::words::lease::{LeaseValue, OwnLease, Subnets};
 use crate::words::name::NetworkName;
@@ -30,6 +31,12 @@ const LOOK: Duration = Duration::from_secs(2);
 
 /// Changes that come this close together are told as one.
 const GATHER: Duration = Duration::from_millis(3);
+
+/// No network can have this name.
+const LOCK: &str = ".lock";
+
+/// How often a lock that somebody else has is tried again.
+const LOCK_POLL: Duration = Duration::from_millis(1);
 
 /// A directory. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -55,6 +62,23 @@ struct Locked {
 fn failed(tried: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
     let path = path.to_owned();
     move |source| StoreError::File { tried, path, source }
+}
+
+/// Takes the lock, or says that it took too long.
+fn take(mut file: File) -> io::Result<Flock<File>> {
+    let deadline = Instant::now() + CALL_DEADLINE;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(held) => return Ok(held),
+            Err((back, Errno::EWOULDBLOCK)) if Instant::now() < deadline => file = back,
+            Err((_, Errno::EWOULDBLOCK)) => {
+                let text = format!("another process has held it for {:.1} s", CALL_DEADLINE.as_secs_f64());
+                return Err(io::Error::new(ErrorKind::TimedOut, text));
+            }
+            Err((_, errno)) => return Err(errno.into()),
+        }
+        std::thread::sleep(LOCK_POLL);
+    }
 }
 
 /// None instead of "there is none".
@@ -83,13 +107,12 @@ impl EmbeddedStore {
         network: &NetworkName,
         act: impl FnOnce(&Locked) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let (dir, lock) = (self.place(network), self.dir.join(".lock"));
+        let (dir, lock) = (self.place(network), self.dir.join(LOCK));
         let at = self.dir.clone();
         tokio::task::spawn_blocking(move || {
             let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&lock);
             let file = file.map_err(failed("open", &lock))?;
-            let held = Flock::lock(file, FlockArg::LockExclusive);
-            let held = held.map_err(|(_, errno)| failed("lock", &lock)(errno.into()))?;
+            let held = take(file).map_err(failed("lock", &lock))?;
             let locked = Locked { dir, _lock: held };
             locked.sweep()?;
             act(&locked)
@@ -100,7 +123,8 @@ impl EmbeddedStore {
 
     pub(super) async fn config(&self, network: &NetworkName) -> Result<Option<String>, StoreError> {
         let path = self.place(network).join("config");
-        present(fs::read_to_string(&path)).map_err(failed("read", &path))
+        let bytes = present(fs::read(&path)).map_err(failed("read", &path))?;
+        Ok(bytes.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
     }
 
     pub(super) async fn create_config(
@@ -111,8 +135,8 @@ impl EmbeddedStore {
         let text = text.to_owned();
         self.locked(network, move |locked| {
             let path = locked.dir.join("config");
-            match present(fs::read_to_string(&path)).map_err(failed("read", &path))? {
-                Some(existing) => Ok(Created::Exists(existing)),
+            match present(fs::read(&path)).map_err(failed("read", &path))? {
+                Some(existing) => Ok(Created::Exists(String::from_utf8_lossy(&existing).into_owned())),
                 None => locked.write("config", &text).map(|()| Created::Made),
             }
         })
@@ -137,6 +161,9 @@ impl EmbeddedStore {
     pub(super) async fn networks(&self) -> Result<Vec<(NetworkName, String)>, StoreError> {
         let mut networks = Vec::new();
         for entry in fs::read_dir(&self.dir).map_err(failed("list", &self.dir))?.flatten() {
+            if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                continue;
+            }
             let Some(name) = entry.file_name().to_str().and_then(|name| NetworkName::new(name).ok()) else {
                 continue;
             };
@@ -176,7 +203,10 @@ impl EmbeddedStore {
         value: &LeaseValue,
         ttl: Duration,
     ) -> Result<Renewal, StoreError> {
-        self.take_over(network, held.own.subnets, held.own.value.clone(), value.clone(), ttl).await
+        let known = held.own.value.clone();
+        // Rubbish that somebody wrote over it does not make it anybody else's.
+        let ours = move |found: Option<&LeaseValue>| found.is_none_or(|found| same_holder(found, &known));
+        self.take_over(network, held.own.subnets, ours, value.clone(), ttl).await
     }
 
     pub(super) async fn adopt(
@@ -186,28 +216,32 @@ impl EmbeddedStore {
         value: &LeaseValue,
         ttl: Duration,
     ) -> Result<Renewal, StoreError> {
-        self.take_over(network, *subnets, value.clone(), value.clone(), ttl).await
+        let known = value.clone();
+        let ours = move |found: Option<&LeaseValue>| found.is_some_and(|found| same_holder(found, &known));
+        self.take_over(network, *subnets, ours, value.clone(), ttl).await
     }
 
-    /// Writes a lease that still carries the address of `known`. A reservation stays one.
+    /// Writes a lease that is `ours` by its value (none: one that cannot be read). A reservation stays one.
     async fn take_over(
         &self,
         network: &NetworkName,
         subnets: Subnets,
-        known: LeaseValue,
+        ours: impl Fn(Option<&LeaseValue>) -> bool + Send + 'static,
         value: LeaseValue,
         ttl: Duration,
     ) -> Result<Renewal, StoreError> {
         self.locked(network, move |locked| {
             let Some(found) = locked.value(&subnets)? else { return Ok(Renewal::Lost(None)) };
-            match LeaseValue::from_json(&found) {
-                Ok(holder) if same_holder(&holder, &known) => {
-                    let ttl = locked.expires(&subnets)?.map(|_| ttl);
-                    locked.put(subnets, value, ttl).map(Renewal::Done)
-                }
-                Ok(holder) => Ok(Renewal::Lost(Some(holder))),
-                Err(_) => Ok(Renewal::Lost(None)),
+            let holder = LeaseValue::from_json(&found).ok();
+            if !ours(holder.as_ref()) {
+                return Ok(Renewal::Lost(holder));
             }
+            let reservation = locked.expires(&subnets)?.is_none();
+            if reservation && holder.as_ref() == Some(&value) {
+                let (own, revision) = (OwnLease { subnets, value }, locked.revision());
+                return Ok(Renewal::Done(Held { own, expires: None, revision, grant: 0 }));
+            }
+            locked.put(subnets, value, (!reservation).then_some(ttl)).map(Renewal::Done)
         })
         .await
     }
@@ -253,6 +287,10 @@ impl EmbeddedStore {
                 () = noticed(&mut notices) => sleep(GATHER).await,
                 () = sleep(LOOK) => {}
             }
+            // The directory was removed, and now there is another one of that name.
+            if notices.is_none() && self.place(&network).exists() {
+                notices = self.notices(&network).ok();
+            }
         }
     }
 
@@ -276,14 +314,20 @@ fn register(inotify: Inotify) -> io::Result<AsyncFd<Notices>> {
     Ok(unsafe { AsyncFd::register(Notices(inotify)) }?)
 }
 
-/// Waits for a notice; for ever if there are none to be had.
+/// Waits for a notice; for ever if there are none to be had. They end when the directory is removed.
 async fn noticed(notices: &mut Option<AsyncFd<Notices>>) {
     let Some(inotify) = notices else { return std::future::pending().await };
     match inotify.readable().await {
         Ok(mut ready) => {
             // What changed is found by looking.
-            while inotify.get_ref().0.read_events().is_ok() {}
+            let mut ended = false;
+            while let Ok(events) = inotify.get_ref().0.read_events() {
+                ended |= events.iter().any(|event| event.mask.contains(AddWatchFlags::IN_IGNORED));
+            }
             ready.clear_ready();
+            if ended {
+                *notices = None;
+            }
         }
         Err(_) => *notices = None,
     }
@@ -299,21 +343,13 @@ impl Locked {
     }
 
     fn keys(&self) -> Result<Vec<String>, StoreError> {
-        let dir = self.dir.join("subnets");
-        let Some(entries) = present(fs::read_dir(&dir)).map_err(failed("list", &dir))? else {
-            return Ok(Vec::new());
-        };
-        Ok(entries
-            .flatten()
-            .filter_map(|entry| entry.file_name().into_string().ok())
-            // A write that was cut off.
-            .filter(|name| !name.starts_with('.'))
-            .collect())
+        keys(&self.dir.join("subnets"))
     }
 
     fn value(&self, subnets: &Subnets) -> Result<Option<String>, StoreError> {
         let path = self.path(&subnets.key());
-        present(fs::read_to_string(&path)).map_err(failed("read", &path))
+        let bytes = present(fs::read(&path)).map_err(failed("read", &path))?;
+        Ok(bytes.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
     }
 
     /// When a lease ends, in seconds since 1970. None for a reservation.
@@ -323,15 +359,18 @@ impl Locked {
 
     fn expiry(&self, key: &str) -> Result<Option<f64>, StoreError> {
         let path = self.expiry_path(key);
-        let text = present(fs::read_to_string(&path)).map_err(failed("read", &path))?;
-        // Unreadable means that a write was cut off before its lease got its end: it is swept.
-        Ok(text.map(|text| text.trim().parse().unwrap_or(0.0)))
+        let text = present(fs::read(&path)).map_err(failed("read", &path))?;
+        // Rubbish is an end that has passed: a lease that nobody can see ending would stay for ever.
+        Ok(text.map(|text| String::from_utf8_lossy(&text).trim().parse().unwrap_or(0.0)))
     }
 
-    /// Removes leases that have ended.
+    /// Removes leases that have ended, and ends whose lease somebody removed by hand: they would end the next one.
     fn sweep(&self) -> Result<(), StoreError> {
-        for key in self.keys()? {
-            if self.expiry(&key)?.is_some_and(|end| end <= now()) {
+        for key in keys(&self.dir.join("expires"))? {
+            // What cannot be read or removed (a directory by that name) must not keep everybody from their leases.
+            if !self.path(&key).exists() {
+                let _ = fs::remove_file(self.expiry_path(&key));
+            } else if self.expiry(&key).is_ok_and(|end| end.is_some_and(|end| end <= now())) {
                 tracing::info!("lease {key} has expired");
                 self.delete(&key)?;
             }
@@ -388,18 +427,33 @@ impl Locked {
     }
 
     fn read(&self) -> Result<(Shelf, i64), StoreError> {
-        let mut shelf = Shelf::default();
+        let mut shelf = Shelf::new();
         let config = self.dir.join("config");
         let document = present(fs::read(&config)).map_err(failed("read", &config))?;
         shelf.config(document.as_deref());
         for key in self.keys()? {
-            let path = self.path(&key);
-            if let Some(value) = present(fs::read(&path)).map_err(failed("read", &path))? {
-                shelf.put(&key, &value);
+            match present(fs::read(self.path(&key))) {
+                Ok(Some(value)) => shelf.put(&key, &value),
+                Ok(None) => {}
+                // A directory by that name, for example.
+                Err(error) => shelf.unreadable(&key, &error),
             }
         }
         Ok((shelf, self.revision()))
     }
+}
+
+/// The files of a directory, which may not be there.
+fn keys(dir: &Path) -> Result<Vec<String>, StoreError> {
+    let Some(entries) = present(fs::read_dir(dir)).map_err(failed("list", dir))? else {
+        return Ok(Vec::new());
+    };
+    Ok(entries
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        // A write that was cut off.
+        .filter(|name| !name.starts_with('.'))
+        .collect())
 }
 
 fn now() -> f64 {

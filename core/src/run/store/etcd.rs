@@ -87,6 +87,15 @@ impl Keys {
     }
 }
 
+/// What a key without an end and with a value that cannot be read is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Rubbish {
+    /// Still the reservation that it was.
+    Reserves,
+    /// Somebody's slip: who writes by hand attaches no end.
+    SaysNothing,
+}
+
 /// A write that another one may have overtaken.
 enum Guarded {
     Done { revision: i64 },
@@ -171,6 +180,7 @@ impl EtcdStore {
                 networks.push((name, document));
             }
         }
+        networks.sort();
         Ok(networks)
     }
 
@@ -206,7 +216,7 @@ impl EtcdStore {
                 Ok(Claim::Taken)
             }
             Err(error) => {
-                self.revoke(grant).await;
+                self.abandon(grant, &error).await;
                 Err(error)
             }
         }
@@ -274,24 +284,31 @@ impl EtcdStore {
         value: &LeaseValue,
         ttl: Duration,
     ) -> Result<Renewal, StoreError> {
-        if held.expires.is_none() {
-            return self.adopt(network, &held.own.subnets, value, ttl).await;
-        }
         let key = self.keys(network).key(&held.own.subnets);
+        let own = OwnLease { subnets: held.own.subnets, value: value.clone() };
+        // If somebody wrote to it and it still carries the address that we published, or nothing that can be read, it is
+        // still ours.
+        let ours = |found: Option<&LeaseValue>| found.is_none_or(|found| same_holder(found, &held.own.value));
+        if held.expires.is_none() {
+            let found = self.get_one("read our lease", &key).await?;
+            return self.take_over(&key, own, ours, Rubbish::Reserves, found, ttl).await;
+        }
         let (grant, expires) = self.grant(ttl).await?;
         match self.put_guarded(&key, held.revision, value, grant).await {
             Ok(Guarded::Done { revision }) => {
                 self.revoke(held.grant).await;
-                let own = OwnLease { subnets: held.own.subnets, value: value.clone() };
                 Ok(Renewal::Done(Held { own, expires: Some(expires), revision, grant }))
             }
             Ok(Guarded::Overtaken(found)) => {
                 self.revoke(grant).await;
-                // Somebody wrote to it. If it still carries the address that we published, it is still ours.
-                self.take_over(&key, held.own.subnets, &held.own.value, value, found, ttl).await
+                let renewal = self.take_over(&key, own, ours, Rubbish::SaysNothing, found, ttl).await;
+                if renewal.is_ok() {
+                    self.revoke_if_unused(held.grant).await;
+                }
+                renewal
             }
             Err(error) => {
-                self.revoke(grant).await;
+                self.abandon(grant, &error).await;
                 Err(error)
             }
         }
@@ -306,28 +323,29 @@ impl EtcdStore {
     ) -> Result<Renewal, StoreError> {
         let key = self.keys(network).key(subnets);
         let found = self.get_one("read our lease", &key).await?;
-        self.take_over(&key, *subnets, value, value, found, ttl).await
+        let ours = |found: Option<&LeaseValue>| found.is_some_and(|found| same_holder(found, value));
+        let own = OwnLease { subnets: *subnets, value: value.clone() };
+        self.take_over(&key, own, ours, Rubbish::SaysNothing, found, ttl).await
     }
 
-    /// Takes over a key that still carries the address of `known`, as it was `found`.
+    /// Takes over a key, as it was `found`, if it is `ours` by its value (none: one that cannot be read).
     async fn take_over(
         &self,
         key: &str,
-        subnets: Subnets,
-        known: &LeaseValue,
-        value: &LeaseValue,
+        own: OwnLease,
+        ours: impl Fn(Option<&LeaseValue>) -> bool + Sync,
+        rubbish: Rubbish,
         mut found: Option<KeyValue>,
         ttl: Duration,
     ) -> Result<Renewal, StoreError> {
         for _ in 0..TRIES_MAX {
             let Some(kv) = &found else { return Ok(Renewal::Lost(None)) };
             let holder = LeaseValue::from_json(&text(kv.value())).ok();
-            let Some(holder) = holder.filter(|holder| same_holder(holder, known)) else {
-                return Ok(Renewal::Lost(LeaseValue::from_json(&text(kv.value())).ok()));
-            };
-            let own = OwnLease { subnets, value: value.clone() };
-            let reservation = kv.lease() == 0;
-            if reservation && holder == *value {
+            if !ours(holder.as_ref()) {
+                return Ok(Renewal::Lost(holder));
+            }
+            let reservation = kv.lease() == 0 && (holder.is_some() || rubbish == Rubbish::Reserves);
+            if reservation && holder.as_ref() == Some(&own.value) {
                 let revision = kv.mod_revision();
                 return Ok(Renewal::Done(Held { own, expires: None, revision, grant: 0 }));
             }
@@ -335,7 +353,7 @@ impl EtcdStore {
                 true => (0, None),
                 false => self.grant(ttl).await.map(|(grant, expires)| (grant, Some(expires)))?,
             };
-            match self.put_guarded(key, kv.mod_revision(), value, grant).await {
+            match self.put_guarded(key, kv.mod_revision(), &own.value, grant).await {
                 Ok(Guarded::Done { revision }) => {
                     self.revoke_if_unused(kv.lease()).await;
                     return Ok(Renewal::Done(Held { own, expires, revision, grant }));
@@ -345,7 +363,7 @@ impl EtcdStore {
                     found = now;
                 }
                 Err(error) => {
-                    self.revoke(grant).await;
+                    self.abandon(grant, &error).await;
                     return Err(error);
                 }
             }
@@ -459,7 +477,15 @@ impl EtcdStore {
         }
     }
 
-    /// Gives back a grant that somebody else made: only if no key hangs on it any more, for they would all go.
+    /// Gives back a grant after a write that failed. Without an answer the write may have been made all the same, and then
+    /// our lease would go with the grant: it is left to end by itself.
+    async fn abandon(&self, grant: i64, error: &StoreError) {
+        if !matches!(error, StoreError::Unreachable { .. }) {
+            self.revoke_if_unused(grant).await;
+        }
+    }
+
+    /// Gives back a grant that may be in use: only if no key hangs on it any more, for they would all go.
     async fn revoke_if_unused(&self, grant: i64) {
         if grant == 0 {
             return;
@@ -512,7 +538,7 @@ fn found(answer: &TxnResponse) -> Option<KeyValue> {
 /// Upstream joins with Go's `path.Join`: no double and no final slash; a missing first one stays missing.
 fn tidy(prefix: &str) -> String {
     let parts: Vec<_> = prefix.split('/').filter(|part| !part.is_empty()).collect();
-    let root = if prefix.starts_with('/') { "/" } else { "" };
+    let root = if prefix.starts_with('/') && !parts.is_empty() { "/" } else { "" };
     format!("{root}{}", parts.join("/"))
 }
 
@@ -530,6 +556,7 @@ mod tests {
         assert_eq!(keys.config, "/coreos.com/network/config");
         let subnets = Subnets::parse_key("10.5.29.0-24").unwrap();
         assert_eq!(keys.key(&subnets), "/coreos.com/network/subnets/10.5.29.0-24");
+        assert_eq!(store("/").keys(&NetworkName::default_network()).config, "/config");
         let web = store("kv").keys(&NetworkName::new("web").unwrap());
         assert_eq!((web.config.as_str(), web.subnets.as_str()), ("kv/web/config", "kv/web/subnets/"));
     }

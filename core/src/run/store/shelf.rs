@@ -1,6 +1,7 @@
 //! The keys of one network as last read, and how they become a [`Snapshot`].
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::sync::Arc;
 
 use tokio::sync::watch;
@@ -15,14 +16,28 @@ use crate::words::report::Finding;
 const SHOWN_MAX: usize = 80;
 
 /// What was read.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Shelf {
     config: Option<String>,
-    keys: BTreeMap<String, Result<(Subnets, LeaseValue), Finding>>,
+    keys: BTreeMap<String, Entry>,
+    /// Whether the receivers may not have seen it yet. True of a new shelf: an empty one is news, too.
     changed: bool,
 }
 
+/// What a key below `subnets/` turned out to be.
+#[derive(PartialEq, Eq, Debug)]
+enum Entry {
+    Lease(Subnets, LeaseValue),
+    /// No lease; it takes its subnet all the same, if it names one.
+    Broken(Option<Subnets>, Finding),
+}
+
 impl Shelf {
+    /// Nothing has been read yet.
+    pub(super) const fn new() -> Self {
+        Self { config: None, keys: BTreeMap::new(), changed: true }
+    }
+
     /// Sets or removes the config.
     pub(super) fn config(&mut self, text: Option<&[u8]>) {
         let text = text.map(|text| String::from_utf8_lossy(text).into_owned());
@@ -39,30 +54,37 @@ impl Shelf {
         }
     }
 
+    /// Adds a key below `subnets/` whose value could not be read at all.
+    pub(super) fn unreadable(&mut self, key: &str, cause: &dyn Display) {
+        let finding = Finding::new(Code::LEASE_MALFORMED, format!("{key:?} cannot be read: {cause}"));
+        self.keys.insert(key.to_owned(), Entry::Broken(Subnets::parse_key(key).ok(), finding));
+        self.changed = true;
+    }
+
     /// Removes a key below `subnets/`.
     pub(super) fn delete(&mut self, key: &str) {
         self.changed |= self.keys.remove(key).is_some();
     }
 
-    /// Tells the receivers, if anything they can see has changed.
+    /// Tells the receivers, if anything they can see has changed. `revision` is that of the leases.
     pub(super) fn publish(&mut self, sender: &watch::Sender<Snapshot>, revision: i64) {
         let changed = std::mem::take(&mut self.changed);
         sender.send_if_modified(|snapshot| {
-            // A shelf that was read anew is all changed; what counts is what the receivers have.
-            let news = (changed || !snapshot.known).then(|| (self.config.clone(), self.leases())).filter(
-                |(config, leases)| {
-                    !snapshot.known || snapshot.config != *config || *snapshot.leases != *leases
-                },
-            );
-            let modified = news.is_some() || snapshot.down.is_some();
-            if let Some((config, leases)) = news {
-                snapshot.config = config;
+            let mut modified = !snapshot.known || snapshot.down.is_some();
+            if changed {
+                let leases = self.leases();
+                // A later revision with the same leases is news, too: a lease may have come and gone in between.
+                modified |= snapshot.config != self.config
+                    || *snapshot.leases != leases
+                    || snapshot.revision != revision;
+                snapshot.config.clone_from(&self.config);
                 snapshot.leases = Arc::new(leases);
             }
             snapshot.known = true;
             snapshot.down = None;
-            // Grows even when nobody is told: whoever looks next sees how fresh the snapshot is.
-            snapshot.revision = snapshot.revision.max(revision);
+            // Set even when nobody is told: whoever looks next sees how fresh the snapshot is. Not the larger of the
+            // two: a store that was restored from a backup, or wiped, counts from further back.
+            snapshot.revision = revision;
             modified
         });
     }
@@ -71,17 +93,23 @@ impl Shelf {
         let mut set = LeaseSet::default();
         for (key, entry) in &self.keys {
             match entry {
-                Ok((subnets, value)) => {
-                    // Two keys can name one subnet (10.5.1.7-24 and 10.5.1.0-24): the one in our own form counts.
-                    if !set.leases.contains_key(subnets) || subnets.key() == *key {
-                        set.leases.insert(*subnets, value.clone());
-                    }
-                    if subnets.key() != *key {
-                        let text = format!("{key:?} has host bits set; it is read as {:?}", subnets.key());
-                        set.findings.push(Finding::new(Code::LEASE_MALFORMED, text));
-                    }
+                Entry::Lease(subnets, value) if subnets.key() == *key => {
+                    set.leases.insert(*subnets, value.clone());
                 }
-                Err(finding) => set.findings.push(finding.clone()),
+                Entry::Lease(subnets, value) => {
+                    // Two keys can name one subnet (10.5.1.7-24 and 10.5.1.0-24): the one in our own form counts. Without
+                    // it the lease is a peer's like any other, but nobody can renew it under the name that it should have.
+                    if !matches!(self.keys.get(&subnets.key()), Some(Entry::Lease(..))) {
+                        set.leases.entry(*subnets).or_insert_with(|| value.clone());
+                        set.blocked.insert(*subnets);
+                    }
+                    let text = format!("{key:?} has host bits set; it is read as {:?}", subnets.key());
+                    set.findings.push(Finding::new(Code::LEASE_MALFORMED, text));
+                }
+                Entry::Broken(subnets, finding) => {
+                    set.blocked.extend(*subnets);
+                    set.findings.push(finding.clone());
+                }
             }
         }
         set.findings.extend(allocate::overlapping(set.leases.iter()));
@@ -99,15 +127,20 @@ pub(super) fn publish_down(sender: &watch::Sender<Snapshot>, error: &StoreError)
     })
 }
 
-fn read(key: &str, value: &[u8]) -> Result<(Subnets, LeaseValue), Finding> {
+fn read(key: &str, value: &[u8]) -> Entry {
     let malformed = |cause: String| Finding::new(Code::LEASE_MALFORMED, cause);
-    let subnets = Subnets::parse_key(key).map_err(|error| malformed(error.to_string()))?;
+    let subnets = match Subnets::parse_key(key) {
+        Ok(subnets) => subnets,
+        Err(error) => return Entry::Broken(None, malformed(error.to_string())),
+    };
     let text = String::from_utf8_lossy(value);
-    let lease = LeaseValue::from_json(&text).map_err(|error| {
-        let shown: String = text.chars().take(SHOWN_MAX).collect();
-        malformed(format!("{key:?} holds {shown:?}: {error}"))
-    })?;
-    Ok((subnets, lease))
+    match LeaseValue::from_json(&text) {
+        Ok(lease) => Entry::Lease(subnets, lease),
+        Err(error) => {
+            let shown: String = text.chars().take(SHOWN_MAX).collect();
+            Entry::Broken(Some(subnets), malformed(format!("{key:?} holds {shown:?}: {error}")))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -118,13 +151,14 @@ mod tests {
 
     #[test]
     fn a_malformed_key_costs_nobody_else_its_lease() {
-        let mut shelf = Shelf::default();
+        let mut shelf = Shelf::new();
         shelf.put("10.5.1.0-24", VALUE);
         shelf.put("garbage", VALUE);
         shelf.put("10.5.2.0-24", b"{");
         let set = shelf.leases();
         assert_eq!(set.leases.len(), 1);
         assert_eq!(set.findings.len(), 2);
+        assert_eq!(set.blocked.iter().map(Subnets::key).collect::<Vec<_>>(), ["10.5.2.0-24"]);
         assert!(set.findings.iter().all(|finding| finding.code == Code::LEASE_MALFORMED), "{set:?}");
         shelf.delete("garbage");
         assert_eq!(shelf.leases().findings.len(), 1);
@@ -133,7 +167,7 @@ mod tests {
     #[test]
     fn a_renewal_that_changes_nothing_wakes_nobody_but_counts() {
         let (sender, mut receiver) = watch::channel(Snapshot::default());
-        let mut shelf = Shelf::default();
+        let mut shelf = Shelf::new();
         shelf.put("10.5.1.0-24", VALUE);
         shelf.publish(&sender, 3);
         assert!(receiver.has_changed().unwrap());
@@ -145,9 +179,21 @@ mod tests {
     }
 
     #[test]
+    fn a_lease_that_came_and_went_between_two_looks_is_news_for_its_holder() {
+        let (sender, mut receiver) = watch::channel(Snapshot::default());
+        let mut shelf = Shelf::new();
+        shelf.publish(&sender, 3);
+        receiver.mark_unchanged();
+        shelf.put("10.5.1.0-24", VALUE);
+        shelf.delete("10.5.1.0-24");
+        shelf.publish(&sender, 5);
+        assert!(receiver.has_changed().unwrap());
+    }
+
+    #[test]
     fn when_the_store_is_away_the_last_set_stays_and_the_same_cause_is_said_once() {
         let (sender, receiver) = watch::channel(Snapshot::default());
-        let mut shelf = Shelf::default();
+        let mut shelf = Shelf::new();
         shelf.put("10.5.1.0-24", VALUE);
         shelf.publish(&sender, 3);
         let error = StoreError::Unreachable { tried: "list", causes: "x: connection refused".into() };
@@ -161,15 +207,34 @@ mod tests {
 
     #[test]
     fn the_key_in_our_own_form_counts() {
-        let mut shelf = Shelf::default();
+        let mut shelf = Shelf::new();
         shelf.put("10.5.1.0-24", VALUE);
         shelf.put("10.5.1.7-24", br#"{"PublicIP":"9.9.9.9"}"#);
         let set = shelf.leases();
-        let [(subnets, value)] = set.leases.iter().collect::<Vec<_>>()[..] else { panic!("{set:?}") };
+        let (first, subnets) = (set.clone(), &Subnets::parse_key("10.5.1.0-24").unwrap());
+        let [(_, value)] = first.leases.iter().collect::<Vec<_>>()[..] else { panic!("{set:?}") };
         assert_eq!(
             (subnets.key().as_str(), value.public_ip.to_string().as_str()),
             ("10.5.1.0-24", "1.2.3.4")
         );
         assert_eq!(set.findings.len(), 1);
+        // Nothing keeps the holder from taking its own key over; without that key there is none to take over.
+        assert!(set.blocked.is_empty());
+        shelf.delete("10.5.1.0-24");
+        let set = shelf.leases();
+        assert_eq!(set.leases[subnets].public_ip.to_string(), "9.9.9.9");
+        assert!(set.blocked.contains(subnets));
+    }
+
+    #[test]
+    fn a_store_that_was_emptied_is_news() {
+        let (sender, receiver) = watch::channel(Snapshot::default());
+        let mut shelf = Shelf::new();
+        shelf.put("10.5.1.0-24", VALUE);
+        shelf.config(Some(b"{}"));
+        shelf.publish(&sender, 30);
+        Shelf::new().publish(&sender, 2);
+        let snapshot = receiver.borrow();
+        assert_eq!((snapshot.config.as_ref(), snapshot.leases.leases.len(), snapshot.revision), (None, 0, 2));
     }
 }

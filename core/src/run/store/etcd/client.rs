@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use etcd_client::{Certificate, Client, ConnectOptions, Error, Identity, KvClient, TlsOptions};
 use tokio::sync::OnceCell;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::EtcdSettings;
 use crate::run::store::{CALL_DEADLINE, StoreError};
@@ -20,7 +20,7 @@ const PING: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs
 const CONNECT: Duration = Duration::from_millis(1500);
 
 /// The least an endpoint gets, however many there are.
-const PATIENCE_MIN: Duration = Duration::from_millis(500);
+const PATIENCE_MIN: Duration = Duration::from_millis(350);
 
 /// Largest answer that is read. gRPC's default of 4 MiB ends at some 15,000 leases.
 const ANSWER_MAX: usize = 256 << 20;
@@ -109,10 +109,13 @@ impl Cluster {
     {
         let count = self.endpoints.len();
         let first = self.current.load(Ordering::Relaxed);
-        let patience = (CALL_DEADLINE / u32::try_from(count).unwrap_or(1)).max(PATIENCE_MIN);
+        let deadline = Instant::now() + CALL_DEADLINE;
         let mut causes = Vec::new();
         for step in 0..count {
             let at = (first + step) % count;
+            // What those before it did not need is shared among those that are left.
+            let left = u32::try_from(count - step).unwrap_or(u32::MAX);
+            let patience = (deadline.saturating_duration_since(Instant::now()) / left).max(PATIENCE_MIN);
             let endpoint = &self.endpoints[at];
             let attempt = timeout(patience, async { call(endpoint.client().await?).await }).await;
             let cause = match attempt {

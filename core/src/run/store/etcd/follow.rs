@@ -82,19 +82,18 @@ impl EtcdStore {
         sender: &watch::Sender<Snapshot>,
     ) -> Result<Ended, StoreError> {
         let keys = self.keys(network);
-        let (mut shelf, listed) = self.read(&keys).await?;
+        let (mut shelf, mut seen_to) = self.read(&keys).await?;
         if sender.borrow().down.is_some() {
             tracing::info!("network {network}: etcd is reachable again");
         }
-        shelf.publish(sender, listed);
-        let mut stream = self.open(&keys, listed + 1).await?;
+        shelf.publish(sender, seen_to);
+        let mut stream = self.open(&keys, seen_to + 1).await?;
         loop {
             let mut seen = match stream.message().await {
                 Ok(Some(message)) => message,
                 Ok(None) => return Ok(Ended::Broken("the server closed it".into())),
                 Err(error) => return Ok(Ended::Broken(client::cause(&error))),
             };
-            let mut last = 0;
             let gathered = Instant::now();
             loop {
                 if seen.canceled() {
@@ -107,7 +106,7 @@ impl EtcdStore {
                         horizon => Ok(Ended::Compacted { horizon }),
                     };
                 }
-                last = apply(&keys, &mut shelf, &seen).max(last);
+                seen_to = apply(&keys, &mut shelf, &seen).max(seen_to);
                 if gathered.elapsed() > GATHER_MAX {
                     break;
                 }
@@ -117,7 +116,7 @@ impl EtcdStore {
                     Ok(Ok(None) | Err(_)) | Err(_) => break,
                 }
             }
-            shelf.publish(sender, last);
+            shelf.publish(sender, seen_to);
         }
     }
 
@@ -127,7 +126,7 @@ impl EtcdStore {
         let all = Some(GetOptions::new().with_prefix());
         let txn = Txn::new().and_then([TxnOp::get(config, None), TxnOp::get(subnets, all)]);
         let answer = self.txn("read the network", txn).await?;
-        let mut shelf = Shelf::default();
+        let mut shelf = Shelf::new();
         for kv in all_found(&answer) {
             put(keys, &mut shelf, kv.key(), kv.value());
         }
@@ -161,12 +160,15 @@ fn put(keys: &Keys, shelf: &mut Shelf, key: &[u8], value: &[u8]) {
     }
 }
 
-/// Applies the events of a message; the highest revision among them.
+/// Applies the events of a message; the highest revision among those of the leases. The config's are told by a watch of its
+/// own, which may be ahead of the other one: they say nothing about how fresh the leases are.
 fn apply(keys: &Keys, shelf: &mut Shelf, message: &WatchResponse) -> i64 {
     let mut last = 0;
     for event in message.events() {
         let Some(kv) = event.kv() else { continue };
-        last = last.max(kv.mod_revision());
+        if kv.key().starts_with(keys.subnets.as_bytes()) {
+            last = last.max(kv.mod_revision());
+        }
         match event.event_type() {
             EventType::Put => put(keys, shelf, kv.key(), kv.value()),
             EventType::Delete => {
