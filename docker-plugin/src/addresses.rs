@@ -57,7 +57,7 @@ impl Addresses {
         network: &NetworkName,
         subnet: Prefix,
     ) -> Result<Self, AddressError> {
-        let ledger = Ledger::open_for(subnet_file, ledger_dir, network.as_str())?;
+        let ledger = Ledger::open_for(subnet_file, ledger_dir, network.ledger())?;
         Ok(Self { ledger, pool: Pool::new(subnet)? })
     }
 
@@ -159,7 +159,7 @@ impl Addresses {
         ledger_dir: &Path,
         network: &NetworkName,
     ) -> Result<(), AddressError> {
-        let Some(ledger) = Ledger::find(subnet_file, ledger_dir, network.as_str())? else { return Ok(()) };
+        let Some(ledger) = Ledger::find(subnet_file, ledger_dir, network.ledger())? else { return Ok(()) };
         let held = ledger.lock()?;
         for entry in held.entries()?.iter().filter(|entry| entry.is_docker()) {
             held.release_address(entry.address)?;

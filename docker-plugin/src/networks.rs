@@ -161,7 +161,7 @@ impl Networks {
 
     fn addresses_held(&self, network: &NetworkName) -> bool {
         let file = self.settings.subnet_file(network);
-        let ledger = Ledger::find(&file, &self.settings.ledger_dir, network.as_str());
+        let ledger = Ledger::find(&file, &self.settings.ledger_dir, network.ledger());
         let held = ledger.and_then(|ledger| {
             ledger.map_or(Ok(false), |ledger| Ok(!ledger.lock()?.addresses()?.is_empty()))
         });

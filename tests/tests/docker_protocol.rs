@@ -335,7 +335,7 @@ fn a_network_comes_and_goes_without_a_trace() {
         let ports = host.out(&["ip", "-o", "link", "show", "master", "cni0"])?;
         ensure!(ports.lines().count() == 1 && ports.contains("mtu 1450"), "{ports}");
         let ip = address.trim_end_matches("/24");
-        let entry = host.read(&format!("/var/lib/cni/networks/default/{ip}"))?;
+        let entry = host.read(&format!("/var/lib/cni/networks/cbr0/{ip}"))?;
         ensure!(entry == format!("docker:{ENDPOINT}\r\neth"), "{entry:?}");
 
         plugin.end(NETWORK, ENDPOINT, &pool_id, &address)?;
@@ -440,7 +440,7 @@ fn addresses_are_nobody_elses() {
         ensure!(text.contains("already taken"), "{text}");
 
         // A container of CNI on the same host.
-        host.write(&format!("/var/lib/cni/networks/default/{}", at(5)), "cni-container\r\neth0")?;
+        host.write(&format!("/var/lib/cni/networks/cbr0/{}", at(5)), "cni-container\r\neth0")?;
         let text = plugin.refused("IpamDriver.RequestAddress", &asked(at(5)))?;
         ensure!(text.contains("cni-container"), "{text}");
 
@@ -648,7 +648,7 @@ fn dockers_own_ipam_may_hand_out_this_hosts_subnet() {
         ensure!(plugin.refused("IpamDriver.RequestAddress", &taken)?.contains("already taken"));
         plugin.call("NetworkDriver.DeleteEndpoint", &names(&own, ENDPOINT))?;
         eventually("the address is free again", secs(2), || {
-            !host.exists(&format!("/var/lib/cni/networks/default/{}", at(2).replace("/24", "")))
+            !host.exists(&format!("/var/lib/cni/networks/cbr0/{}", at(2).replace("/24", "")))
         })?;
         let other = network_request(&id("x"), "LocalDefault", &pool, &at(254));
         ensure!(

@@ -194,7 +194,7 @@ fn a_restarted_engine_brings_its_containers_back() {
             ensure!(h1.docker_ip("fixed", "web")? == fixed);
         }
         // Claims of the dead engine do not pile up.
-        let held = h1.sh("cd /var/lib/cni/networks/default; ls | grep -c '^10\\.'")?;
+        let held = h1.sh("cd /var/lib/cni/networks/cbr0; ls | grep -c '^10\\.'")?;
         ensure!(held == "2", "{held} addresses are held for two containers");
         Ok(())
     });
@@ -346,7 +346,7 @@ fn wrong_use_is_answered_with_what_to_type() {
         // A refused container leaves nothing.
         let ports = || host.out(&["ip", "-o", "link", "show", "master", "cni0"]);
         eventually("no port is left", secs(3), || ports().is_ok_and(|ports| ports.is_empty()))?;
-        ensure!(host.sh("ls /var/lib/cni/networks/default | grep -c '^10\\.' || true")? == "0");
+        ensure!(host.sh("ls /var/lib/cni/networks/cbr0 | grep -c '^10\\.' || true")? == "0");
         Ok(())
     });
 }
@@ -388,7 +388,7 @@ fn a_managed_plugin_serves_like_the_service() {
         };
         reachable()?;
         // Files that CNI on the same host reads are where it looks.
-        let ledger = h1.sh("ls /var/lib/cni/networks/default")?;
+        let ledger = h1.sh("ls /var/lib/cni/networks/cbr0")?;
         let address = h1.docker_ip("c0", "web")?;
         ensure!(ledger.contains(&address) && lease(h1)?.starts_with("10.100."), "{ledger}");
         // Settings of the host can be written from inside, where /proc/sys is read-only.

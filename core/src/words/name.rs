@@ -119,6 +119,12 @@ impl NetworkName {
         &self.0
     }
 
+    /// What the network's ledger is called by whoever has no name for it: that of the configuration that every
+    /// flannel cluster has (`cbr0` in kube-flannel.yml) for the default network, so that Go's plugins find it.
+    pub fn ledger(&self) -> &str {
+        if self.is_default() { "cbr0" } else { &self.0 }
+    }
+
     /// The node's bridge of this network, when nobody chose another name: `cni0` for the default network, as every
     /// flannel node has it; `fl-NAME` while that fits an interface name, else `fl-` and a hash of the name.
     pub fn bridge(&self) -> LinkName {
