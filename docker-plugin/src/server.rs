@@ -226,14 +226,14 @@ where
         }
     };
     let answer = method(plugin, request).await;
-    let ms = started.elapsed().as_secs_f64() * 1e3;
+    let took = started.elapsed();
     match answer {
         Ok(answer) => {
-            tracing::debug!(method = name, ms, "answered");
+            tracing::debug!(method = name, ?took, "answered");
             json_response(StatusCode::OK, &answer)
         }
         Err(Refusal(text)) => {
-            tracing::warn!(method = name, ms, "refused: {text}");
+            tracing::warn!(method = name, ?took, "refused: {text}");
             json_response(StatusCode::INTERNAL_SERVER_ERROR, &json!({"Err": text, "Error": text}))
         }
     }

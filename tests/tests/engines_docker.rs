@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use flannel_tests::{
     BIN_DIR, Container, Daemon, Host, HttpServer, IMAGE, Lab, LabPlan, PingStream, Place as _, eventually,
-    http_get, in_lab, ping, ping_within, secs, tcp_opens,
+    http_get, in_lab, ping, ping_within, secs, seen_as, tcp_opens,
 };
 
 const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
@@ -100,6 +100,43 @@ fn containers_reach_each_other_over_vxlan() {
 #[test]
 fn containers_reach_each_other_over_host_gw() {
     containers_of_two_hosts_reach_each_other("docker-host-gw", HOST_GW, 1500);
+}
+
+#[test]
+fn two_hosts_share_a_directory_as_their_store() {
+    in_lab(plan("docker-embedded", 2).outside(), |lab| {
+        let store = format!("--store-dir={}/store", lab.shared_dir());
+        let mut daemons = Vec::new();
+        for host in lab.hosts() {
+            daemons.push((start_plugin(host, &[&store])?, host.start_dockerd(&[])?));
+            host.load_image()?;
+            // Nothing is configured anywhere: the first one defines the network, the second one joins it.
+            host.docker(CREATE)?;
+            host.docker_run("c0", &["--network", "web"])?;
+        }
+        let (h1, h2) = (lab.host(1), lab.host(2));
+        let (c1, c2) = (h1.docker_container("c0")?, h2.docker_container("c0")?);
+        ping_within(secs(5), &c1, c2.ip()?)?;
+
+        // What leaves the network is masqueraded, what stays inside is not.
+        let _outside = HttpServer::start(lab.outside(), 80, "outside")?;
+        let _inside = HttpServer::start(&c2, 80, "inside")?;
+        let seen = seen_as(&c1, "198.51.100.2", 80)?;
+        ensure!(seen == h1.ip().to_string(), "seen as {seen}");
+        let seen = seen_as(&c1, c2.ip()?, 80)?;
+        ensure!(seen == c1.ip()?, "seen as {seen}");
+
+        // The definition goes with its last user.
+        let config = lab.shared_path().join("store/default/config");
+        for (host, left) in [(h2, true), (h1, false)] {
+            host.docker(&["rm", "-f", "c0"])?;
+            host.docker(&["network", "rm", "web"])?;
+            eventually("the lease is given back", secs(8), || {
+                !host.exists("/run/flannel/subnet.env") && config.exists() == left
+            })?;
+        }
+        Ok(())
+    });
 }
 
 #[test]
