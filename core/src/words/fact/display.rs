@@ -1,0 +1,130 @@
+//! A fact as the iproute2 (or nft) line that would make it true.
+
+use std::fmt;
+
+use super::{Change, Fact, Facts, Link, LinkKind, Route, RouteProtocol, RouteScope};
+
+impl fmt::Display for Facts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.iter().try_for_each(|fact| writeln!(f, "{fact}"))
+    }
+}
+
+impl fmt::Display for Change<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Create(fact) => write!(f, "+ {fact}"),
+            Self::Replace { new, .. } => write!(f, "~ {new}"),
+            Self::Delete(fact) => write!(f, "- {fact}"),
+        }
+    }
+}
+
+impl fmt::Display for Fact {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Sysctl(s) => {
+                write!(f, "sysctl -w {}={}", s.path.replace('.', "/").replace('/', "."), s.value)
+            }
+            Self::Link(link) => write!(f, "{link}"),
+            Self::BridgePort(p) => {
+                write!(f, "ip link set {} master {}", p.link, p.bridge)?;
+                // Two commands: the kernel refuses hairpin in the message that enslaves.
+                if p.hairpin { write!(f, "; bridge link set dev {} hairpin on", p.link) } else { Ok(()) }
+            }
+            Self::Address(a) => {
+                write!(f, "ip addr replace {} dev {}", a.address, a.link)?;
+                if a.no_prefix_route { f.write_str(" noprefixroute") } else { Ok(()) }
+            }
+            Self::Neighbor(n) => {
+                write!(f, "ip neigh replace {} lladdr {} dev {} nud permanent", n.ip, n.mac, n.link)
+            }
+            Self::Forward(e) => {
+                write!(f, "bridge fdb replace {} dev {} dst {} self permanent", e.mac, e.link, e.remote)
+            }
+            Self::Table(table) => write!(f, "nft '{table}'"),
+            Self::Accept(a) => {
+                let iptables = if a.cidr.base().is_ipv4() { "iptables" } else { "ip6tables" };
+                write!(
+                    f,
+                    "{iptables} -A FLANNEL-FWD -s {0} -j ACCEPT; {iptables} -A FLANNEL-FWD -d {0} -j ACCEPT",
+                    a.cidr
+                )
+            }
+            Self::Route(route) => write!(f, "{route}"),
+        }
+    }
+}
+
+impl fmt::Display for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verb = if matches!(self.kind, LinkKind::Given) { "set" } else { "add" };
+        write!(f, "ip link {verb} {}", self.name)?;
+        if let Some(mac) = self.mac {
+            write!(f, " address {mac}")?;
+        }
+        if let Some(mtu) = self.mtu {
+            write!(f, " mtu {mtu}")?;
+        }
+        if self.up {
+            f.write_str(" up")?;
+        }
+        match &self.kind {
+            LinkKind::Bridge => f.write_str(" type bridge")?,
+            LinkKind::Vxlan(v) => {
+                let no = if v.learning { "" } else { "no" };
+                write!(f, " type vxlan id {} local {} dev {}", v.vni, v.local, v.underlay)?;
+                write!(f, " dstport {} {no}learning", v.port)?;
+                if v.gbp {
+                    f.write_str(" gbp")?;
+                }
+            }
+            LinkKind::Veth { peer: None } => f.write_str(" type veth")?,
+            LinkKind::Veth { peer: Some(peer) } => {
+                write!(f, " type veth peer name {}", peer.name)?;
+                if let Some(mac) = peer.mac {
+                    write!(f, " address {mac}")?;
+                }
+                if let Some(mtu) = peer.mtu {
+                    write!(f, " mtu {mtu}")?;
+                }
+                if peer.in_sandbox {
+                    f.write_str(" netns SANDBOX")?;
+                }
+            }
+            LinkKind::Given => {}
+        }
+        match &self.alias {
+            Some(alias) => write!(f, "; ip link set {} alias '{alias}'", self.name),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.destination.is_default() {
+            true => f.write_str("ip route replace default")?,
+            false => write!(f, "ip route replace {}", self.destination)?,
+        }
+        if let Some(via) = self.via {
+            write!(f, " via {via}")?;
+        }
+        write!(f, " dev {}", self.link)?;
+        if self.protocol != RouteProtocol::BOOT {
+            write!(f, " proto {}", self.protocol.0)?;
+        }
+        match (self.scope, self.via) {
+            (RouteScope::Link, _) => f.write_str(" scope link")?,
+            (RouteScope::Global, None) => f.write_str(" scope global")?,
+            (RouteScope::Global, Some(_)) => {}
+        }
+        if let Some(source) = self.source {
+            write!(f, " src {source}")?;
+        }
+        if self.metric != 0 {
+            write!(f, " metric {}", self.metric)?;
+        }
+        if self.onlink { f.write_str(" onlink") } else { Ok(()) }
+    }
+}
