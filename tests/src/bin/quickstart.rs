@@ -47,8 +47,8 @@ fn show(lab: &Lab) -> Result<()> {
     for host in lab.hosts() {
         host.start_dockerd(&[])?;
         host.load_image()?;
-        typed(host, &["flannel-docker-plugin", "--store-dir", &store, "--ip-masq", "&"]);
-        host.spawn("plugin", &["flannel-docker-plugin", "--store-dir", &store, "--ip-masq"], &[])?;
+        typed(host, &["flannel-docker-plugin", "--store-dir", &store, "&"]);
+        host.spawn("plugin", &["flannel-docker-plugin", "--store-dir", &store], &[])?;
         eventually("the plugin listens", secs(5), || host.exists("/run/docker/plugins/flannel.sock"))?;
     }
     say("\nThe same line on both hosts:");
