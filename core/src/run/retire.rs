@@ -13,7 +13,7 @@ use super::{cache, hold, setup};
 use crate::act::pass::converge;
 use crate::decide::bridge::masquerade_table;
 use crate::decide::plan;
-use crate::touch::ledger::{Ledger, Retired};
+use crate::touch::ledger::{DEFAULT_ROOT, Ledger, Retired};
 use crate::touch::marker;
 use crate::touch::subnet_env::SubnetEnv;
 use crate::touch::world::kernel::Kernel;
@@ -21,6 +21,9 @@ use crate::words::addr::Prefix;
 use crate::words::config::NetworkConfig;
 use crate::words::fact::Facts;
 use crate::words::name::{LinkName, NetworkName};
+
+/// Where the CNI plugin keeps what it was called with, unless its configuration says otherwise.
+const CNI_DATA: &str = "/var/lib/cni/flannel";
 
 /// Removes devices, routes, rules, files and the lease of a network. Containers that still use it keep it: then nothing
 /// is done and the text says who they are.
@@ -46,9 +49,11 @@ pub async fn everything(flags: &CommonFlags, store: NetworkStore) -> anyhow::Res
     traces(&subnet_file, &flags.state_dir, &network)?;
     drop(hold);
     hold::remove(&subnet_file, &network);
-    // The directories are ours if they are empty.
+    // The directories are ours if they are empty; the CNI plugin's, too.
     let _ = subnet_file.parent().map(fs::remove_dir);
-    let _ = fs::remove_dir(&flags.state_dir);
+    for directory in [&flags.state_dir, Path::new(CNI_DATA), Path::new(DEFAULT_ROOT)] {
+        let _ = fs::remove_dir(directory);
+    }
     Ok(())
 }
 
@@ -63,8 +68,10 @@ fn bridge(subnet_file: &Path, network: &NetworkName) -> LinkName {
 fn ledger(subnet_file: &Path) -> anyhow::Result<()> {
     match Ledger::retire(subnet_file).context("could not remove the ledger")? {
         Retired::Absent | Retired::Gone => Ok(()),
-        Retired::InUse(count) => {
-            bail!("containers still hold {count} addresses; remove the containers first")
+        Retired::InUse(entries) => {
+            let held: Vec<_> =
+                entries.iter().map(|entry| format!("{} ({})", entry.address, entry.owner)).collect();
+            bail!("containers still hold addresses: {}; remove the containers first", held.join(", "))
         }
     }
 }

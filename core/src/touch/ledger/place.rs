@@ -7,7 +7,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use super::{HeldLedger, LOCK_DEADLINE, Ledger, LedgerError, flock};
+use super::{Entry, HeldLedger, LOCK_DEADLINE, Ledger, LedgerError, flock};
 use crate::touch::marker;
 
 /// Where host-local keeps its directories unless told otherwise.
@@ -25,8 +25,8 @@ pub enum Retired {
     Absent,
     /// It is gone, with its marker and the links to it.
     Gone,
-    /// It stays: that many addresses are held.
-    InUse(usize),
+    /// It stays: these addresses are held.
+    InUse(Vec<Entry>),
 }
 
 impl Ledger {
@@ -68,9 +68,9 @@ impl Ledger {
         if dir.is_dir() {
             let ledger = Self { dir };
             let held = ledger.lock()?;
-            match held.entries()?.len() {
-                0 => held.remove()?,
-                count => return Ok(Retired::InUse(count)),
+            match held.entries()? {
+                none if none.is_empty() => held.remove()?,
+                entries => return Ok(Retired::InUse(entries)),
             }
         }
         marker::withdraw(&marker).map_err(LedgerError::io("remove", &marker))?;

@@ -202,7 +202,8 @@ fn a_ledger_retires_when_nobody_is_in_it() {
     assert_eq!(Ledger::find(&node.subnet_file(), &node.root(), "x").unwrap(), Some(ledger.clone()));
     ledger.lock().unwrap().claim(ip("10.5.1.2"), &owner("c1", "eth0")).unwrap();
     ledger.lock().unwrap().set_last(0, ip("10.5.1.2")).unwrap();
-    assert_eq!(Ledger::retire(&node.subnet_file()).unwrap(), Retired::InUse(1));
+    let entry = Entry { address: ip("10.5.1.2"), owner: owner("c1", "eth0") };
+    assert_eq!(Ledger::retire(&node.subnet_file()).unwrap(), Retired::InUse(vec![entry]));
     ledger.lock().unwrap().release(&owner("c1", "eth0")).unwrap();
     assert_eq!(Ledger::retire(&node.subnet_file()).unwrap(), Retired::Gone);
     assert_eq!(fs::read_dir(node.root()).unwrap().count(), 0);
