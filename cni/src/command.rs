@@ -164,17 +164,24 @@ fn unlink(call: &Call, conf: &Conf, owner: &Attachment, link: LinkName) -> Resul
         return Ok(());
     }
     // Not made by us, or gone already.
-    if !call.netns.is_empty()
-        && !is_own_namespace(call)
-        && let Ok(namespace) = Namespace::open(Path::new(&call.netns)).and_then(Namespace::in_place)
-    {
-        let mut sandbox = Kernel::open_inside(namespace).map_err(world_error)?;
+    if let Some(mut sandbox) = sandbox(call) {
         return delete_veth(&mut sandbox, link);
     }
     match conf.previous.as_ref().and_then(check::host_link) {
         Some(host_link) => delete_veth(&mut host, host_link),
         None => Ok(()),
     }
+}
+
+/// The container's namespace if there still is one: runtimes leave the file behind that it was mounted on.
+fn sandbox(call: &Call) -> Option<Kernel> {
+    if call.netns.is_empty() || is_own_namespace(call) {
+        return None;
+    }
+    let namespace = Namespace::open(Path::new(&call.netns)).ok()?;
+    Kernel::open_inside(namespace)
+        .inspect_err(|error| eprintln!("flannel: taken for gone: {}", chain(error)))
+        .ok()
 }
 
 fn delete_veth(world: &mut Kernel, name: LinkName) -> Result<(), CniError> {

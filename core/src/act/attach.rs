@@ -176,10 +176,22 @@ pub fn connect(
     });
     match made {
         Ok(()) => Ok(mac),
-        Err(error) => Err(match disconnect(host, spec.host_link) {
+        Err(error) => Err(match take_back(host, spec) {
             Ok(()) => error.into(),
             Err(undo) => AttachError::Undo { error: Box::new(error.into()), undo: chain(&undo) },
         }),
+    }
+}
+
+/// Deletes the veth pair of a failed attach, unless it is of another one: the same attachment may be made twice at the
+/// same time, with another address and therefore another MAC.
+fn take_back(host: &mut dyn World, spec: &EndpointSpec) -> Result<(), WorldError> {
+    let territory = Territory { links: BTreeSet::from([spec.host_link]), ..Territory::default() };
+    match host.observe(&territory)?.get(&Key::Link(spec.host_link)) {
+        Some(Fact::Link(link)) if spec.mac.is_none() || link.mac == spec.mac.map(endpoint::host_mac) => {
+            disconnect(host, spec.host_link)
+        }
+        _ => Ok(()),
     }
 }
 
@@ -212,8 +224,7 @@ pub fn check(
     Ok(missing)
 }
 
-/// Claims addresses and puts the endpoint on the network with them; `shape` makes the endpoint of them. Nothing is left
-/// behind on failure but the bridge.
+/// Claims addresses and lets `connect` put the endpoint on the network with them; gives them back if it fails.
 pub fn attach(
     ledger: &Ledger,
     owner: &Attachment,

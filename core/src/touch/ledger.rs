@@ -201,7 +201,7 @@ impl HeldLedger<'_> {
     /// Who holds the address; none if nobody does, or nobody that can be named.
     pub fn owner(&self, address: IpAddr) -> Result<Option<Attachment>, LedgerError> {
         let path = self.file(address);
-        match fs::read_to_string(&path) {
+        match read_short(&path) {
             Ok(text) => Ok(parse(&text)),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(source) => Err(LedgerError::Io { action: "read", path, source }),
@@ -299,10 +299,10 @@ fn boot_id() -> Result<String, LedgerError> {
     Ok(text.trim().to_owned())
 }
 
-/// Reads a file of one short line in a single read: these are on the path of every container, and `fs::read` asks for
-/// the size first and for more afterwards.
+/// Reads a file of a short line or two in a single read: these are on the path of every container, and `fs::read` asks
+/// for the size first and for more afterwards. The longest is an entry; container ids are file names, 255 bytes at most.
 fn read_short(path: &Path) -> io::Result<String> {
-    let mut buffer = [0; 128];
+    let mut buffer = [0; 512];
     let len = File::open(path)?.read(&mut buffer)?;
     Ok(String::from_utf8_lossy(buffer.get(..len).unwrap_or_default()).into_owned())
 }

@@ -62,6 +62,9 @@ fn a_container_comes_and_goes() {
         host.sh("ip netns del c2")?;
         done(&node.call(&Call { netns: String::new(), ..Call::new("DEL", "c2") }, &conf)?)?;
         done(&node.call(&Call { netns: String::new(), ..Call::new("DEL", "never") }, &conf)?)?;
+        // A runtime that unmounted it leaves the file.
+        host.write("/run/netns/stale", "")?;
+        node.del("stale", &conf)?;
         ensure!(node.ledger()?.is_empty() && !node.links()?.contains("veth"), "{}", node.links()?);
         ensure!(host.sh("ls /var/lib/cni/flannel")?.is_empty());
         let left = host.sh(&format!("ls {LEDGER}"))?;
