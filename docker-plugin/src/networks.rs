@@ -178,15 +178,9 @@ impl Networks {
     /// waits for.
     pub(crate) async fn part_for(self: &Arc<Self>, wish: &Wish) -> Result<Part, Refusal> {
         let deadline = Instant::now() + PATIENCE;
-        let (network, defined) = match self.local(wish) {
-            Some(network) => (network, None),
-            None => timeout_at(deadline, self.catalogue.settle(wish)).await.unwrap_or_else(|_| {
-                Err(Refusal(format!("the store did not answer within {} s", PATIENCE.as_secs_f32())))
-            })?,
-        };
-        let subnet = self.journal.pools().get(network.as_str()).and_then(|record| record.subnet);
-        self.note_pool(&network, subnet, defined)?;
-        self.serve(&network, true).await?;
+        let network = timeout_at(deadline, self.bring_up(wish)).await.unwrap_or_else(|_| {
+            Err(Refusal(format!("the store did not answer within {} s", PATIENCE.as_secs_f32())))
+        })?;
         match self.lease(&network, deadline).await {
             Ok(part) => {
                 self.note_pool(&network, Some(part.subnet), None)?;
@@ -202,6 +196,20 @@ impl Networks {
                 Err(refusal)
             }
         }
+    }
+
+    /// The network of a wish, running. What is defined and asked for cannot be taken away in between, so that
+    /// `docker network rm` and `create` may follow each other closely.
+    async fn bring_up(self: &Arc<Self>, wish: &Wish) -> Result<NetworkName, Refusal> {
+        let _one = self.lifecycle.lock().await;
+        let (network, defined) = match self.local(wish) {
+            Some(network) => (network, None),
+            None => self.catalogue.settle(wish).await?,
+        };
+        let subnet = self.journal.pools().get(network.as_str()).and_then(|record| record.subnet);
+        self.note_pool(&network, subnet, defined)?;
+        self.serve_locked(&network, true).await?;
+        Ok(network)
     }
 
     /// Books that a pool was asked for: what the engine does next may come after a restart of ours.
@@ -269,13 +277,20 @@ impl Networks {
 
     /// Runs a network's agent, with or without a bridge.
     async fn serve(self: &Arc<Self>, network: &NetworkName, bridged: bool) -> Result<(), Refusal> {
+        // No waiting for another network's store.
+        if self.runs(network, bridged) {
+            return Ok(());
+        }
         let _one = self.lifecycle.lock().await;
         self.serve_locked(network, bridged).await
     }
 
+    fn runs(&self, network: &NetworkName, bridged: bool) -> bool {
+        self.served().get(network).is_some_and(|served| served.bridge.is_some() == bridged)
+    }
+
     async fn serve_locked(self: &Arc<Self>, network: &NetworkName, bridged: bool) -> Result<(), Refusal> {
-        let runs = self.served().get(network).map(|served| served.bridge.is_some());
-        if runs == Some(bridged) {
+        if self.runs(network, bridged) {
             return Ok(());
         }
         let bridge = match bridged {

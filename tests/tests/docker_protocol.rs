@@ -381,6 +381,29 @@ fn a_kill_between_any_two_calls_loses_nothing() {
 }
 
 #[test]
+fn networks_come_and_go_in_a_hurry() {
+    in_lab(one_host("hurry"), |lab| {
+        let host = lab.host(1);
+        let mut plugin = Plugin::start(host, &[])?;
+        let before = host.network_state()?;
+        for round in 0..6 {
+            // The network is made again while the one before is still being taken away.
+            let network = id(&format!("round {round}"));
+            let endpoint = id(&format!("endpoint {round}"));
+            let (pool_id, pool) = plugin.create_network(&network, "10.100.0.0/16", json!({}))?;
+            let address = plugin.run(&network, &endpoint, &pool_id, "")?;
+            let ports = host.out(&["ip", "-o", "link", "show", "master", "cni0"])?;
+            ensure!(ports.lines().count() == 1, "one port was to be on the bridge:\n{ports}");
+            let bridge = host.out(&["ip", "-4", "-o", "addr", "show", "dev", "cni0"])?;
+            ensure!(bridge.contains(&pool.replace(".0/24", ".1/24")), "{bridge} is not of {pool}");
+            plugin.end(&network, &endpoint, &pool_id, &address)?;
+            plugin.remove_network(&network, &pool_id, &pool.replace(".0/24", ".1"))?;
+        }
+        plugin.nothing_is_left(&before)
+    });
+}
+
+#[test]
 fn what_is_unknown_or_repeated_is_deleted_all_the_same() {
     in_lab(one_host("repeat"), |lab| {
         let mut plugin = Plugin::start(lab.host(1), &[])?;
