@@ -2,6 +2,7 @@
 //! containerd asks for.
 
 use std::net::Ipv4Addr;
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use flannel_tests::flanneld::{Flanneld, SubnetEnv, put_config};
 use flannel_tests::{
     Container, Daemon, Host, HttpServer, IMAGE_REFERENCE, Lab, LabPlan, PingStream, Place, eventually,
-    http_get, in_lab, largest_packet, ping, ping_within, secs, seen_as, unchanged,
+    http_get, in_lab, largest_packet, needs, ping, ping_within, secs, seen_as, unchanged,
 };
 
 const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
@@ -32,6 +33,13 @@ const CBR0: Conf = Conf {
     text: r#"{ "name": "cbr0", "cniVersion": "0.3.1", "plugins": [
         { "type": "flannel", "delegate": { "hairpinMode": true, "isDefaultGateway": true } } ] }"#,
     has_default_route: true,
+};
+/// With the portmap that kube-flannel's has behind it; that one is Debian's.
+const WITH_PORTMAP: Conf = Conf {
+    text: r#"{ "name": "cbr0", "cniVersion": "0.3.1", "plugins": [
+        { "type": "flannel", "delegate": { "hairpinMode": true, "isDefaultGateway": true } },
+        { "type": "portmap", "capabilities": { "portMappings": true } } ] }"#,
+    ..CBR0
 };
 /// The least there can be. Upstream's plugin, too, gives such a container a route to the network alone.
 const BARE: Conf = Conf {
@@ -215,6 +223,25 @@ fn containers_reach_each_other_under_vxlan() {
 fn containers_reach_each_other_under_host_gw() {
     in_lab(lab("cni-hostgw").outside(), |lab| {
         everybody_reaches_everybody(lab, &nodes(lab, HOST_GW, [CBR0, CBR0], [MASQ; 2])?, 1500)
+    });
+}
+
+#[test]
+fn another_plugin_of_the_chain_understands_our_result() {
+    if !Path::new("/usr/lib/cni/portmap").exists() {
+        needs::skipped("Debian's containernetworking-plugins in /usr/lib/cni");
+        return;
+    }
+    in_lab(lab("cni-chain").hosts(1), |lab| {
+        lab.host(1).install_debian_cni()?;
+        let nodes = nodes(lab, VXLAN, [WITH_PORTMAP; 2], [MASQ; 2])?;
+        let before = lab.host(1).network_state()?;
+        let a = nodes[0].pod("a")?;
+        nodes[0].placed(&a, 2, 1450)?;
+        ping_within(secs(2), &a.container, nodes[0].env.address(1))?;
+        a.remove("a")?;
+        lab.host(1).out(&["ip", "link", "del", "cni0"])?;
+        unchanged("the kernel after DEL", &before, &lab.host(1).network_state()?)
     });
 }
 
