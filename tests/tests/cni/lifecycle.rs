@@ -273,7 +273,10 @@ fn cleanup_takes_away_what_the_plugin_made() {
         node.add("c1", &Node::conf())?;
         let cleanup = || host.run(&["flanneld", "--cleanup"]);
         let refused = cleanup()?;
-        ensure!(!refused.ok() && refused.all().contains("containers still hold 1 addresses"), "{refused}");
+        ensure!(
+            !refused.ok() && refused.all().contains("containers still hold addresses: 10.244.1.2 (c1/eth0)"),
+            "{refused}"
+        );
         node.ping("c1", "10.244.1.1")?;
         node.del("c1", &Node::conf())?;
         let cleaned = cleanup()?;
