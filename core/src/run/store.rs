@@ -140,7 +140,7 @@ pub struct Snapshot {
     pub config: Option<String>,
     /// Every lease, and a finding for each key that is none and for leases that overlap.
     pub leases: Arc<LeaseSet>,
-    /// Which state of the store this is; grows. Compare with [`Held::revision`] only.
+    /// Up to which write of leases this is read. Compare with [`Held::revision`] only.
     pub revision: i64,
     /// Why the store cannot be read now. The rest is then what was read last.
     pub down: Option<Finding>,
@@ -173,7 +173,7 @@ pub struct Held {
 pub enum Claim {
     /// It is ours.
     Made(Held),
-    /// Somebody else has it, or a part of it.
+    /// Somebody else has it.
     Taken,
 }
 
@@ -226,7 +226,8 @@ impl NetworkStore {
         receiver
     }
 
-    /// Creates a lease where there is none.
+    /// Creates a lease where there is none. A lease of another length that overlaps is looked for where that costs nothing
+    /// (a directory, IPv6); whoever asks chooses from a [`Snapshot`] and so knows of it, but for the moment of a race.
     pub async fn claim(
         &self,
         subnets: &Subnets,
@@ -239,7 +240,8 @@ impl NetworkStore {
         }
     }
 
-    /// Renews our lease and writes its value, if it is still as we left it or at least still carries our public address.
+    /// Renews our lease and writes its value, if it is still as we left it or at least still carries our public address, or
+    /// rubbish.
     /// A reservation stays one: its value is written only if it changed.
     pub async fn renew(&self, held: &Held, value: &LeaseValue, ttl: Duration) -> Result<Renewal, StoreError> {
         match &self.store {

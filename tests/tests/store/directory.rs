@@ -70,8 +70,10 @@ async fn a_file_made_by_hand_costs_nobody_else_its_lease() {
     fs::create_dir_all(network.join("expires/10.5.3.0-24")).unwrap();
     fs::write(network.join("subnets/10.5.4.0-24"), b"\xff\xfe").unwrap();
     claim(&store, "10.5.6.0-24", "192.0.2.1", HOUR).await;
-    let seen = until(&mut watch, "findings", |snapshot| snapshot.leases.findings.len() == 2).await;
-    assert_eq!(keys(&seen), ["10.5.1.0-24", "10.5.6.0-24"]);
+    let seen = until(&mut watch, "findings and leases", |snapshot| {
+        snapshot.leases.findings.len() == 2 && keys(snapshot) == ["10.5.1.0-24", "10.5.6.0-24"]
+    })
+    .await;
     assert_eq!(seen.down, None);
     assert!(seen.leases.findings[0].text.contains(r#""10.5.2.0-24" cannot be read"#), "{seen:?}");
 }

@@ -1,14 +1,12 @@
-//! What only a server can do: go away, forget, keep grants, ask for certificates and passwords.
+//! What only a server can do: go away, forget, keep grants, ask for a password.
 
 use std::net::TcpListener;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use flannel_core::run::store::{Claim, EtcdSettings, LEASE_TTL, NetworkStore, Store};
 use flannel_core::words::code::Code;
 use flannel_core::words::name::NetworkName;
 use flannel_core::words::secret::Secret;
-use flannel_tests::needs::require;
 
 use crate::fixture::{Etcd, HOUR, PREFIX, claim, done, keys, subnets, text, until, value};
 
@@ -165,33 +163,4 @@ async fn a_password_is_asked_for_used_and_never_shown() {
     assert!(!format!("{wrong} {wrong:?}").contains("hunter3"));
     let none = with(None).config().await.unwrap_err().to_string();
     assert!(none.contains("refused") && none.contains("user name is empty"), "{none}");
-}
-
-#[tokio::test]
-async fn an_authority_alone_is_enough_for_tls() {
-    if !require("openssl") {
-        return;
-    }
-    let etcd = Etcd::start_with("https", |dir| {
-        let script = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=ca \
-                -keyout ca.key -out ca.pem
-            openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=etcd -keyout server.key -out server.csr
-            printf 'subjectAltName=IP:127.0.0.1\\nbasicConstraints=CA:FALSE\\n' > server.ext
-            openssl x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile server.ext -out server.pem
-            openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=other \
-                -keyout other.key -out other.pem";
-        let output = Command::new("sh").args(["-euc", script]).current_dir(dir).output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let file = |name: &str| dir.join(name).display().to_string();
-        vec!["--cert-file".into(), file("server.pem"), "--key-file".into(), file("server.key")]
-    });
-    let Some(etcd) = etcd else { return };
-    let with =
-        |authority: &str| network(&EtcdSettings { cafile: Some(etcd.path(authority)), ..etcd.settings() });
-    let store = with("ca.pem");
-    claim(&store, "10.5.1.0-24", "192.0.2.1", HOUR).await;
-    let mut watch = store.watch();
-    until(&mut watch, "the lease", |snapshot| snapshot.leases.leases.len() == 1).await;
-    let wrong = with("other.pem").config().await.unwrap_err().to_string();
-    assert!(wrong.contains(&etcd.url()) && wrong.contains("certificate"), "{wrong}");
 }

@@ -2,6 +2,7 @@
 
 use std::fmt::Debug;
 use std::fs;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -28,27 +29,18 @@ pub(crate) struct Etcd {
     dir: TempDir,
     port: u16,
     peer: u16,
-    scheme: &'static str,
-    extra: Vec<String>,
 }
 
 impl Etcd {
     /// None, and the skip is reported by name, where the machine has none.
     pub(crate) fn start() -> Option<Self> {
-        Self::start_with("http", |_| Vec::new())
-    }
-
-    /// The same with more flags, which may refer to files in its directory.
-    pub(crate) fn start_with(scheme: &'static str, extra: impl Fn(&Path) -> Vec<String>) -> Option<Self> {
         if !["etcd", "etcdctl", "setpriv"].iter().all(|program| require(program)) {
             return None;
         }
         // Somebody else may take a port between our look and etcd's: then it ends, and others are tried.
         for _ in 0..5 {
-            let dir = tempfile::tempdir().unwrap();
-            let (port, peer, extra) = (free_port(), free_port(), extra(dir.path()));
-            let child = spawn(dir.path(), scheme, port, peer, &extra);
-            let mut etcd = Self { child, dir, port, peer, scheme, extra };
+            let (dir, port, peer) = (tempfile::tempdir().unwrap(), free_port(), free_port());
+            let mut etcd = Self { child: spawn(dir.path(), port, peer), dir, port, peer };
             if etcd.came_up() {
                 return Some(etcd);
             }
@@ -57,10 +49,10 @@ impl Etcd {
     }
 
     pub(crate) fn url(&self) -> String {
-        format!("{}://127.0.0.1:{}", self.scheme, self.port)
+        format!("http://127.0.0.1:{}", self.port)
     }
 
-    pub(crate) fn path(&self, name: &str) -> PathBuf {
+    fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
@@ -76,7 +68,7 @@ impl Etcd {
 
     pub(crate) fn restart(&mut self) {
         self.kill();
-        self.child = spawn(self.dir.path(), self.scheme, self.port, self.peer, &self.extra);
+        self.child = spawn(self.dir.path(), self.port, self.peer);
         assert!(self.came_up(), "{}", self.log());
     }
 
@@ -102,9 +94,6 @@ impl Etcd {
     }
 
     fn healthy(&self) -> bool {
-        if self.scheme == "https" {
-            return self.try_ctl(&["endpoint", "health"]).is_some();
-        }
         let Ok(mut stream) = TcpStream::connect(("127.0.0.1", self.port)) else { return false };
         let mut answer = String::new();
         stream.set_read_timeout(Some(Duration::from_secs(1))).is_ok()
@@ -118,17 +107,11 @@ impl Etcd {
     }
 
     pub(crate) fn ctl(&self, args: &[&str]) -> String {
-        self.try_ctl(args).unwrap_or_else(|| panic!("etcdctl {args:?}\n{}", self.log()))
-    }
-
-    fn try_ctl(&self, args: &[&str]) -> Option<String> {
         let mut command = Command::new("etcdctl");
-        command.env("ETCDCTL_API", "3").arg("--endpoints").arg(self.url());
-        if self.scheme == "https" {
-            command.arg("--cacert").arg(self.path("ca.pem"));
-        }
-        let output = command.args(args).stdin(Stdio::null()).output().unwrap();
-        output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
+        command.env("ETCDCTL_API", "3").arg("--endpoints").arg(self.url()).args(args);
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        assert!(output.status.success(), "etcdctl {args:?}: {output:?}\n{}", self.log());
+        String::from_utf8(output.stdout).unwrap()
     }
 
     /// One key as etcd tells it: value, lease, revisions.
@@ -155,14 +138,21 @@ impl Drop for Etcd {
     }
 }
 
+/// Not one of those that the kernel gives to connections: somebody could have it by the time etcd is started again.
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    loop {
+        let random = RandomState::new().build_hasher().finish();
+        let port = 20_000 + u16::try_from(random % 10_000).unwrap();
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// Short elections, for a quick start. When the test is killed, the kernel kills it.
-fn spawn(dir: &Path, scheme: &str, port: u16, peer: u16, extra: &[String]) -> Child {
+fn spawn(dir: &Path, port: u16, peer: u16) -> Child {
     let log = fs::OpenOptions::new().create(true).append(true).open(dir.join("log")).unwrap();
-    let (client, peer) = (format!("{scheme}://127.0.0.1:{port}"), format!("http://127.0.0.1:{peer}"));
+    let (client, peer) = (format!("http://127.0.0.1:{port}"), format!("http://127.0.0.1:{peer}"));
     Command::new("setpriv")
         .args(["--pdeathsig", "KILL", "etcd", "--name", "test", "--data-dir"])
         .arg(dir.join("data"))
@@ -170,7 +160,6 @@ fn spawn(dir: &Path, scheme: &str, port: u16, peer: u16, extra: &[String]) -> Ch
         .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
         .args(["--initial-cluster", &format!("test={peer}"), "--logger", "zap"])
         .args(["--heartbeat-interval", "10", "--election-timeout", "100"])
-        .args(extra)
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
         .stderr(log)
