@@ -7,7 +7,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use flannel_tests::flanneld::{Flanneld, PREFIX, Pod, SUBNET_FILE, SubnetEnv, leases, put_config};
+use flannel_tests::flanneld::{
+    Flanneld, PREFIX, Pod, SUBNET_FILE, SubnetEnv, leases, put_config, time_to_live,
+};
 use flannel_tests::{
     Host, Lab, PingStream, Signal, binaries, eventually, in_lab, ping_within, secs, unchanged,
 };
@@ -142,6 +144,91 @@ fn a_network_that_overlaps_a_route_of_the_host_is_refused() {
         host.sh("ip route del 10.100.32.0/20")?;
         daemon.ready()?;
         ensure!(leases(lab)?.len() == 1);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_change_to_a_network_that_overlaps_is_refused_and_changes_nothing() {
+    const OTHER: &str = r#"{"Network":"10.200.0.0/16","Backend":{"Type":"vxlan"}}"#;
+    in_lab(Lab::new("overlap-later").etcd(), |lab| {
+        put_config(lab, VXLAN)?;
+        let daemons = Flanneld::start_all(lab)?;
+        let host = lab.host(1);
+        eventually("the peer", FOLLOW, || host.out(&["ip", "route"]).is_ok_and(|r| r.contains(" onlink")))?;
+        host.sh("ip route add 10.200.32.0/20 via 10.77.0.1 dev eth0")?;
+        let (before, env) = (host.network_state()?, SubnetEnv::read(host)?);
+
+        put_config(lab, OTHER)?;
+        daemons[0].daemon().wait_log("E105", FOLLOW)?;
+        // The other host has nothing in the way and goes ahead.
+        eventually("the other host moves", FOLLOW, || {
+            starts(&SubnetEnv::read(lab.host(2))?.subnet(), "10.200.")
+        })?;
+        thread::sleep(Duration::from_millis(500));
+        ensure!(SubnetEnv::read(host)? == env && leases(lab)?.contains_key(&env.key()));
+        let now = host.out(&["ip", "-br", "addr", "show", "flannel.1"])?;
+        ensure!(now.contains(&format!("{}/32", env.base())), "{now}");
+        let routes = host.out(&["ip", "route", "show", "10.200.32.0/20"])?;
+        ensure!(!routes.is_empty(), "a route of the host's own is gone");
+        let lines = |text: &str| {
+            text.lines().filter(|line| line.contains("10.200.")).map(str::to_owned).collect::<Vec<_>>()
+        };
+        ensure!(lines(&before) == lines(&host.network_state()?), "{}", host.network_state()?);
+
+        host.sh("ip route del 10.200.32.0/20")?;
+        eventually("this host moves too", FOLLOW, || starts(&SubnetEnv::read(host)?.subnet(), "10.200."))?;
+        for host in lab.hosts() {
+            eventually(format!("only the new network on {}", host.name()), FOLLOW, || {
+                let state = host.network_state()?;
+                ensure!(!state.contains("10.100.") && state.contains(" onlink"), "{state}");
+                Ok(())
+            })?;
+        }
+        ensure!(leases(lab)?.keys().all(|key| key.starts_with("10.200.")), "{:?}", leases(lab)?);
+        let envs = lab.hosts().iter().map(SubnetEnv::read).collect::<Result<Vec<_>>>()?;
+        let pods = [Pod::new(lab.host(1), &envs[0], 2)?, Pod::new(lab.host(2), &envs[1], 2)?];
+        ping_within(FOLLOW, &pods[0], pods[1].ip())
+    });
+}
+
+fn starts(text: &str, start: &str) -> Result<()> {
+    ensure!(text.starts_with(start), "{text}");
+    Ok(())
+}
+
+#[test]
+fn a_lease_that_is_lost_is_acquired_again() {
+    in_lab(Lab::new("lost").etcd(), |lab| {
+        put_config(lab, VXLAN)?;
+        let daemons = Flanneld::start_all(lab)?;
+        let (env, peer) = (SubnetEnv::read(lab.host(1))?, SubnetEnv::read(lab.host(2))?);
+        let pods = [Pod::new(lab.host(1), &env, 2)?, Pod::new(lab.host(2), &peer, 2)?];
+        ping_within(FOLLOW, &pods[0], pods[1].ip())?;
+        // Deleted by hand, as when an operator tidies up too much: the same subnet again.
+        lab.etcdctl(&["del", &format!("{PREFIX}/subnets/{}", env.key())])?;
+        eventually("the key is back", FOLLOW, || {
+            leases(lab).is_ok_and(|leases| leases.contains_key(&env.key()))
+        })?;
+        ensure!(daemons[0].said("ERROR E109").len() == 1, "{:#?}", daemons[0].said("E109"));
+        ensure!(leases(lab)?.len() == 2 && daemons[0].daemon().alive());
+        ensure!(time_to_live(lab, &env.key())?.is_some_and(|(left, _)| left > 86_000));
+        ping_within(FOLLOW, &pods[0], pods[1].ip())?;
+        ensure!(SubnetEnv::read(lab.host(1))? == env);
+
+        // Somebody else has written himself into it: this host must not use it any more.
+        let thief = r#"{"PublicIP":"10.77.0.99","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:99"}}"#;
+        lab.etcdctl(&["put", &format!("{PREFIX}/subnets/{}", env.key()), thief])?;
+        eventually("another subnet", FOLLOW, || {
+            let now = SubnetEnv::read(lab.host(1))?;
+            ensure!(now.subnet() != env.subnet(), "{}", now.text);
+            ensure!(leases(lab)?.contains_key(&now.key()), "{:?}", leases(lab)?);
+            Ok(())
+        })?;
+        ensure!(
+            leases(lab)?.get(&env.key()).is_some_and(|value| value == thief),
+            "the other's lease was touched"
+        );
         Ok(())
     });
 }
