@@ -100,7 +100,7 @@ fn measure(backend: &str) -> Result<Figures> {
     let (file, routes) = (host.path(SUBNET_FILE), format!("/proc/{}/net/route", host.pid()));
     while env.is_none() || all.is_none() {
         ensure!(
-            start.elapsed() < secs(120) && daemon.alive(),
+            start.elapsed() < secs(60) && daemon.alive(),
             "not there after {:?}\n{}",
             start.elapsed(),
             daemon.tail()
@@ -155,11 +155,10 @@ fn fill(lab: &Lab, backend: &str) -> Result<()> {
                 _ => String::new(),
             };
             let public = format!("10.88.{}.{}", 1 + n / 250, 1 + n % 250);
-            writeln!(
-                text,
-                r#"put --lease={lease} {PREFIX}/subnets/172.{}.{low}.0-24 '{{"PublicIP":"{public}","PublicIPv6":null,"BackendType":"{backend}"{data}}}'"#,
-                16 + high
-            )?;
+            let value =
+                format!(r#"{{"PublicIP":"{public}","PublicIPv6":null,"BackendType":"{backend}"{data}}}"#);
+            // etcdctl takes it in quotes, as a Go string.
+            writeln!(text, "put --lease={lease} {PREFIX}/subnets/172.{}.{low}.0-24 {value:?}", 16 + high)?;
         }
         text.push_str("\n\n");
         let mut input = tempfile::tempfile()?;

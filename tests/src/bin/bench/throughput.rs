@@ -28,7 +28,9 @@ pub(crate) fn run() -> Result<()> {
     let plain = plain(lab.host(1))?;
     for server in [&pods[1] as &dyn Place, &plain[1]] {
         // Server and client each have a processor of their own.
-        server.spawn("iperf3", &["iperf3", "-s", "-A", "1"], &[])?.wait_log("Server listening", secs(5))?;
+        server
+            .spawn("iperf3", &["iperf3", "-s", "--forceflush", "-A", "1"], &[])?
+            .wait_log("Server listening", secs(5))?;
     }
     let mut seen = vec![vec![Vec::new(); STREAMS.len()]; 1 + FLANNEL.len()];
     for round in 0..ROUNDS {
