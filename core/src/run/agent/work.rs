@@ -41,6 +41,8 @@ pub(super) struct Work {
     /// The document as it was last parsed, and what it said.
     document: Option<String>,
     config: Option<Arc<NetworkConfig>>,
+    /// The newest config that this host can serve: it stays in force while a later one cannot be.
+    served: Option<Arc<NetworkConfig>>,
     config_trouble: Option<Finding>,
     survey: Option<Survey>,
     survey_trouble: Option<Finding>,
@@ -91,6 +93,7 @@ impl Work {
             kernel_notice,
             document: None,
             config: None,
+            served: None,
             config_trouble: None,
             survey: None,
             survey_trouble: None,
@@ -226,6 +229,7 @@ impl Work {
                     self.look(Reason::Uplink, Duration::ZERO);
                 }
                 self.survey = Some(survey);
+                self.served = self.config.clone();
                 self.survey_trouble = None;
             }
             Err(finding) => self.survey_trouble = Some(finding),
@@ -268,7 +272,7 @@ impl Work {
     /// Keeps what is true now for a start without the store.
     fn save(&mut self) {
         let (Some(document), Some(own)) = (&self.document, &self.own) else { return };
-        if self.config_trouble.is_some() {
+        if self.config_trouble.is_some() || self.survey_trouble.is_some() {
             return;
         }
         let mut leases = LeaseSet { leases: self.leases.leases.clone(), ..LeaseSet::default() };
@@ -299,7 +303,7 @@ impl Work {
             }
             self.told.clone_from(&waiting);
         }
-        let lease = match (&self.config, &self.own, &self.survey) {
+        let lease = match (&self.served, &self.own, &self.survey) {
             (Some(config), Some(own), Some(survey)) => {
                 Some(Leased { config: config.clone(), own: own.clone(), mtu: survey.mtu })
             }
@@ -335,7 +339,7 @@ impl Work {
         let idle = if self.survey_trouble.is_some() { WAIT } else { self.settings.resync };
         self.next_look = Instant::now() + idle;
         self.survey_due |= self.survey_trouble.is_some() || self.survey.is_none();
-        let (Some(config), Some(own), Some(survey)) = (&self.config, &self.own, &self.survey) else { return };
+        let (Some(config), Some(own), Some(survey)) = (&self.served, &self.own, &self.survey) else { return };
         let inputs = Inputs {
             config: config.clone(),
             own: own.clone(),
@@ -369,7 +373,12 @@ impl Work {
 
     /// After the first pass, so that whoever waits for the file finds a data path.
     fn write_subnet_file(&mut self, mtu: Option<Mtu>) -> bool {
-        let (Some(config), Some(own), Some(mtu)) = (&self.config, &self.own, mtu) else { return false };
+        let (Some(config), Some(own), Some(mtu)) = (&self.served, &self.own, mtu) else { return false };
+        // After a change of Network the old subnet is kept until there is one of the new; the file never names both.
+        let inside = |subnet: Prefix| config.cidrs().any(|cidr| cidr.covers(&subnet));
+        if ![Family::V4, Family::V6].into_iter().filter_map(|family| own.subnets.of(family)).all(inside) {
+            return false;
+        }
         let env = SubnetEnv {
             networks: config.cidrs().collect(),
             subnets: [Family::V4, Family::V6].into_iter().filter_map(|family| gateway(own, family)).collect(),
