@@ -61,6 +61,17 @@ impl Addresses {
         Ok(Self { ledger, pool: Pool::new(subnet)? })
     }
 
+    /// The same if the network has a ledger, without making one.
+    pub(crate) fn find(
+        subnet_file: &Path,
+        ledger_dir: &Path,
+        network: &NetworkName,
+        subnet: Prefix,
+    ) -> Result<Option<Self>, AddressError> {
+        let Some(ledger) = Ledger::find(subnet_file, ledger_dir, network.ledger())? else { return Ok(None) };
+        Ok(Some(Self { ledger, pool: Pool::new(subnet)? }))
+    }
+
     /// Claims the next free address, of `range` if there is one.
     pub(crate) fn claim_any(&self, range: Option<Prefix>) -> Result<InterfaceAddress, AddressError> {
         let held = self.ledger.lock()?;
@@ -137,6 +148,10 @@ impl Addresses {
         keeps: impl Fn(IpAddr) -> bool,
         lives: impl Fn(&str) -> bool,
     ) -> Result<Vec<IpAddr>, AddressError> {
+        // Locking would make a ledger that is not there, or not any more.
+        if self.ledger.look()?.is_empty() {
+            return Ok(Vec::new());
+        }
         let held = self.ledger.lock()?;
         let mut freed = Vec::new();
         for entry in held.entries()? {

@@ -162,9 +162,8 @@ impl Networks {
     fn addresses_held(&self, network: &NetworkName) -> bool {
         let file = self.settings.subnet_file(network);
         let ledger = Ledger::find(&file, &self.settings.ledger_dir, network.ledger());
-        let held = ledger.and_then(|ledger| {
-            ledger.map_or(Ok(false), |ledger| Ok(!ledger.lock()?.addresses()?.is_empty()))
-        });
+        let entries = ledger.and_then(|ledger| ledger.map_or(Ok(Vec::new()), |ledger| ledger.look()));
+        let held = entries.map(|entries| !entries.is_empty());
         held.unwrap_or_else(|error| {
             // In doubt it is in use: taking a network from under containers is the worse mistake.
             tracing::warn!(%network, "{}", Refusal::of(&error));
@@ -380,25 +379,31 @@ impl Networks {
         if !known || self.asked_for(network) || self.has_users(network) {
             return Ok(());
         }
-        let file = self.settings.subnet_file(network);
-        let ledger = file.clone();
-        let retired = blocking(move || Ledger::retire(&ledger).map_err(|error| Refusal::of(&error))).await?;
-        if let Retired::InUse(_) = retired {
-            return Ok(());
-        }
+        // The agent first: it looks into the ledger as long as it runs.
+        let served = self.served().remove(network);
         if self.always_runs(network) {
-            self.serve_locked(network, false).await?;
+            if let Some(served) = served {
+                served.agent.stop().await;
+            }
+            let file = self.settings.subnet_file(network);
             // The agent that keeps no bridge does not know of one.
-            blocking(move || remove_bridge(&file)).await?;
+            let taken_down = blocking(move || remove_ledger(&file).and_then(|()| remove_bridge(&file))).await;
+            self.serve_locked(network, false).await?;
+            taken_down?;
         } else {
-            let served = self.served().remove(network);
-            match served {
-                Some(served) => served.agent.retire().await.map_err(Refusal)?,
-                None => retire::everything(&self.settings.common, self.store.network(network))
-                    .await
-                    .map_err(|error| Refusal(format!("{error:#}")))?,
+            if let Some(served) = served {
+                served.agent.retire().await.map_err(Refusal)?;
             }
             self.isolate();
+            // What the agent leaves, or all of it if none ran.
+            let left = retire::everything(&self.settings.common, self.store.network(network)).await;
+            if let Err(error) = left {
+                if self.has_users(network) {
+                    // A container of CNI came in this very moment.
+                    self.serve_locked(network, true).await?;
+                }
+                return Err(Refusal(format!("{error:#}")));
+            }
             let defined = self.journal.pools().get(network.as_str()).and_then(|record| record.defined);
             self.catalogue.undefine(network, defined.as_deref()).await?;
         }
@@ -466,6 +471,14 @@ impl Networks {
             true => String::new(),
             false => format!(" (here: {})", parts.join(", ")),
         }
+    }
+}
+
+/// Removes the ledger of a network that nobody is on any more.
+fn remove_ledger(subnet_file: &Path) -> Result<(), Refusal> {
+    match Ledger::retire(subnet_file).map_err(|error| Refusal::of(&error))? {
+        Retired::Absent | Retired::Gone => Ok(()),
+        Retired::InUse(held) => Err(Refusal(format!("its ledger holds {} addresses again", held.len()))),
     }
 }
 

@@ -177,19 +177,20 @@ impl Plugin {
             }
         }
         for (network, subnet) in self.networks.subnets_here() {
-            let swept = self.addresses(&network, subnet).and_then(|addresses| {
-                let lives = |endpoint: &str| self.journal.endpoints().get(endpoint).is_some();
-                addresses
-                    .sweep(|address| self.keeps(&network, address), lives)
-                    .map_err(|error| Refusal::of(&error))
-            });
+            let file = self.settings.subnet_file(&network);
+            let swept =
+                Addresses::find(&file, &self.settings.ledger_dir, &network, subnet).and_then(|found| {
+                    let lives = |endpoint: &str| self.journal.endpoints().get(endpoint).is_some();
+                    let keeps = |address| self.keeps(&network, address);
+                    found.map_or(Ok(Vec::new()), |addresses| addresses.sweep(keeps, lives))
+                });
             match swept {
                 Ok(freed) => {
                     for address in freed {
                         tracing::info!(%network, %address, "reclaimed: no endpoint came for it");
                     }
                 }
-                Err(Refusal(text)) => tracing::warn!(%network, "ledger not swept: {text}"),
+                Err(error) => tracing::warn!(%network, "ledger not swept: {}", Refusal::of(&error)),
             }
         }
         self.networks.let_go_of_stale();

@@ -101,6 +101,14 @@ impl Reconciler {
         let _ = self.work.send(Work::Pass(Box::new(inputs), reason));
     }
 
+    /// Waits until nothing is changed any more: another agent, or nobody, may have other plans.
+    pub(super) async fn end(self) {
+        let Self { work, mut outcome } = self;
+        drop(work);
+        // The thread holds the other end until its last pass is over.
+        while outcome.changed().await.is_ok() {}
+    }
+
     /// Takes everything of the network away from the kernel.
     pub(super) async fn retire(&self, cidrs: BTreeSet<Prefix>) -> Result<Report, String> {
         let (reply, answer) = tokio::sync::oneshot::channel();
@@ -244,8 +252,8 @@ fn ports(kernel: &mut Kernel, place: &Place) -> Result<BTreeSet<LinkName>, World
 /// Who is in the ledger. A ledger that cannot be read now is read again at the next pass.
 fn holders(subnet_file: &Path) -> Vec<Attachment> {
     let Ok(Some(dir)) = marker::read(&ledger_marker(subnet_file)) else { return Vec::new() };
-    let ledger = Ledger::at(dir);
-    let entries = ledger.lock().and_then(|held| held.entries()).unwrap_or_default();
+    // Not locked: a pass holds nobody up, and must not bring back a ledger that is just being removed.
+    let entries = Ledger::at(dir).look().unwrap_or_default();
     entries.into_iter().map(|entry| entry.owner).collect()
 }
 

@@ -129,6 +129,25 @@ impl Ledger {
         self.lock_within(LOCK_DEADLINE, &boot_id()?)
     }
 
+    /// Who holds what, without locking and without making anything: for who only looks. A ledger that is not there is empty;
+    /// an entry that is being written at this moment may be missing.
+    pub fn look(&self) -> Result<Vec<Entry>, LedgerError> {
+        let files = match fs::read_dir(&self.dir) {
+            Ok(files) => files,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(source) => return Err(LedgerError::Io { action: "list", path: self.dir.clone(), source }),
+        };
+        let mut entries = Vec::new();
+        for file in files {
+            let name = file.map_err(LedgerError::io("list", &self.dir))?.file_name();
+            let Some(address) = name.to_str().and_then(|name| name.parse::<IpAddr>().ok()) else { continue };
+            // Given back since it was listed: not there.
+            let text = fs::read_to_string(self.dir.join(name)).unwrap_or_default();
+            entries.extend(parse(&text).map(|owner| Entry { address, owner }));
+        }
+        Ok(entries)
+    }
+
     fn lock_within(&self, deadline: Duration, boot_id: &str) -> Result<HeldLedger<'_>, LedgerError> {
         let held = HeldLedger { ledger: self, _lock: flock(&self.dir, deadline)? };
         held.forget_earlier_boots(boot_id)?;

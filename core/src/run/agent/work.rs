@@ -132,6 +132,7 @@ impl Work {
                         return;
                     }
                     Some(Command::Stop(reply)) => {
+                        self.reconciler.end().await;
                         let _ = reply.send(());
                         return;
                     }

@@ -1,226 +1,22 @@
 //! The Docker plugin over its socket, with requests as real engines send them, on the embedded store. No engine is needed:
 //! what an engine does between the calls is played here.
 
-use std::cell::Cell;
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+mod engine;
+
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use flannel_tests::{Daemon, Host, Lab, LabPlan, eventually, in_lab, secs};
+use flannel_tests::{Lab, LabPlan, eventually, in_lab, secs};
 use serde_json::{Value, json};
 
-const SOCKET: &str = "/run/docker/plugins/flannel.sock";
+use engine::{Plugin, SOCKET, endpoint_request, names, network_request, pool_request, program_request};
+
 /// What engines send as `NetworkID` and `EndpointID`.
 const NETWORK: &str = "9b6c1f40cafb7e27ff6760ff154a456669ede2c892d0f4f3b37acf3c2ca22d17";
 const ENDPOINT: &str = "0b60d1f12c07ade703ac2a06e9aa2ea420550195d848f4a9122ca1dcc07ee910";
 
 fn one_host(name: &str) -> LabPlan {
     Lab::new(name).hosts(1)
-}
-
-/// A plugin on a host, and an engine's side of its socket.
-struct Plugin<'a> {
-    host: &'a Host,
-    flags: Vec<&'a str>,
-    daemon: Daemon,
-    /// Kill the plugin with SIGKILL before every call, and start it again.
-    restless: Cell<bool>,
-}
-
-struct Answer {
-    status: u16,
-    body: String,
-}
-
-impl<'a> Plugin<'a> {
-    fn start(host: &'a Host, flags: &[&'a str]) -> Result<Self> {
-        let daemon = spawn(host, flags)?;
-        let plugin = Self { host, flags: flags.to_vec(), daemon, restless: Cell::new(false) };
-        plugin.listens()?;
-        Ok(plugin)
-    }
-
-    fn listens(&self) -> Result<()> {
-        eventually("the plugin listens", secs(5), || UnixStream::connect(self.socket()).is_ok())
-            .with_context(|| self.daemon.tail())
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.host.path(SOCKET)
-    }
-
-    fn kill_and_restart(&mut self) -> Result<()> {
-        self.daemon.crash()?;
-        self.daemon = spawn(self.host, &self.flags)?;
-        self.listens()
-    }
-
-    /// One request, with the headers of engine 20.10: an empty Host and no Content-Type.
-    fn post(&self, method: &str, body: &str) -> Result<Answer> {
-        self.send(&format!(
-            "POST /{method} HTTP/1.1\r\nHost: \r\nUser-Agent: Go-http-client/1.1\r\nContent-Length: {}\r\n\
-             Accept: application/vnd.docker.plugins.v1.2+json\r\nConnection: close\r\n\r\n{body}",
-            body.len()
-        ))
-    }
-
-    fn send(&self, request: &str) -> Result<Answer> {
-        let mut stream = UnixStream::connect(self.socket())?;
-        stream.set_read_timeout(Some(secs(10)))?;
-        stream.write_all(request.as_bytes())?;
-        let mut said = String::new();
-        stream.read_to_string(&mut said)?;
-        let (head, body) = said.split_once("\r\n\r\n").with_context(|| format!("no answer in {said:?}"))?;
-        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
-        Ok(Answer {
-            status: status.with_context(|| format!("no status in {head:?}"))?,
-            body: body.to_owned(),
-        })
-    }
-
-    /// A call that must succeed.
-    fn call(&mut self, method: &str, request: &Value) -> Result<Value> {
-        if self.restless.get() {
-            self.kill_and_restart()?;
-        }
-        let answer = self.post(method, &format!("{request}\n"))?;
-        ensure!(answer.status == 200, "{method} {request}: {} {}", answer.status, answer.body);
-        Ok(serde_json::from_str(&answer.body)?)
-    }
-
-    /// A call that must be refused; the text, which both halves of an engine find.
-    fn refused(&self, method: &str, request: &Value) -> Result<String> {
-        let answer = self.post(method, &format!("{request}\n"))?;
-        ensure!(answer.status == 500, "{method} {request}: {} {}", answer.status, answer.body);
-        let said: Value = serde_json::from_str(&answer.body)?;
-        ensure!(said["Err"] == said["Error"] && said["Err"].is_string(), "{said}");
-        Ok(said["Err"].as_str().unwrap_or_default().to_owned())
-    }
-
-    fn request_pool(&mut self, subnet: &str, options: Value) -> Result<(String, String)> {
-        let answer = self.call("IpamDriver.RequestPool", &pool_request(subnet, options))?;
-        let text = |key: &str| answer[key].as_str().map(str::to_owned).context("no text");
-        Ok((text("PoolID")?, text("Pool")?))
-    }
-
-    fn request_address(&mut self, pool_id: &str, address: &str) -> Result<String> {
-        let request = json!({"PoolID": pool_id, "Address": address, "Options": null});
-        let answer = self.call("IpamDriver.RequestAddress", &request)?;
-        Ok(answer["Address"].as_str().context("no address")?.to_owned())
-    }
-
-    fn request_gateway(&mut self, pool_id: &str) -> Result<String> {
-        let options = json!({"RequestAddressType": "com.docker.network.gateway"});
-        let request = json!({"PoolID": pool_id, "Address": "", "Options": options});
-        let answer = self.call("IpamDriver.RequestAddress", &request)?;
-        Ok(answer["Address"].as_str().context("no address")?.to_owned())
-    }
-
-    /// What `docker network create` makes an engine send; the pool's id and CIDR.
-    fn create_network(&mut self, id: &str, subnet: &str, options: Value) -> Result<(String, String)> {
-        let (pool_id, pool) = self.request_pool(subnet, options)?;
-        let gateway = self.request_gateway(&pool_id)?;
-        self.call("NetworkDriver.CreateNetwork", &network_request(id, "flannel-local", &pool, &gateway))?;
-        Ok((pool_id, pool))
-    }
-
-    /// What `docker run` makes it send; the address.
-    fn run(&mut self, network: &str, endpoint: &str, pool_id: &str, address: &str) -> Result<String> {
-        let address = self.request_address(pool_id, address)?;
-        let answer =
-            self.call("NetworkDriver.CreateEndpoint", &endpoint_request(network, endpoint, &address, ""))?;
-        ensure!(answer["Interface"]["Address"].is_null(), "the engine takes that for a change: {answer}");
-        ensure!(answer["Interface"]["MacAddress"].is_string(), "no MAC in {answer}");
-        self.join(network, endpoint)?;
-        self.call(
-            "NetworkDriver.ProgramExternalConnectivity",
-            &program_request(network, endpoint, json!([])),
-        )?;
-        for _ in 0..2 {
-            let value = self.call("NetworkDriver.EndpointOperInfo", &names(network, endpoint))?;
-            ensure!(value == json!({"Value": {}}), "{value}");
-        }
-        Ok(address)
-    }
-
-    fn join(&mut self, network: &str, endpoint: &str) -> Result<Value> {
-        let sandbox = "/var/run/docker/netns/7355b04854cc";
-        let request = json!({
-            "NetworkID": network, "EndpointID": endpoint, "SandboxKey": sandbox,
-            "Options": {"com.docker.network.endpoint.exposedports": [], "com.docker.network.portmap": []},
-        });
-        self.call("NetworkDriver.Join", &request)
-    }
-
-    /// What `docker stop` makes it send.
-    fn end(&mut self, network: &str, endpoint: &str, pool_id: &str, address: &str) -> Result<()> {
-        self.call("NetworkDriver.RevokeExternalConnectivity", &names(network, endpoint))?;
-        self.call("NetworkDriver.Leave", &names(network, endpoint))?;
-        self.call("NetworkDriver.DeleteEndpoint", &names(network, endpoint))?;
-        self.release(pool_id, address)
-    }
-
-    fn release(&mut self, pool_id: &str, address: &str) -> Result<()> {
-        let address = address.split('/').next().unwrap_or_default();
-        self.call("IpamDriver.ReleaseAddress", &json!({"PoolID": pool_id, "Address": address})).map(drop)
-    }
-
-    /// What `docker network rm` makes it send.
-    fn remove_network(&mut self, id: &str, pool_id: &str, gateway: &str) -> Result<()> {
-        self.release(pool_id, gateway)?;
-        self.call("IpamDriver.ReleasePool", &json!({"PoolID": pool_id}))?;
-        self.call("NetworkDriver.DeleteNetwork", &json!({"NetworkID": id})).map(drop)
-    }
-
-    /// Everything as it was before the first network.
-    fn nothing_is_left(&self, before: &str) -> Result<()> {
-        eventually("nothing is left in the kernel", secs(8), || {
-            let now = self.host.network_state()?;
-            ensure!(now == before, "{now}\n--- before:\n{before}\n{}", self.daemon.tail());
-            Ok(())
-        })?;
-        let files = self
-            .host
-            .sh("cd /; find var/lib/cni/networks/* run/flannel -type f -o -type l 2>/dev/null || true; \
-             find var/lib/flannel -type f -not -name '*.lock' -not -name lock; true")?;
-        ensure!(files.is_empty(), "files are left:\n{files}\n{}", self.daemon.tail());
-        Ok(())
-    }
-}
-
-fn spawn(host: &Host, flags: &[&str]) -> Result<Daemon> {
-    host.spawn("flannel-docker-plugin", &[&["flannel-docker-plugin"], flags].concat(), &[])
-}
-
-fn pool_request(subnet: &str, options: Value) -> Value {
-    json!({"AddressSpace": "flannel-local", "Pool": subnet, "SubPool": "", "Options": options, "V6": false})
-}
-
-fn network_request(id: &str, space: &str, pool: &str, gateway: &str) -> Value {
-    json!({
-        "NetworkID": id,
-        "Options": {"com.docker.network.enable_ipv6": false, "com.docker.network.generic": {}},
-        "IPv4Data": [{"AddressSpace": space, "Gateway": gateway, "Pool": pool}],
-        "IPv6Data": [],
-    })
-}
-
-fn endpoint_request(network: &str, endpoint: &str, address: &str, mac: &str) -> Value {
-    json!({
-        "NetworkID": network, "EndpointID": endpoint,
-        "Interface": {"Address": address, "AddressIPv6": "", "MacAddress": mac},
-        "Options": {"com.docker.network.endpoint.exposedports": [], "com.docker.network.portmap": []},
-    })
-}
-
-fn program_request(network: &str, endpoint: &str, ports: Value) -> Value {
-    json!({"NetworkID": network, "EndpointID": endpoint, "Options": {"com.docker.network.portmap": ports}})
-}
-
-fn names(network: &str, endpoint: &str) -> Value {
-    json!({"NetworkID": network, "EndpointID": endpoint})
 }
 
 /// An id of an engine, made of a word.
@@ -649,6 +445,40 @@ fn networks_are_defined_once_and_joined_after_that() {
             plugin.remove_network(&id(network), pool_id, "10.244.0.1")?;
         }
         plugin.nothing_is_left(&before)
+    });
+}
+
+#[test]
+fn a_clusters_default_network_stays_without_its_bridge() {
+    in_lab(one_host("cluster").etcd(), |lab| {
+        let host = lab.host(1);
+        let config = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
+        lab.etcdctl(&["put", "/coreos.com/network/config", config])?;
+        let endpoints = format!("--etcd-endpoints={}", lab.etcd_endpoint());
+        let mut plugin = Plugin::start(host, &[&endpoints])?;
+        // CNI on this host reads it, whether Docker has a network or not.
+        let env = eventually("subnet.env", secs(5), || host.read("/run/flannel/subnet.env"))?;
+        let before = eventually("the tunnel", secs(5), || -> Result<String> {
+            let now = host.network_state()?;
+            ensure!(now.contains("flannel.1") && !now.contains("cni0"), "{now}");
+            Ok(now)
+        })?;
+        for network in ["one", "two"] {
+            let (pool_id, pool) = plugin.create_network(&id(network), "10.100.0.0/16", json!({}))?;
+            plugin
+                .run(&id(network), ENDPOINT, &pool_id, "")
+                .and_then(|address| plugin.end(&id(network), ENDPOINT, &pool_id, &address))?;
+            plugin.remove_network(&id(network), &pool_id, &pool.replace(".0/24", ".1"))?;
+            eventually("the bridge is gone and all else is as before", secs(8), || -> Result<()> {
+                let now = host.network_state()?;
+                ensure!(now == before, "{now}\n--- before\n{before}\n{}", plugin.daemon.tail());
+                ensure!(!host.exists("/var/lib/cni/networks/cbr0"), "the ledger is left");
+                Ok(())
+            })?;
+            ensure!(host.read("/run/flannel/subnet.env")? == env);
+        }
+        ensure!(lab.etcdctl(&["get", "--print-value-only", "/coreos.com/network/config"])? == config);
+        Ok(())
     });
 }
 
