@@ -7,10 +7,10 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use flannel_core::decide::backend;
-use flannel_core::decide::plan::{Inputs, Plan, PlanError, overlap, plan};
+use flannel_core::decide::plan::{Inputs, Plan, PlanError, overlap, plan, remains};
 use flannel_core::words::addr::{Family, Prefix};
 use flannel_core::words::config::NetworkConfig;
-use flannel_core::words::fact::RouteProtocol;
+use flannel_core::words::fact::{Fact, RouteProtocol};
 use flannel_core::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
 use flannel_core::words::name::{LinkName, NetworkName};
 use flannel_core::words::node::{HostRoute, Identity, Node, Uplink};
@@ -234,18 +234,17 @@ fn a_node_with_everything() {
 }
 
 #[test]
-fn a_retired_network_takes_the_bridge_and_leaves_the_ports() {
+fn only_an_agent_that_keeps_a_bridge_touches_it() {
     let mut case = Case::new(VXLAN, "10.100.5.0-24");
-    let port = LinkName::new("veth0123456789a").unwrap();
-    case.bridge = Some(case.network.bridge());
+    let (bridge, port) = (case.network.bridge(), LinkName::new("veth0123456789a").unwrap());
     case.node.ports = BTreeSet::from([port]);
-    let (plan, retired) = (case.plan(), case.plan().retired());
-    assert!(plan.territory.links.contains(&port));
-    assert!(!retired.territory.links.contains(&port));
-    assert!(retired.territory.links.contains(&case.network.bridge()));
-    // A bridge that this agent does not keep is not its to remove.
-    case.bridge = None;
-    assert!(!case.plan().territory.links.contains(&case.network.bridge()));
+    assert!(case.plan().territory.links.is_disjoint(&BTreeSet::from([bridge, port])));
+    case.bridge = Some(bridge);
+    assert!(case.plan().territory.links.is_superset(&BTreeSet::from([bridge, port])));
+    // With the alias, an agent without a bridge would find them.
+    let marked =
+        |fact: &Fact| matches!(fact, Fact::Link(l) if l.alias.is_some() && l.name.as_str() != "flannel.1");
+    assert!(!case.plan().facts.iter().any(marked));
 }
 
 #[test]
@@ -354,13 +353,15 @@ fn a_family_that_is_not_enabled_here_is_ignored() {
 }
 
 #[test]
-fn a_retired_network_keeps_its_territory_and_wants_nothing() {
+fn a_plan_may_touch_what_is_left_of_its_network_and_what_it_wants() {
     let case = Case::new(VXLAN, "10.100.5.0-24").peer("10.100.9.0-24", &vxlan_peer(2));
-    let (plan, retired) = (case.plan(), case.plan().retired());
-    assert!(retired.facts.is_empty() && !plan.facts.is_empty());
-    assert_eq!(retired.territory, plan.territory);
-    assert_eq!(plan.territory.alias.as_deref(), Some("flannel network default"));
-    assert_eq!(plan.territory.cidrs.iter().map(Prefix::to_string).collect::<Vec<_>>(), ["10.100.0.0/16"]);
+    let (planned, left) = (case.plan().territory, remains(&case.network, case.config.cidrs()));
+    assert_eq!(left.alias.as_deref(), Some("flannel network default"));
+    assert_eq!(left.cidrs.iter().map(Prefix::to_string).collect::<Vec<_>>(), ["10.100.0.0/16"]);
+    assert_eq!(left.tables.iter().map(|table| table.name.as_str()).collect::<Vec<_>>(), ["flannel"]);
+    assert_eq!((planned.alias, planned.cidrs, planned.tables), (left.alias, left.cidrs, left.tables));
+    assert_eq!(planned.links.iter().map(|link| link.as_str()).collect::<Vec<_>>(), ["flannel.1"]);
+    assert!(left.links.is_empty() && left.accepts && planned.accepts);
 }
 
 #[test]

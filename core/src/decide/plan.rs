@@ -130,28 +130,6 @@ fn plan_bridge(name: LinkName, mtu: Mtu, scene: &Scene<'_>, draft: &mut Draft) {
     }
 }
 
-impl Plan {
-    /// The same plan, and what an earlier one of this network may have left where this one would not look: routes in
-    /// an earlier CIDR, tables of an earlier kind. Its devices carry the network's alias and are found anyway.
-    pub fn after(mut self, earlier: &Territory) -> Self {
-        self.territory.cidrs.extend(&earlier.cidrs);
-        self.territory.tables.extend(earlier.tables.iter().cloned());
-        self.territory.accepts |= earlier.accepts;
-        self
-    }
-
-    /// The plan of a network that leaves this node: the same territory, and nothing in it. The ports stay; they belong
-    /// to whoever attached the endpoints.
-    pub fn retired(mut self) -> Self {
-        self.facts.retain(|fact| matches!(fact, Fact::BridgePort(_)));
-        for port in std::mem::take(&mut self.facts) {
-            self.territory.links.retain(|link| Some(*link) != port.link());
-        }
-        self.findings.clear();
-        self
-    }
-}
-
 /// The territory of a network of which nothing is known any more but its name and, perhaps, its CIDRs: what an agent that
 /// does not run left behind. The bridge is not in it, because the name alone does not say what it is called.
 pub fn remains(network: &NetworkName, cidrs: impl IntoIterator<Item = Prefix>) -> Territory {

@@ -4,13 +4,13 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use flannel_core::decide::backend;
-use flannel_core::decide::plan::{Inputs, Plan, plan};
+use flannel_core::decide::plan::{Inputs, Plan, plan, remains};
 use flannel_core::touch::world::World;
 use flannel_core::words::addr::{Family, InterfaceAddress, Mac, Prefix};
 use flannel_core::words::config::NetworkConfig;
 use flannel_core::words::fact::{
-    Address, Change, Fact, Forward, Link, LinkKind, Neighbor, Route, RouteProtocol, RouteScope, VethPeer,
-    Vxlan,
+    Address, Change, Fact, Facts, Forward, Key, Link, LinkKind, Neighbor, Route, RouteProtocol, RouteScope,
+    VethPeer, Vxlan,
 };
 use flannel_core::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
 use flannel_core::words::name::{LinkName, NetworkName};
@@ -262,20 +262,30 @@ impl Scene {
 
     /// What should be true in the end; what the past left outside of today's CIDR belongs to it.
     pub(crate) fn plan(&self) -> Plan {
-        let plan = self.now.plan(self.name, &self.keeps, self.reverse);
-        match &self.past {
-            Some(past) => plan.after(&past.plan(self.name, &self.keeps, false).territory),
-            None => plan,
-        }
+        let mut plan = self.now.plan(self.name, &self.keeps, self.reverse);
+        plan.territory
+            .cidrs
+            .extend(self.past.iter().flat_map(|past| past.config().cidrs().collect::<Vec<_>>()));
+        plan
+    }
+
+    /// The same network when it leaves the host: its territory, by name and CIDRs alone, and nothing in it.
+    pub(crate) fn retired(&self) -> Plan {
+        let (network, plan) = (NetworkName::new(self.name).unwrap(), self.plan());
+        let mut territory = remains(&network, plan.territory.cidrs);
+        territory.links.extend(self.keeps.bridge.then(|| network.bridge()));
+        Plan { facts: Facts::default(), territory, ..plan }
     }
 
     /// Makes the host: the ground, other people's things, our past, and what happened to it.
     pub(crate) fn play(&self, world: &mut dyn Bench) {
         for fact in ground().iter().chain(&others()) {
-            // The wire's other end: without it eth0 has no carrier.
-            world.set_link(link_name("far0"), true);
             let result = world.apply(&[Change::Create(fact)]).remove(0);
             result.unwrap_or_else(|error| panic!("{fact}: {error:?}"));
+            if fact.key() == Key::Link(link_name("eth0")) {
+                // The wire's other end: without it eth0 has no carrier.
+                world.set_link(link_name("far0"), true);
+            }
         }
         let past = self.past.as_ref().map(|past| past.plan(self.name, &self.keeps, false));
         // The endpoint is somebody else's; it is on the ground already.
