@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -17,6 +17,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use flannel_core::touch::whole_file;
 use flannel_core::words::addr::{InterfaceAddress, Mac, Prefix};
 use flannel_core::words::name::{LinkName, NetworkName};
 use flannel_core::words::units::Mtu;
@@ -274,12 +275,8 @@ impl<Record: Serialize + DeserializeOwned + Clone> Shelf<Record> {
             let path = path.clone();
             move |source| JournalError::Io { action, path, source }
         };
-        let fresh = path.with_extension("tmp");
         let mut records = self.lock();
-        let mut file = File::create(&fresh).map_err(failed("write"))?;
-        file.write_all(&text).and_then(|()| file.sync_all()).map_err(failed("write"))?;
-        fs::rename(&fresh, &path).map_err(failed("replace"))?;
-        sync_dir(&self.dir).map_err(failed("sync the directory of"))?;
+        whole_file::write(&path, &text, 0o600).map_err(failed("write"))?;
         records.insert(id.to_owned(), record);
         Ok(())
     }

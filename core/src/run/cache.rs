@@ -5,11 +5,12 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::touch::whole_file;
 use crate::words::lease::{LeaseSet, LeaseValue, Subnets};
 use crate::words::name::NetworkName;
 
@@ -65,13 +66,8 @@ pub fn write(state_dir: &Path, network: &NetworkName, last: &LastGood) -> io::Re
         own: last.own.map(|own| own.key()),
         leases: last.leases.leases.iter().map(|(subnets, value)| (subnets.key(), value.to_json())).collect(),
     };
-    let path = file(state_dir, network);
-    fs::create_dir_all(directory(state_dir, network))?;
-    let fresh = path.with_extension("json.new");
-    let mut file = fs::File::create(&fresh)?;
-    file.write_all(serde_json::to_string(&written)?.as_bytes())?;
-    file.sync_all()?;
-    fs::rename(fresh, path)
+    let text = serde_json::to_string(&written)?;
+    whole_file::write(&file(state_dir, network), text.as_bytes(), 0o644)
 }
 
 #[cfg(test)]

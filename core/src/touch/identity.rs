@@ -3,11 +3,12 @@
 //! **Shape** — `<state dir>/<network>/identity.json`: `{"vtep_mac": "...", "vtep_mac_v6": "..."}`.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::whole_file;
 use super::world::WorldError;
 use super::world::kernel::Kernel;
 use crate::words::addr::Mac;
@@ -77,14 +78,7 @@ fn read(path: &Path) -> Option<Kept> {
 }
 
 fn write(path: &Path, kept: Kept) -> io::Result<()> {
-    if let Some(dir) = path.parent() {
-        fs::create_dir_all(dir)?;
-    }
-    let fresh = path.with_extension("json.new");
-    let mut file = fs::File::create(&fresh)?;
-    file.write_all(serde_json::to_string(&kept)?.as_bytes())?;
-    file.sync_all()?;
-    fs::rename(fresh, path)
+    whole_file::write(path, serde_json::to_string(&kept)?.as_bytes(), 0o644)
 }
 
 #[cfg(test)]

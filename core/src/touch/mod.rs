@@ -5,4 +5,5 @@ pub mod ledger;
 pub mod marker;
 pub mod subnet_env;
 pub mod uplink;
+pub mod whole_file;
 pub mod world;

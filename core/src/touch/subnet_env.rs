@@ -2,12 +2,12 @@
 //! (pkg/subnet/subnet.go `WriteSubnetFile`); flannel's CNI plugin, Docker start-up scripts and people read it.
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions, Permissions};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::net::IpAddr;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use super::whole_file;
 use crate::words::addr::{Family, InterfaceAddress, Prefix};
 use crate::words::units::Mtu;
 
@@ -46,10 +46,8 @@ pub enum SubnetEnvError {
         names: String,
     },
     /// It could not be written.
-    #[error("could not {action} {path}")]
+    #[error("could not write {path}")]
     Write {
-        /// What was tried.
-        action: &'static str,
         /// The file.
         path: PathBuf,
         /// What the system said.
@@ -110,20 +108,8 @@ impl SubnetEnv {
     /// The file's directory is made if need be; a reader sees the old content or the new one, never a part. Mode 0644
     /// whatever the umask.
     pub fn write(&self, path: &Path) -> Result<(), SubnetEnvError> {
-        let failed = |action, path: &Path| {
-            let path = path.to_owned();
-            move |source| SubnetEnvError::Write { action, path, source }
-        };
-        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
-        fs::create_dir_all(dir).map_err(failed("create the directory", dir))?;
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let temporary = dir.join(format!(".{name}.{}", std::process::id()));
-        let written = replace(&temporary, path, self.to_string().as_bytes());
-        if written.is_err() {
-            // Already failing; the reason matters, not a stray temporary file.
-            let _ = fs::remove_file(&temporary);
-        }
-        written.map_err(failed("write", path))
+        whole_file::write(path, self.to_string().as_bytes(), 0o644)
+            .map_err(|source| SubnetEnvError::Write { path: path.to_owned(), source })
     }
 
     /// The network of a family, the first if there are several.
@@ -158,15 +144,6 @@ impl SubnetEnv {
         let first = subnets.next()?;
         subnets.next().is_none().then(|| first.prefix())
     }
-}
-
-fn replace(temporary: &Path, path: &Path, content: &[u8]) -> io::Result<()> {
-    let mut file: File =
-        OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(temporary)?;
-    file.write_all(content)?;
-    file.set_permissions(Permissions::from_mode(0o644))?;
-    file.sync_all()?;
-    fs::rename(temporary, path)
 }
 
 #[derive(Default)]
@@ -272,6 +249,8 @@ fn bridge_address(own: InterfaceAddress) -> IpAddr {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     const BOTH: &str = "FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET=10.5.29.1/24\nFLANNEL_IPV6_NETWORK=fd42:cafe::/48\n\

@@ -8,7 +8,7 @@
 //! **Watching** is inotify, and a slow look for what it misses (an expiry, a file system without it).
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -23,6 +23,7 @@ use tokio::time::{Instant, sleep};
 use super::shelf::{Shelf, publish_down};
 use super::{CALL_DEADLINE, Claim, Created, Held, Renewal, Snapshot, StoreError};
 use crate::decide::allocate::same_holder;
+use crate::touch::whole_file;
 use crate::words::lease::{LeaseValue, OwnLease, Subnets};
 use crate::words::name::NetworkName;
 
@@ -414,16 +415,7 @@ impl Locked {
 
     fn write(&self, name: &str, text: &str) -> Result<(), StoreError> {
         let path = self.dir.join(name);
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let fresh = path.with_file_name(format!(".{name}.new"));
-        let act = || {
-            fs::create_dir_all(path.parent().unwrap_or(&self.dir))?;
-            let mut file = File::create(&fresh)?;
-            file.write_all(text.as_bytes())?;
-            file.sync_all()?;
-            fs::rename(&fresh, &path)
-        };
-        act().map_err(failed("write", &path))
+        whole_file::write(&path, text.as_bytes(), 0o644).map_err(failed("write", &path))
     }
 
     fn read(&self) -> Result<(Shelf, i64), StoreError> {
