@@ -5,9 +5,6 @@
 
 mod work;
 
-use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,51 +12,17 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use self::work::Work;
-use super::health::Counters;
 use super::hold::{self, Hold};
-use super::store::NetworkStore;
-use crate::touch::uplink::UplinkChoice;
-use crate::words::addr::{Family, InterfaceAddress, Prefix};
+use super::settings::AgentSettings;
+use crate::words::addr::{Family, InterfaceAddress};
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
 use crate::words::lease::OwnLease;
-use crate::words::name::{LinkName, NetworkName};
 use crate::words::report::{Finding, Reason};
 use crate::words::units::Mtu;
 
 /// How often what the agent waits for (uplink, lock) is tried again.
 const WAIT: Duration = Duration::from_secs(1);
-
-/// What an agent is to do.
-#[derive(Clone)]
-pub struct AgentSettings {
-    /// Its network.
-    pub network: NetworkName,
-    /// Where config and leases live.
-    pub store: NetworkStore,
-    /// Which interface carries us.
-    pub uplink: UplinkChoice,
-    /// How peers reach us, if not by the uplink's address.
-    pub public_ip: Option<Ipv4Addr>,
-    /// What others read: subnet, MTU.
-    pub subnet_file: PathBuf,
-    /// What survives a restart.
-    pub state_dir: PathBuf,
-    /// Masquerade what leaves the network.
-    pub masquerade: bool,
-    /// Accept forwarded traffic of the network.
-    pub forward: bool,
-    /// Keep this bridge.
-    pub bridge: Option<LinkName>,
-    /// CIDRs that this network's containers must not reach, and the other way round.
-    pub isolated_from: watch::Receiver<BTreeSet<Prefix>>,
-    /// How long before its end the lease is renewed.
-    pub renew_margin: Duration,
-    /// How long without notice until the kernel is looked at all the same.
-    pub resync: Duration,
-    /// Where passes and repairs are counted.
-    pub counters: Counters,
-}
 
 /// What an agent has.
 #[derive(Clone, PartialEq, Eq, Debug)]

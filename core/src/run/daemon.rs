@@ -6,9 +6,10 @@ use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use super::agent::{Agent, AgentSettings};
+use super::agent::Agent;
 use super::cli::CommonFlags;
 use super::health::{self, Counters};
+use super::settings::AgentSettings;
 use super::store::Store;
 use super::{retire, setup};
 use crate::words::name::NetworkName;

@@ -10,6 +10,7 @@ mod journal;
 pub mod kernel_events;
 mod reconcile;
 pub mod retire;
+pub mod settings;
 pub mod setup;
 pub mod store;
 mod survey;

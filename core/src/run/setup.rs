@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use anyhow::Context;
 use tokio::sync::watch;
 
-use super::agent::AgentSettings;
 use super::cli::{CommonFlags, DEFAULT_ENDPOINTS};
 use super::health::Counters;
+use super::settings::AgentSettings;
 use super::store::etcd::split_endpoints;
 use super::store::{EtcdSettings, Store};
 use crate::touch::uplink::UplinkChoice;

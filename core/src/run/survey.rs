@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use super::agent::AgentSettings;
+use super::settings::AgentSettings;
 use crate::act::pass::chain;
 use crate::decide::{backend, plan};
 use crate::touch::world::kernel::Kernel;

@@ -7,12 +7,13 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
-use super::{AgentSettings, Command, Leased, Status, WAIT, gateway};
+use super::{Command, Leased, Status, WAIT, gateway};
 use crate::run::cache::{self, LastGood};
 use crate::run::hold::{self, Hold};
 use crate::run::kernel_events::KernelEvents;
 use crate::run::reconcile::{Inputs, Outcome, Place, Reconciler, backoff};
 use crate::run::retire;
+use crate::run::settings::AgentSettings;
 use crate::run::store::Snapshot;
 use crate::run::survey::{self, Survey};
 use crate::run::tenure::{Offer, Tenure, TenureState};
@@ -61,6 +62,8 @@ pub(super) struct Work {
     last_notice: Instant,
     ready: bool,
     told: Option<Finding>,
+    /// Broken keys that were told while there is no lease, and so no pass that would tell them.
+    told_of_keys: BTreeSet<Finding>,
 }
 
 impl Work {
@@ -110,6 +113,7 @@ impl Work {
             last_notice: Instant::now(),
             ready: false,
             told: None,
+            told_of_keys: BTreeSet::new(),
         })
     }
 
@@ -303,6 +307,13 @@ impl Work {
                 None => tracing::info!(%network, "not waiting any more"),
             }
             self.told.clone_from(&waiting);
+        }
+        if self.own.is_none() {
+            for finding in &snapshot.leases.findings {
+                if self.told_of_keys.insert(finding.clone()) {
+                    tracing::warn!(network = %self.settings.network, "{finding}");
+                }
+            }
         }
         let lease = match (&self.served, &self.own, &self.survey) {
             (Some(config), Some(own), Some(survey)) => {
