@@ -62,7 +62,7 @@ pub(super) struct Work {
     last_notice: Instant,
     ready: bool,
     told: Option<Finding>,
-    /// Broken keys that were told while there is no lease, and so no pass that would tell them.
+    /// Broken keys that were told while no lease is to be had, and so no pass tells them.
     told_of_keys: BTreeSet<Finding>,
 }
 
@@ -308,7 +308,7 @@ impl Work {
             }
             self.told.clone_from(&waiting);
         }
-        if self.own.is_none() {
+        if self.own.is_none() && self.tenure.borrow().waiting.is_some() {
             for finding in &snapshot.leases.findings {
                 if self.told_of_keys.insert(finding.clone()) {
                     tracing::warn!(network = %self.settings.network, "{finding}");
