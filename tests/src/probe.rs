@@ -155,6 +155,14 @@ impl PingStream {
         Ok(Self { ping })
     }
 
+    /// Goes on until that many answers have come, for ten seconds at most; then ends it and counts.
+    pub fn stop_after(self, answers: usize) -> Result<PingCount> {
+        let come = || self.ping.log().lines().filter(|line| line.starts_with('[')).count();
+        // Answers that never come show in the count.
+        let _ = eventually("the answers", secs(10), || come() >= answers);
+        self.stop()
+    }
+
     /// Ends it and counts.
     pub fn stop(self) -> Result<PingCount> {
         let end = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();

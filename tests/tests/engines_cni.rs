@@ -269,7 +269,7 @@ fn a_killed_flanneld_costs_no_packet_and_no_container() {
             ensure!(SubnetEnv::read(node.host)? == node.env, "another subnet after the restart");
         }
         for stream in [there, back] {
-            let seen = stream.stop()?;
+            let seen = stream.stop_after(41)?;
             ensure!(seen.sent > 40 && seen.lost() == 0, "{seen:?}");
         }
         Ok(())
@@ -541,7 +541,7 @@ fn docker_leaves_containerd_alone(hosts: &[Shared<'_>]) -> Result<()> {
     ping(&next.container, one.containerd.ip)?;
     ping(&next.container, two.docker.1)?;
     next.remove("next")?;
-    let seen = stream.stop()?;
+    let seen = stream.stop_after(6)?;
     ensure!(seen.sent > 5 && seen.lost() == 0, "{seen:?}");
     Ok(())
 }

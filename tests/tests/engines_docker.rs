@@ -195,7 +195,7 @@ fn a_killed_plugin_costs_no_packet() {
         ping_within(secs(3), &c3, c2.ip()?)?;
         ensure!(c3.ip()? != c1.ip()?);
         h1.docker(&["rm", "-f", "c3"])?;
-        let count = stream.stop()?;
+        let count = stream.stop_after(61)?;
         ensure!(count.lost() == 0 && count.sent > 60, "{count:?}\n{}", plugin.tail());
         Ok(())
     });

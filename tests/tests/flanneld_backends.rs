@@ -194,7 +194,7 @@ fn a_killed_flanneld_costs_no_packet() {
         daemons[0] = Flanneld::start(lab, lab.host(1))?;
         daemons[0].ready()?;
         thread::sleep(Duration::from_millis(500)); // what a restart breaks may break when it is over
-        for (way, seen) in [("there", there.stop()?), ("back", back.stop()?)] {
+        for (way, seen) in [("there", there.stop_after(21)?), ("back", back.stop_after(21)?)] {
             ensure!(seen.sent >= 20 && seen.lost() == 0, "{way}: {seen:?}");
         }
         ensure!(leases(lab)? == held, "{held:?} became {:?}", leases(lab)?);

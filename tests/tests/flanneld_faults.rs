@@ -314,7 +314,7 @@ fn malformed_keys_cost_no_peer() {
         }
         thread::sleep(Duration::from_millis(500));
         unchanged("the kernel", &before, &lab.host(1).network_state()?)?;
-        let seen = stream.stop()?;
+        let seen = stream.stop_after(11)?;
         ensure!(seen.sent > 10 && seen.lost() == 0, "{seen:?}");
         Ok(())
     });
@@ -377,7 +377,7 @@ fn without_etcd_everything_stays_and_afterwards_it_goes_on() {
             })?;
         }
         // One packet may be in the moment between the flush and the repair.
-        let seen = stream.stop()?;
+        let seen = stream.stop_after(201)?;
         ensure!(seen.sent > 200 && seen.longest_gap < REPAIR, "{seen:?}");
         Ok(())
     });
