@@ -7,9 +7,8 @@ use flannel_core::words::config::NetworkConfig;
 use flannel_core::words::name::NetworkName;
 use flannel_core::words::units::Vni;
 
+use crate::answer::{Refusal, blocking};
 use crate::definition::{FALLBACK_CIDR, Wish, free_vni, vni_of};
-use crate::ipam_driver::blocking;
-use crate::server::Refusal;
 use crate::veth;
 
 /// How often two hosts that define networks at the same moment may collide on a VNI.

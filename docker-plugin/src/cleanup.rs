@@ -10,9 +10,9 @@ use flannel_core::run::store::Store;
 use flannel_core::words::name::NetworkName;
 
 use crate::addresses::Addresses;
+use crate::answer::Refusal;
 use crate::catalogue::Catalogue;
 use crate::journal::Journal;
-use crate::server::Refusal;
 use crate::settings::Settings;
 use crate::veth;
 

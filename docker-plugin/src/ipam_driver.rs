@@ -20,10 +20,10 @@ use serde_json::json;
 use flannel_core::words::addr::{InterfaceAddress, Prefix};
 use flannel_core::words::name::NetworkName;
 
+use crate::answer::{Nothing, Refusal, blocking, call, constant};
 use crate::definition::Wish;
 use crate::networks::Part;
 use crate::plugin::Plugin;
-use crate::server::{Nothing, Refusal, call, constant};
 use crate::wire;
 
 /// Address space that our pools of local networks are in; tells our pools from those of an engine's own IPAM.
@@ -210,15 +210,6 @@ async fn release_address(plugin: Arc<Plugin>, request: wire::ReleaseAddress) -> 
         blocking(move || plugin.release(&pool, address)).await?;
     }
     Ok(Nothing {})
-}
-
-/// Runs what waits for a disk or for the kernel beside the runtime's one thread.
-pub(crate) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Refusal> + Send + 'static,
-) -> Result<T, Refusal> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|error| Err(Refusal(format!("the call broke off: {error}"))))
 }
 
 #[cfg(test)]

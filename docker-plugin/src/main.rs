@@ -2,6 +2,7 @@
 //! an engine's network and IPAM calls on a unix socket.
 
 mod addresses;
+mod answer;
 mod catalogue;
 mod cleanup;
 mod definition;
@@ -12,6 +13,7 @@ mod networks;
 mod plugin;
 mod server;
 mod settings;
+mod socket;
 mod veth;
 mod wire;
 
@@ -30,8 +32,8 @@ use flannel_core::run::store::Store;
 use crate::journal::Journal;
 use crate::networks::Networks;
 use crate::plugin::Plugin;
-use crate::server::Socket;
 use crate::settings::Settings;
+use crate::socket::Socket;
 
 /// How often what crashes left behind is looked for.
 const SWEEP_EVERY: Duration = Duration::from_secs(30);
@@ -126,7 +128,7 @@ fn tell_systemd() {
 
 /// Removes everything that the plugin made on this host.
 fn cleanup(settings: Settings) -> anyhow::Result<()> {
-    let _alone = server::host_lock()?;
+    let _alone = socket::host_lock()?;
     let store = store(&settings)?;
     let journal = Journal::open(&settings.common.state_dir)?;
     runtime()?.block_on(cleanup::everything(&settings, &store, &journal))

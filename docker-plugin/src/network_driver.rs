@@ -15,11 +15,11 @@ use serde_json::{Value, json};
 
 use flannel_core::words::addr::{InterfaceAddress, Mac, Prefix};
 
-use crate::ipam_driver::{GLOBAL_SPACE, LOCAL_SPACE, blocking};
+use crate::answer::{Nothing, Refusal, blocking, call, constant};
+use crate::ipam_driver::{GLOBAL_SPACE, LOCAL_SPACE};
 use crate::journal::{EndpointRecord, Ipam, NetworkRecord, Stage};
 use crate::networks::Part;
 use crate::plugin::Plugin;
-use crate::server::{Nothing, Refusal, call, constant};
 use crate::wire;
 
 pub(crate) fn routes() -> Router<Arc<Plugin>> {

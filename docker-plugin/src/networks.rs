@@ -26,11 +26,10 @@ use flannel_core::words::addr::{Family, Prefix};
 use flannel_core::words::name::{LinkName, NetworkName};
 use flannel_core::words::units::Mtu;
 
+use crate::answer::{Refusal, blocking};
 use crate::catalogue::Catalogue;
 use crate::definition::Wish;
-use crate::ipam_driver::blocking;
 use crate::journal::{Journal, PoolRecord};
-use crate::server::Refusal;
 use crate::settings::Settings;
 use crate::veth;
 

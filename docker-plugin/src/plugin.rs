@@ -9,10 +9,10 @@ use flannel_core::words::name::{LinkName, NetworkName};
 use flannel_core::words::node::HostRoute;
 
 use crate::addresses::Addresses;
+use crate::answer::Refusal;
 use crate::ipam_driver::PoolId;
 use crate::journal::{EndpointRecord, Ipam, Journal, NetworkRecord, Stage};
 use crate::networks::Networks;
-use crate::server::Refusal;
 use crate::settings::Settings;
 use crate::{definition, veth};
 

@@ -14,7 +14,7 @@ use flannel_core::words::territory::Territory;
 use flannel_core::words::units::Mtu;
 
 use crate::addresses::owner;
-use crate::server::Refusal;
+use crate::answer::Refusal;
 
 /// Makes the pair, and the bridge if it is not there yet. The answer is the end that the engine takes; a pair that is there
 /// already stays as it is.
