@@ -69,7 +69,7 @@ where
 {
     let started = Instant::now();
     let name = uri.path().trim_start_matches('/');
-    let request = match serde_json::from_slice::<Request>(&body) {
+    let request = match of_object::<Request>(&body) {
         Ok(request) => request,
         Err(error) => {
             tracing::warn!(method = name, bytes = body.len(), %error, "request without a usable body");
@@ -94,6 +94,14 @@ where
             json_response(StatusCode::INTERNAL_SERVER_ERROR, &json!({"Err": text, "Error": text}))
         }
     }
+}
+
+/// From a JSON object; serde alone would also take a list of its values.
+fn of_object<Request: DeserializeOwned>(body: &[u8]) -> Result<Request, serde_json::Error> {
+    if body.trim_ascii_start().first().is_some_and(|first| *first != b'{') {
+        return Err(<serde_json::Error as serde::de::Error>::custom("it is not a JSON object"));
+    }
+    serde_json::from_slice(body)
 }
 
 pub(crate) fn json_response(status: StatusCode, answer: &impl Serialize) -> Response {

@@ -5,6 +5,7 @@ mod addresses;
 mod answer;
 mod catalogue;
 mod cleanup;
+mod connections;
 mod definition;
 mod ipam_driver;
 mod journal;
@@ -135,6 +136,12 @@ fn cleanup(settings: Settings) -> anyhow::Result<()> {
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    /// Of calls that wait for the disk or the kernel; more of them would wait for each other.
+    const THREADS_MAX: usize = 64;
     // One thread: what takes long has its own.
-    tokio::runtime::Builder::new_current_thread().enable_all().build().context("could not start the runtime")
+    tokio::runtime::Builder::new_current_thread()
+        .max_blocking_threads(THREADS_MAX)
+        .enable_all()
+        .build()
+        .context("could not start the runtime")
 }

@@ -6,8 +6,9 @@
 
 use std::collections::BTreeMap;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use flannel_core::words::addr::{InterfaceAddress, Mac, Prefix};
 
@@ -17,6 +18,26 @@ pub(crate) type Options = BTreeMap<String, Value>;
 /// `null` where a map, a list or a text was meant.
 fn null_is_empty<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(from: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(from)?.unwrap_or_default())
+}
+
+/// The same for a structure, which serde would also take from a list of its values.
+fn null_is_empty_object<'de, D, T>(from: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Default + DeserializeOwned,
+{
+    let object: Option<Map<String, Value>> = Option::deserialize(from)?;
+    object.map_or_else(|| Ok(T::default()), of_object)
+}
+
+/// The same for a list of structures.
+fn null_is_no_object<'de, D: Deserializer<'de>, T: DeserializeOwned>(from: D) -> Result<Vec<T>, D::Error> {
+    let objects: Option<Vec<Map<String, Value>>> = Option::deserialize(from)?;
+    objects.unwrap_or_default().into_iter().map(of_object).collect()
+}
+
+fn of_object<T: DeserializeOwned, E: serde::de::Error>(object: Map<String, Value>) -> Result<T, E> {
+    serde_json::from_value(Value::Object(object)).map_err(E::custom)
 }
 
 /// `IpamDriver.RequestPool`
@@ -116,9 +137,9 @@ pub(crate) struct CreateNetwork {
     pub(crate) network_id: String,
     #[serde(rename = "Options", default, deserialize_with = "null_is_empty")]
     pub(crate) options: Options,
-    #[serde(rename = "IPv4Data", default, deserialize_with = "null_is_empty")]
+    #[serde(rename = "IPv4Data", default, deserialize_with = "null_is_no_object")]
     pub(crate) ipv4_data: Vec<PoolData>,
-    #[serde(rename = "IPv6Data", default, deserialize_with = "null_is_empty")]
+    #[serde(rename = "IPv6Data", default, deserialize_with = "null_is_no_object")]
     pub(crate) ipv6_data: Vec<PoolData>,
 }
 
@@ -147,7 +168,7 @@ pub(crate) struct CreateEndpoint {
     pub(crate) network_id: String,
     #[serde(rename = "EndpointID")]
     pub(crate) endpoint_id: String,
-    #[serde(rename = "Interface", default, deserialize_with = "null_is_empty")]
+    #[serde(rename = "Interface", default, deserialize_with = "null_is_empty_object")]
     pub(crate) interface: Interface,
     #[serde(rename = "Options", default, deserialize_with = "null_is_empty")]
     pub(crate) options: Options,

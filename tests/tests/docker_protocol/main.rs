@@ -2,6 +2,7 @@
 //! what an engine does between the calls is played here.
 
 mod engine;
+mod input;
 
 use std::time::{Duration, Instant};
 
