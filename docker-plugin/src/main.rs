@@ -5,8 +5,11 @@ mod addresses;
 mod answer;
 mod catalogue;
 mod cleanup;
+mod command;
 mod connections;
 mod definition;
+mod engine;
+mod forgotten;
 mod ipam_driver;
 mod journal;
 mod network_driver;
@@ -15,6 +18,8 @@ mod plugin;
 mod server;
 mod settings;
 mod socket;
+mod status;
+mod suspects;
 mod veth;
 mod wire;
 
@@ -30,6 +35,7 @@ use flannel_core::run::health::{self, Counters};
 use flannel_core::run::setup;
 use flannel_core::run::store::Store;
 
+use crate::forgotten::Forgotten;
 use crate::journal::Journal;
 use crate::networks::Networks;
 use crate::plugin::Plugin;
@@ -40,7 +46,17 @@ use crate::socket::Socket;
 const SWEEP_EVERY: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
-    let settings = match Settings::read(std::env::args(), Environment::of_process()) {
+    let arguments: Vec<String> = std::env::args().collect();
+    if command::is_meant(&arguments) {
+        return match runtime() {
+            Ok(runtime) => runtime.block_on(command::run(arguments)),
+            Err(error) => {
+                eprintln!("{error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    let settings = match Settings::read(arguments, Environment::of_process()) {
         Ok(settings) => settings,
         Err(refusal) => return refusal.exit(),
     };
@@ -78,7 +94,7 @@ fn run(settings: Settings) -> anyhow::Result<()> {
         let plugin = Arc::new(Plugin::new(settings.clone(), journal, networks.clone()));
         tracing::info!("listening on {}", settings.socket.display());
         tell_systemd();
-        let upkeep = tokio::spawn(upkeep(plugin.clone()));
+        let upkeep = tokio::spawn(upkeep(plugin.clone(), Forgotten::by(&settings.docker_socket)));
         let stop = async move {
             tokio::select! {
                 _ = terminate.recv() => {}
@@ -96,15 +112,16 @@ fn run(settings: Settings) -> anyhow::Result<()> {
 }
 
 /// Starts what ran before, then looks after what crashes leave behind.
-async fn upkeep(plugin: Arc<Plugin>) {
+async fn upkeep(plugin: Arc<Plugin>, mut forgotten: Forgotten) {
     plugin.networks().start().await;
     let mut tick = tokio::time::interval(SWEEP_EVERY);
     loop {
         tick.tick().await;
-        let plugin = Arc::clone(&plugin);
-        if let Err(error) = tokio::task::spawn_blocking(move || plugin.sweep()).await {
+        let sweeping = Arc::clone(&plugin);
+        if let Err(error) = tokio::task::spawn_blocking(move || sweeping.sweep()).await {
             tracing::error!("the sweep broke off: {error}");
         }
+        forgotten.look(&plugin).await;
     }
 }
 

@@ -31,6 +31,7 @@ use crate::catalogue::Catalogue;
 use crate::definition::Wish;
 use crate::journal::{Journal, PoolRecord};
 use crate::settings::Settings;
+use crate::status::NetworkStatus;
 use crate::veth;
 
 /// How long a call may wait for a store and for a lease, together: an engine's user sees an error within 5 s.
@@ -75,6 +76,28 @@ struct Served {
 impl Served {
     fn part(&self, network: &NetworkName) -> Option<Part> {
         self.status.borrow().lease.as_ref().and_then(|lease| Part::of(network, lease))
+    }
+}
+
+impl Served {
+    fn state(&self, network: &NetworkName) -> NetworkStatus {
+        let status = self.status.borrow();
+        let lease = status.lease.as_ref();
+        let families = [Family::V4, Family::V6];
+        let subnets =
+            lease.map(|lease| families.into_iter().filter_map(|family| lease.own.subnets.of(family)));
+        NetworkStatus {
+            name: network.to_string(),
+            cidrs: lease
+                .map(|lease| lease.config.cidrs().map(|cidr| cidr.to_string()).collect())
+                .unwrap_or_default(),
+            subnets: subnets.map(|all| all.map(|subnet| subnet.to_string()).collect()).unwrap_or_default(),
+            backend: lease.map(|lease| lease.config.backend.name().to_owned()),
+            mtu: lease.map(|lease| lease.mtu.bytes()),
+            bridge: self.bridge.map(|bridge| bridge.to_string()),
+            ready: status.ready,
+            waiting: status.waiting.as_ref().map(ToString::to_string),
+        }
     }
 }
 
@@ -412,6 +435,11 @@ impl Networks {
     }
 
     // --- what is known here ------------------------------------------------------------------------------------------
+
+    /// How every network that runs here stands.
+    pub(crate) fn states(&self) -> Vec<NetworkStatus> {
+        self.served().iter().map(|(name, served)| served.state(name)).collect()
+    }
 
     /// This node's subnets by network.
     pub(crate) fn subnets_here(&self) -> Vec<(NetworkName, Prefix)> {

@@ -1,19 +1,22 @@
 //! What both drivers work on: journal, ledgers, networks, and the veth pairs of endpoints.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use flannel_core::words::addr::{InterfaceAddress, Prefix};
 use flannel_core::words::name::{LinkName, NetworkName};
 use flannel_core::words::node::HostRoute;
 
 use crate::addresses::Addresses;
-use crate::answer::Refusal;
+use crate::answer::{Refusal, blocking};
 use crate::ipam_driver::PoolId;
 use crate::journal::{EndpointRecord, Ipam, Journal, NetworkRecord, Stage};
 use crate::networks::Networks;
 use crate::settings::Settings;
+use crate::status::Status;
+use crate::suspects::Suspects;
 use crate::{definition, veth};
 
 /// An endpoint that is created and never joined belongs to an engine that died in between.
@@ -24,11 +27,12 @@ pub(crate) struct Plugin {
     settings: Arc<Settings>,
     journal: Arc<Journal>,
     networks: Arc<Networks>,
+    suspects: Mutex<Suspects>,
 }
 
 impl Plugin {
     pub(crate) fn new(settings: Arc<Settings>, journal: Arc<Journal>, networks: Arc<Networks>) -> Self {
-        Self { settings, journal, networks }
+        Self { settings, journal, networks, suspects: Mutex::default() }
     }
 
     pub(crate) fn journal(&self) -> &Journal {
@@ -37,6 +41,11 @@ impl Plugin {
 
     pub(crate) fn networks(&self) -> &Arc<Networks> {
         &self.networks
+    }
+
+    /// What is served here.
+    pub(crate) fn status(&self) -> Status {
+        Status::of(&self.settings, &self.journal, &self.networks)
     }
 
     /// The command that works, for texts that say what does not.
@@ -54,6 +63,25 @@ impl Plugin {
                 self.settings.common.state_dir.display()
             ))
         })
+    }
+
+    /// Forgets a Docker network; one that is not known is forgotten already. What only it used leaves the host.
+    pub(crate) async fn forget_network(self: &Arc<Self>, id: String) -> Result<(), Refusal> {
+        let plugin = Arc::clone(self);
+        let forgotten = blocking(move || {
+            let gone = plugin.journal.networks().remove(&id).map_err(|error| Refusal::of(&error))?;
+            Ok(gone.map(|record| (id, record.network)))
+        });
+        let Some((id, network)) = forgotten.await? else { return Ok(()) };
+        tracing::info!(docker_network = %id, %network, "network removed");
+        self.networks.let_go(&network)
+    }
+
+    /// Docker networks that no endpoint is on.
+    pub(crate) fn networks_without_endpoints(&self) -> BTreeSet<String> {
+        let networks = self.journal.networks().all().into_iter().map(|(id, _)| id);
+        let used = self.journal.endpoints().all().into_iter().map(|(_, record)| record.docker_network);
+        &networks.collect::<BTreeSet<_>>() - &used.collect()
     }
 
     /// Routes of this host's main table.
@@ -143,18 +171,19 @@ impl Plugin {
     pub(crate) fn unplug_later(self: &Arc<Self>, id: String) {
         let plugin = Arc::clone(self);
         tokio::task::spawn_blocking(move || {
-            if let Err(Refusal(text)) = plugin.unplug(&id) {
+            if let Err(Refusal(text)) = plugin.unplug(&id, false) {
                 // The record stays, so the next start or sweep tries again.
                 tracing::warn!(endpoint = %id, "not cleaned up yet: {text}");
             }
         });
     }
 
-    fn unplug(&self, id: &str) -> Result<(), Refusal> {
+    /// `forgotten`: the engine will not ask us to take the address back.
+    fn unplug(&self, id: &str, forgotten: bool) -> Result<(), Refusal> {
         let Some(record) = self.journal.endpoints().get(id) else { return Ok(()) };
         veth::detach(id, &record.network)?;
         // Our own IPAM driver is asked to take the address back; an engine's own IPAM never tells us.
-        if record.ipam == Ipam::Engine {
+        if forgotten || record.ipam == Ipam::Engine {
             let addresses = self.addresses(&record.network, record.address.prefix())?;
             let released = addresses.release(record.address.address(), |holder| holder == id);
             released.map_err(|error| Refusal::of(&error))?;
@@ -163,14 +192,38 @@ impl Plugin {
         Ok(())
     }
 
+    /// Endpoints whose container ended while we were away: the veth pair is gone with the container's namespace, or both ends
+    /// are back here, where an engine leaves them. It does not tell us again.
+    fn reap(&self) {
+        let links = match veth::existing() {
+            Ok(links) => links,
+            Err(Refusal(text)) => return tracing::warn!("the kernel's links are not known: {text}"),
+        };
+        let dead = |id: &str, record: &EndpointRecord| {
+            let (host, container) = veth::ends(id, &record.network);
+            record.stage == Stage::Joined && (!links.contains(&host) || links.contains(&container))
+        };
+        let endpoints = self.journal.endpoints().all().into_iter();
+        let dead = endpoints.filter(|(id, record)| dead(id, record)).map(|(id, _)| id).collect();
+        let confirmed =
+            self.suspects.lock().unwrap_or_else(PoisonError::into_inner).look(dead, Instant::now());
+        for id in confirmed {
+            match self.unplug(&id, true) {
+                Ok(()) => tracing::info!(endpoint = %id, "its container has ended: cleaned up"),
+                Err(Refusal(text)) => tracing::warn!(endpoint = %id, "not cleaned up yet: {text}"),
+            }
+        }
+    }
+
     /// What a crash of ours or of an engine's left: endpoints that were being deleted, endpoints that never joined,
     /// claims that nobody confirmed, networks that nobody uses any more.
     pub(crate) fn sweep(&self) {
+        self.reap();
         for (id, record) in self.journal.endpoints().all() {
             let abandoned =
                 record.stage == Stage::Created && Duration::from_secs(record.age()) > NEVER_JOINED_MAX;
             if record.stage == Stage::Deleted || abandoned {
-                match self.unplug(&id) {
+                match self.unplug(&id, abandoned) {
                     Ok(()) => tracing::info!(endpoint = %id, "cleaned up"),
                     Err(Refusal(text)) => tracing::warn!(endpoint = %id, "not cleaned up yet: {text}"),
                 }

@@ -10,12 +10,12 @@ use axum::extract::{Request, State};
 use axum::http::{Method, StatusCode, Uri};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::Response;
-use axum::routing::post;
+use axum::routing::{get, post};
 use serde_json::json;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use crate::answer::{constant, json_response};
+use crate::answer::{blocking, constant, json_response};
 use crate::connections::Limited;
 use crate::plugin::Plugin;
 use crate::socket::Socket;
@@ -55,12 +55,21 @@ pub(crate) async fn serve(
 fn router(plugin: Arc<Plugin>) -> Router {
     Router::new()
         .route("/Plugin.Activate", post(|| constant(json!({"Implements": ["NetworkDriver", "IpamDriver"]}))))
+        .route("/status", get(status))
         .merge(ipam_driver::routes())
         .merge(network_driver::routes())
         .fallback(unknown)
         .method_not_allowed_fallback(not_posted)
         .layer(from_fn_with_state(Arc::new(Semaphore::new(LARGE_AT_A_TIME)), whole))
         .with_state(plugin)
+}
+
+/// For the command `status`; engines never ask.
+async fn status(State(plugin): State<Arc<Plugin>>) -> Response {
+    match blocking(move || Ok(plugin.status())).await {
+        Ok(status) => json_response(StatusCode::OK, &status),
+        Err(refusal) => json_response(StatusCode::INTERNAL_SERVER_ERROR, &json!({"message": refusal.0})),
+    }
 }
 
 /// Hands a request on when its body is there, and never more than [`BODY_MAX`] of it.

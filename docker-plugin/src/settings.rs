@@ -12,6 +12,9 @@ use flannel_core::words::name::NetworkName;
 ///
 /// Without --etcd-endpoints the leases are kept in a directory (--store-dir): enough for one machine. Other than
 /// flanneld, it masquerades what leaves the network unless told --ip-masq=false, as Docker's own networks do.
+///
+/// Commands for the operator, while it runs: `flannel-docker-plugin status` shows networks, containers and what is wrong;
+/// `flannel-docker-plugin network create NAME` types the right `docker network create`. Each has a --help of its own.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "flannel-docker-plugin", version)]
 pub(crate) struct Settings {
@@ -33,6 +36,11 @@ pub(crate) struct Settings {
     /// The name to use after `docker network create -d`, for messages; a managed plugin's has a tag (flannel:latest)
     #[arg(long, value_name = "NAME", default_value = "flannel")]
     pub(crate) driver_name: String,
+
+    /// The engine's API, asked in the background whether networks still exist that were removed while the plugin was away;
+    /// if nobody listens there, they stay
+    #[arg(long, value_name = "FILE", default_value = "/var/run/docker.sock")]
+    pub(crate) docker_socket: PathBuf,
 
     /// Remove everything this plugin has made on this host, leave the networks, and exit
     #[arg(long)]

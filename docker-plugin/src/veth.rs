@@ -3,6 +3,8 @@
 //! The bridge is planned by the agent and by every attach alike, so an endpoint that comes first (a host that boots, an
 //! engine that was faster) need not wait for it.
 
+use std::collections::BTreeSet;
+
 use flannel_core::act::attach::{AttachError, Shared, connect, disconnect};
 use flannel_core::decide::bridge::BridgeSpec;
 use flannel_core::decide::endpoint::{Birth, EndpointSpec};
@@ -53,6 +55,17 @@ pub(crate) fn detach(endpoint_id: &str, network: &NetworkName) -> Result<(), Ref
     let link = owner(endpoint_id).host_link(network.as_str());
     let removed = Kernel::open().and_then(|mut kernel| disconnect(&mut kernel, link));
     removed.map_err(|error| Refusal::of(&error))
+}
+
+/// Every link that may be an end of a pair of ours.
+pub(crate) fn existing() -> Result<BTreeSet<LinkName>, Refusal> {
+    let found = Kernel::open().and_then(|mut kernel| kernel.existing_links("veth"));
+    found.map_err(|error| Refusal::of(&error))
+}
+
+/// The ends of an endpoint's pair: the host's, and the container's as it is called while it is here.
+pub(crate) fn ends(endpoint_id: &str, network: &NetworkName) -> (LinkName, LinkName) {
+    (owner(endpoint_id).host_link(network.as_str()), container_link(endpoint_id, network))
 }
 
 /// Removes the bridge of a network without endpoints.

@@ -101,15 +101,6 @@ pub(super) async fn delete_network(
     plugin: Arc<Plugin>,
     request: wire::DeleteNetwork,
 ) -> Result<Nothing, Refusal> {
-    let id = request.network_id;
-    let forget = Arc::clone(&plugin);
-    let gone = blocking(move || {
-        forget.journal().networks().remove(&id).map_err(|error| Refusal::of(&error)).map(|gone| (id, gone))
-    })
-    .await;
-    if let Ok((id, Some(record))) = gone {
-        tracing::info!(docker_network = %id, network = %record.network, "network removed");
-        plugin.networks().let_go(&record.network)?;
-    }
+    plugin.forget_network(request.network_id).await?;
     Ok(Nothing {})
 }
