@@ -204,20 +204,29 @@ pub struct HttpServer {
 impl HttpServer {
     /// Starts one and waits until it listens.
     pub fn start(place: &dyn Place, port: u16, text: &str) -> Result<Self> {
+        Self::start_at(place, ("0.0.0.0", "127.0.0.1"), port, text)
+    }
+
+    /// The same for IPv6 (and for IPv4, whose clients it sees as `::ffff:...`).
+    pub fn start_v6(place: &dyn Place, port: u16, text: &str) -> Result<Self> {
+        Self::start_at(place, ("[::]", "[::1]"), port, text)
+    }
+
+    fn start_at(place: &dyn Place, (listen, own): (&str, &str), port: u16, text: &str) -> Result<Self> {
         let name = format!("httpd-{port}");
         let dir = format!("/run/lab/www/{}-{port}", place.name().replace(' ', "-"));
         place.host().write(&format!("{dir}/index.html"), text)?;
         let who = "#!/bin/sh\nprintf 'Content-Type: text/plain\\r\\n\\r\\n%s' \"$REMOTE_ADDR\"\n";
         place.host().write(&format!("{dir}/cgi-bin/who"), who)?;
         place.host().out(&["chmod", "755", &format!("{dir}/cgi-bin/who")])?;
-        let listen = format!("0.0.0.0:{port}");
+        let listen = format!("{listen}:{port}");
         let daemon = place.spawn(&name, &["busybox", "httpd", "-f", "-p", &listen, "-h", &dir], &[])?;
         let server = Self { daemon };
         eventually(format!("{name} listens"), secs(5), || {
             if !server.daemon.alive() {
                 return Ok(()); // its log says why, below
             }
-            http_get(place, &format!("http://127.0.0.1:{port}/")).map(|_| ())
+            http_get(place, &format!("http://{own}:{port}/")).map(|_| ())
         })
         .context(server.daemon.tail())?;
         if !server.daemon.alive() {
@@ -238,9 +247,10 @@ pub fn http_get(from: &dyn Place, url: &str) -> Result<String> {
     from.out(&["timeout", "2", "busybox", "wget", "-q", "-O", "-", url])
 }
 
-/// The address under which `from` appears to an [`HttpServer`].
+/// The address under which `from` appears to an [`HttpServer`]. An IPv6 server is named in brackets.
 pub fn seen_as(from: &dyn Place, server: impl Display, port: u16) -> Result<String> {
-    http_get(from, &format!("http://{server}:{port}/cgi-bin/who"))
+    let seen = http_get(from, &format!("http://{server}:{port}/cgi-bin/who"))?;
+    Ok(seen.trim_matches(['[', ']']).to_owned())
 }
 
 /// Whether a TCP connection to there opens within two seconds.

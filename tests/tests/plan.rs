@@ -54,6 +54,7 @@ fn node() -> Node {
         ],
         forward_chains: Default::default(),
         ipv6: true,
+        ra_at_risk: false,
         ports: Default::default(),
     }
 }
@@ -184,6 +185,27 @@ fn vxlan_in_both_families() {
         .peer("10.5.68.0-24&fd42:cafe:0:1::-64", both)
         .peer("10.5.71.0-24", &vxlan_peer(4));
     golden("vxlan-dual-stack", &case);
+}
+
+#[test]
+fn an_uplink_is_told_to_go_on_with_router_advertisements_before_the_host_forwards() {
+    let mut case = Case::new(DUAL, "10.5.70.0-24&fd42:cafe:0:2::-64");
+    case.bridge = Some(LinkName::new("cni0").unwrap());
+    let settings = |case: &Case| {
+        let facts = case.plan().facts.to_string();
+        facts.lines().filter(|line| line.contains("ipv6.conf.all") || line.contains("eth0.accept")).count()
+    };
+    assert_eq!(settings(&case), 1);
+    case.node.ra_at_risk = true;
+    let facts = case.plan().facts.to_string();
+    let place = |setting: &str| facts.find(setting).unwrap();
+    assert!(
+        place("net.ipv6.conf.eth0.accept_ra=2") < place("net.ipv6.conf.all.forwarding=1"),
+        "the host would lose its default route:\n{facts}"
+    );
+    let mut v4 = Case::new(VXLAN, "10.100.5.0-24");
+    v4.node.ra_at_risk = true;
+    assert_eq!(settings(&v4), 0);
 }
 
 #[test]

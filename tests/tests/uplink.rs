@@ -6,9 +6,11 @@ use std::fs;
 
 use anyhow::{Result, ensure};
 use flannel_core::touch::identity;
-use flannel_core::touch::uplink::{UplinkChoice, choose, read};
+use flannel_core::touch::uplink::{self, Sought, UplinkChoice, UplinkError};
 use flannel_core::touch::world::kernel::Kernel;
+use flannel_core::words::addr::Family;
 use flannel_core::words::name::{LinkName, NetworkName};
+use flannel_core::words::node::Uplink;
 use flannel_tests::{alone, sh};
 
 /// Two interfaces of the test's own, with several addresses each.
@@ -25,8 +27,14 @@ fn interfaces() -> Result<()> {
     .map(drop)
 }
 
-fn flags(ifaces: &[&str]) -> UplinkChoice {
-    UplinkChoice::of_flags(&ifaces.iter().map(|iface| (*iface).to_owned()).collect::<Vec<_>>()).unwrap()
+fn flags(ifaces: &[&str]) -> Sought {
+    let ifaces: Vec<_> = ifaces.iter().map(|iface| (*iface).to_owned()).collect();
+    Sought::by(UplinkChoice::of_flags(&ifaces).unwrap())
+}
+
+/// For a network of IPv4 only.
+fn choose(kernel: &mut Kernel, sought: &Sought) -> Result<Uplink, UplinkError> {
+    uplink::choose(kernel, sought, &[Family::V4])
 }
 
 #[test]
@@ -34,23 +42,23 @@ fn the_best_default_route_decides() {
     alone(|| {
         interfaces()?;
         let mut kernel = Kernel::open()?;
-        let error = choose(&mut kernel, &flags(&[]), None).unwrap_err().to_string();
+        let error = choose(&mut kernel, &flags(&[])).unwrap_err().to_string();
         ensure!(error.contains("there is no default route; say which interface with --iface"), "{error}");
         ensure!(error.contains("b0 [198.51.100.1/24 198.51.100.2/24") && !error.contains("lo ["), "{error}");
 
         sh("ip route add default via 198.51.100.254 dev b0 metric 200")?;
         sh("ip route add default via 192.0.2.254 dev a0 metric 100")?;
         sh("ip route add default via 198.51.100.254 dev b0 table 7 metric 1")?;
-        let uplink = choose(&mut kernel, &flags(&[]), None)?;
+        let uplink = choose(&mut kernel, &flags(&[]))?;
         ensure!(uplink.link.as_str() == "a0" && uplink.mtu.bytes() == 1400, "{uplink:?}");
         // Permanent before leased, global before link-local.
         ensure!(uplink.v4 == Some("192.0.2.1/24".parse()?), "{uplink:?}");
         ensure!(uplink.v6 == Some("2001:db8::1/64".parse()?), "{uplink:?}");
-        ensure!(read(&mut kernel, uplink.link)? == uplink);
+        ensure!(uplink::read(&mut kernel, uplink.link, &flags(&[]), &[Family::V4])? == uplink);
 
         sh("ip route del default metric 100; ip route del default metric 200")?;
         sh("ip route add default nexthop via 192.0.2.254 dev a0 nexthop via 198.51.100.254 dev b0")?;
-        let error = choose(&mut kernel, &flags(&[]), None).unwrap_err().to_string();
+        let error = choose(&mut kernel, &flags(&[])).unwrap_err().to_string();
         ensure!(error.contains("leaves by several interfaces"), "{error}");
         Ok(())
     });
@@ -61,19 +69,71 @@ fn an_interface_is_found_by_name_and_by_address() {
     alone(|| {
         interfaces()?;
         let mut kernel = Kernel::open()?;
-        let b0 = choose(&mut kernel, &flags(&["nowhere", "b0"]), None)?;
+        let b0 = choose(&mut kernel, &flags(&["nowhere", "b0"]))?;
         ensure!(b0.link.as_str() == "b0" && b0.v4 == Some("198.51.100.1/24".parse()?));
-        ensure!(b0.v6.is_none_or(|v6| v6.to_string().starts_with("fe80:")), "{b0:?}");
+        ensure!(b0.v6.is_none(), "a link-local address is of no use to peers: {b0:?}");
         // The address that was asked for is the one that is used.
-        let b0 = choose(&mut kernel, &flags(&["198.51.100.2"]), None)?;
-        ensure!(b0.v4 == Some("198.51.100.2/24".parse()?), "{b0:?}");
-        let b0 = choose(&mut kernel, &flags(&[]), Some("198.51.100.2".parse()?))?;
-        ensure!(b0.link.as_str() == "b0" && b0.v4 == Some("198.51.100.2/24".parse()?), "{b0:?}");
-        let error = choose(&mut kernel, &flags(&["nowhere", "203.0.113.1"]), None).unwrap_err().to_string();
+        let public = Sought { public_v4: Some("198.51.100.2".parse()?), ..flags(&[]) };
+        for sought in [&flags(&["198.51.100.2"]), &public] {
+            let b0 = choose(&mut kernel, sought)?;
+            ensure!(b0.link.as_str() == "b0" && b0.v4 == Some("198.51.100.2/24".parse()?), "{b0:?}");
+            // And it stays so when the interface is looked at again.
+            ensure!(uplink::read(&mut kernel, b0.link, sought, &[Family::V4])? == b0);
+        }
+        let error = choose(&mut kernel, &flags(&["nowhere", "203.0.113.1"])).unwrap_err().to_string();
         ensure!(error.contains("no interface matches nowhere or 203.0.113.1; there are: a0 ["), "{error}");
         sh("ip addr flush dev b0")?;
-        let error = choose(&mut kernel, &flags(&["b0"]), None).unwrap_err().to_string();
+        let error = choose(&mut kernel, &flags(&["b0"])).unwrap_err().to_string();
         ensure!(error == "interface b0 has no usable IPv4 address", "{error}");
+        Ok(())
+    });
+}
+
+#[test]
+fn ipv6_has_an_uplink_of_its_own_only_where_there_is_no_ipv4() {
+    alone(|| {
+        interfaces()?;
+        sh("ip -6 addr add 2001:db8::2/64 dev a0 nodad; ip -6 addr add 2001:db8:b::1/64 dev b0 nodad
+            ip -6 route add default via 2001:db8:b::ff dev b0; ip route add default via 192.0.2.254 dev a0")?;
+        let mut kernel = Kernel::open()?;
+        // The kernel lists the newest first.
+        let both = uplink::choose(&mut kernel, &flags(&[]), &Family::BOTH)?;
+        ensure!(both.link.as_str() == "a0" && both.v6 == Some("2001:db8::2/64".parse()?), "{both:?}");
+        let only = uplink::choose(&mut kernel, &flags(&[]), &[Family::V6])?;
+        ensure!(only.link.as_str() == "b0" && only.v6 == Some("2001:db8:b::1/64".parse()?), "{only:?}");
+        let public = Sought { public_v6: Some("2001:db8::1".parse()?), ..flags(&[]) };
+        for sought in [&flags(&["2001:db8::1"]), &public] {
+            let named = uplink::choose(&mut kernel, sought, &Family::BOTH)?;
+            ensure!(named.link.as_str() == "a0" && named.v6 == Some("2001:db8::1/64".parse()?), "{named:?}");
+            ensure!(named.v4 == Some("192.0.2.1/24".parse()?), "{named:?}");
+        }
+        // One address less: there is still one family to go on with.
+        sh("ip -6 addr flush dev a0 scope global")?;
+        let v4 = uplink::read(&mut kernel, both.link, &flags(&[]), &Family::BOTH)?;
+        ensure!(v4.v4.is_some() && v4.v6.is_none(), "{v4:?}");
+        let error = uplink::read(&mut kernel, both.link, &flags(&[]), &[Family::V6]).unwrap_err().to_string();
+        ensure!(error == "interface a0 has no usable IPv6 address", "{error}");
+        sh("ip -6 route flush default")?;
+        let error = uplink::choose(&mut kernel, &flags(&[]), &[Family::V6]).unwrap_err().to_string();
+        ensure!(error.contains("there is no IPv6 default route; say which interface"), "{error}");
+        Ok(())
+    });
+}
+
+#[test]
+fn router_advertisements_are_lost_to_a_host_that_begins_to_forward() {
+    alone(|| {
+        sh(
+            "ip link add a0 type bridge; cd /proc/sys/net/ipv6/conf; echo 1 > a0/accept_ra; echo 0 > all/forwarding",
+        )?;
+        let kernel = Kernel::open()?;
+        let a0 = LinkName::new("a0")?;
+        ensure!(kernel.loses_router_advertisements(a0)?);
+        sh("echo 2 > /proc/sys/net/ipv6/conf/a0/accept_ra")?;
+        ensure!(!kernel.loses_router_advertisements(a0)?);
+        sh("cd /proc/sys/net/ipv6/conf; echo 1 > a0/accept_ra; echo 1 > all/forwarding")?;
+        ensure!(!kernel.loses_router_advertisements(a0)?, "it does not follow them now");
+        ensure!(!kernel.loses_router_advertisements(LinkName::new("nowhere")?)?);
         Ok(())
     });
 }

@@ -116,7 +116,7 @@ pub fn choose(
     {
         return Ok(Choice::Reclaim(*previous));
     }
-    pick(config, leases, avoid, random).map(Choice::Claim)
+    pick(config, leases, avoid, random, previous).map(Choice::Claim)
 }
 
 /// Whether no lease overlaps these subnets, in any family.
@@ -130,15 +130,23 @@ fn taken(leases: &LeaseSet) -> impl Iterator<Item = &Subnets> {
     leases.leases.keys().chain(blocked)
 }
 
-/// Subnets that nobody has, one per enabled family.
+/// Subnets that nobody has, one per enabled family. What can be kept of `previous` is kept: containers stay when a network
+/// gets a second family.
 pub fn pick(
     config: &NetworkConfig,
     leases: &LeaseSet,
     avoid: &[Prefix],
     random: u64,
+    previous: Option<&Subnets>,
 ) -> Result<Subnets, OutOfSubnets> {
-    let v4 = config.v4.map(|range| pick_in(&range, leases, avoid, random)).transpose()?;
-    let v6 = config.v6.map(|range| pick_in(&range, leases, avoid, random.rotate_right(32))).transpose()?;
+    let kept = |range: &Range| {
+        let subnet = previous?.of(range.first.family()).filter(|subnet| range.allows(subnet))?;
+        let alone = Subnets::of_one(subnet);
+        is_free(leases, &alone).then_some(subnet)
+    };
+    let one = |range: Range, random| kept(&range).map_or_else(|| pick_in(&range, leases, avoid, random), Ok);
+    let v4 = config.v4.map(|range| one(range, random)).transpose()?;
+    let v6 = config.v6.map(|range| one(range, random.rotate_right(32))).transpose()?;
     let none = || OutOfSubnets {
         first: Prefix::host(IpAddr::from([0, 0, 0, 0])),
         last: Prefix::host(IpAddr::from([0, 0, 0, 0])),
@@ -287,17 +295,17 @@ mod tests {
         let config = config(THREE);
         let mut leases = LeaseSet::default();
         for host in 1..=3 {
-            let subnets = pick(&config, &leases, &[], 7 * host).unwrap();
+            let subnets = pick(&config, &leases, &[], 7 * host, None).unwrap();
             leases.leases.insert(subnets, value(&format!("192.168.0.{host}")));
         }
-        let error = pick(&config, &leases, &[], 1).unwrap_err();
+        let error = pick(&config, &leases, &[], 1, None).unwrap_err();
         assert_eq!(
             error.to_string(),
             "out of subnets: all 3 subnets in range 10.100.0.0 ... 10.100.1.0 (/25) are taken, by 3 leases and 0 routes of this host"
         );
         assert_eq!(error.finding().code, Code::OUT_OF_SUBNETS);
         let wider = super::tests::config(&THREE.replace("10.100.1.0", "10.100.1.128"));
-        assert_eq!(pick(&wider, &leases, &[], 1).unwrap(), key("10.100.1.128-25"));
+        assert_eq!(pick(&wider, &leases, &[], 1, None).unwrap(), key("10.100.1.128-25"));
     }
 
     #[test]
@@ -373,7 +381,7 @@ mod tests {
         let config = config(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"alloc"}}"#);
         let leases = set(&[("10.5.1.0-24", "0.0.0.0")]);
         assert!(ours(&leases, &value("0.0.0.0")).is_empty());
-        assert_eq!(pick(&config, &leases, &[], 0).unwrap(), key("10.5.2.0-24"));
+        assert_eq!(pick(&config, &leases, &[], 0, None).unwrap(), key("10.5.2.0-24"));
     }
 
     #[test]
@@ -387,7 +395,7 @@ mod tests {
         assert_eq!(choice, Choice::Claim(key("10.5.3.0-24")));
         let full = super::tests::config(THREE);
         leases.blocked = ["10.100.0.0-25", "10.100.0.128-25", "10.100.1.0-25"].map(key).into();
-        assert_eq!(pick(&full, &leases, &[], 0).unwrap_err().leases, 3);
+        assert_eq!(pick(&full, &leases, &[], 0, None).unwrap_err().leases, 3);
     }
 
     #[test]
@@ -406,8 +414,19 @@ mod tests {
             r#"{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd42:cafe::/48","Backend":{"Type":"vxlan"}}"#,
         );
         let leases = set(&[("10.5.1.0-24&fd42:cafe:0:1::-64", "1.1.1.1")]);
-        assert_eq!(pick(&config, &leases, &[], 0).unwrap(), key("10.5.2.0-24&fd42:cafe:0:2::-64"));
+        assert_eq!(pick(&config, &leases, &[], 0, None).unwrap(), key("10.5.2.0-24&fd42:cafe:0:2::-64"));
         assert!(!compatible(&config, &key("10.5.2.0-24")));
+        // A network that gets a second family keeps what it has of the first; what is taken is not kept.
+        for (previous, picked) in [
+            ("10.5.77.0-24", "10.5.77.0-24&fd42:cafe:0:2::-64"),
+            ("10.5.1.0-24", "10.5.2.0-24&fd42:cafe:0:2::-64"),
+            ("0.0.0.0-0&fd42:cafe:0:77::-64", "10.5.2.0-24&fd42:cafe:0:77::-64"),
+            ("10.5.77.0-24&fd42:cafe:0:1::-64", "10.5.77.0-24&fd42:cafe:0:2::-64"),
+            ("10.5.77.0-25&fd42:beef::-64", "10.5.2.0-24&fd42:cafe:0:2::-64"),
+        ] {
+            let found = choose(&config, &leases, &value("9.9.9.9"), Some(&key(previous)), &[], 0).unwrap();
+            assert_eq!(found, Choice::Claim(key(picked)), "{previous}");
+        }
         assert!(compatible(&config, &key("10.5.2.0-24&fd42:cafe:0:2::-64")));
     }
 
@@ -445,7 +464,7 @@ mod tests {
                 .filter(|c| !avoid.iter().any(|a| a.overlaps(c)))
                 .take(CANDIDATES_MAX)
                 .collect();
-            match pick(&config, &leases, &avoid, random) {
+            match pick(&config, &leases, &avoid, random, None) {
                 Ok(subnets) => {
                     prop_assert!(compatible(&config, &subnets));
                     prop_assert!(slow.contains(&subnets.v4().unwrap()));

@@ -71,8 +71,9 @@ fn plan_v4(bridge: LinkName, gateway: InterfaceAddress, facts: &mut Facts) -> Re
 /// past duplicate address detection first.
 fn plan_v6(bridge: LinkName, gateway: InterfaceAddress, facts: &mut Facts) -> Result<(), Conflict> {
     facts.add(sysctl(None, "net/ipv6/conf/all/forwarding".to_owned(), "1"))?;
-    // Nobody else advertises anything on this bridge, and nobody else can have its address.
-    for setting in ["accept_ra", "accept_dad"] {
+    // Nobody else advertises anything on this bridge, and nobody else can have its address. The first one is for hosts
+    // whose new interfaces get no IPv6.
+    for setting in ["disable_ipv6", "accept_ra", "accept_dad"] {
         facts.add(sysctl(Some(bridge), format!("net/ipv6/conf/{bridge}/{setting}"), "0"))?;
     }
     facts.add(Fact::Address(Address { link: bridge, address: gateway, no_prefix_route: false }))
@@ -154,6 +155,7 @@ mod tests {
              ip link add cni0 address 0a:58:0a:05:1d:01 mtu 1450 up type bridge\n\
              sysctl -w net.ipv6.conf.cni0.accept_dad=0\n\
              sysctl -w net.ipv6.conf.cni0.accept_ra=0\n\
+             sysctl -w net.ipv6.conf.cni0.disable_ipv6=0\n\
              ip addr replace 10.5.29.1/24 dev cni0 noprefixroute\n\
              ip addr replace fd00:5::1/64 dev cni0\n\
              ip route replace 10.5.29.0/24 dev cni0 proto 70 scope global src 10.5.29.1\n"

@@ -8,7 +8,7 @@ use super::{backend, bridge};
 use crate::words::addr::{Family, InterfaceAddress, Prefix};
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
-use crate::words::fact::{BridgePort, Fact, Facts, Link, LinkKind};
+use crate::words::fact::{BridgePort, Fact, Facts, Link, LinkKind, Sysctl};
 use crate::words::lease::{LeaseSet, OwnLease};
 use crate::words::name::{LinkName, NetworkName};
 use crate::words::node::{HostRoute, Node};
@@ -82,6 +82,7 @@ pub fn plan(inputs: &Inputs<'_>) -> Result<Plan, PlanError> {
     let mut draft = Draft::default();
     let advertised = backend.advertise(config, node).backend;
     let scene = Scene::new(network, config, node, own, leases, &advertised, &mut draft);
+    plan_uplink(&scene, &mut draft);
     backend.plan(&scene, &mut draft);
     plan_firewall(inputs, &scene, &mut draft);
     if let Some(bridge) = inputs.bridge {
@@ -91,6 +92,15 @@ pub fn plan(inputs: &Inputs<'_>) -> Result<Plan, PlanError> {
     let Draft { facts, findings } = draft;
     let territory = territory(inputs, &facts);
     Ok(Plan { facts, territory, findings, mtu })
+}
+
+/// A host that forwards does not follow router advertisements any more, unless it is told to: 2 instead of 1
+/// (Documentation/networking/ip-sysctl.rst, `accept_ra`). It stays so; nothing is lost by it.
+fn plan_uplink(scene: &Scene<'_>, draft: &mut Draft) {
+    if scene.node.ra_at_risk && scene.families().any(|family| family == Family::V6) {
+        let path = format!("net/ipv6/conf/{}/accept_ra", scene.node.uplink.link);
+        draft.add(Fact::Sysctl(Sysctl { link: None, path, value: "2".to_owned() }));
+    }
 }
 
 fn plan_firewall(inputs: &Inputs<'_>, scene: &Scene<'_>, draft: &mut Draft) {

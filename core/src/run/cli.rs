@@ -7,7 +7,7 @@
 
 mod go_syntax;
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -24,7 +24,6 @@ pub const DEFAULT_ENDPOINTS: &str = "http://127.0.0.1:4001,http://127.0.0.1:2379
 const NOT_BUILT: &[&str] = &[
     "iface-regex",
     "iface-can-reach",
-    "public-ipv6",
     "ip-masq-fully-random-disable",
     "ip-blackhole-route",
     "kube-subnet-mgr",
@@ -75,6 +74,10 @@ pub struct CommonFlags {
     /// Address at which the other hosts reach this one
     #[arg(long, value_name = "IP")]
     pub public_ip: Option<Ipv4Addr>,
+
+    /// The same for IPv6, in a network with EnableIPv6
+    #[arg(long, value_name = "IP", value_parser = go_syntax::parse_public_ipv6)]
+    pub public_ipv6: Option<Ipv6Addr>,
 
     /// File that tells others (CNI, scripts) the subnet, the MTU and whether we masquerade
     #[arg(long, value_name = "FILE", default_value = "/run/flannel/subnet.env")]

@@ -5,7 +5,6 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -15,13 +14,13 @@ use tokio::sync::watch;
 
 use super::health::Counters;
 use super::journal::Journal;
-use super::survey;
+use super::survey::Public;
 use crate::act::pass::{chain, converge};
 use crate::decide::bridge;
 use crate::decide::plan::{self, Plan, PlanError, plan, remains};
 use crate::touch::ledger::{Ledger, ledger_marker};
 use crate::touch::marker;
-use crate::touch::uplink::{self, UplinkError};
+use crate::touch::uplink::{self, Sought, UplinkError};
 use crate::touch::world::WorldError;
 use crate::touch::world::kernel::Kernel;
 use crate::words::addr::Prefix;
@@ -52,7 +51,7 @@ pub(super) struct Inputs {
     pub(super) own: OwnLease,
     pub(super) leases: Arc<LeaseSet>,
     pub(super) uplink: LinkName,
-    pub(super) public_ip: Option<Ipv4Addr>,
+    pub(super) sought: Sought,
     pub(super) identity: Identity,
     pub(super) isolated_from: BTreeSet<Prefix>,
     /// What the network's CIDRs were before the config changed: our routes in there are still ours to remove.
@@ -71,7 +70,7 @@ pub(super) struct Outcome {
     /// Largest packet of a container.
     pub(super) mtu: Option<Mtu>,
     /// How peers reach us, as the uplink is now.
-    pub(super) public_ip: Option<Ipv4Addr>,
+    pub(super) public: Public,
 }
 
 enum Work {
@@ -156,7 +155,7 @@ impl Thread {
         let started = Instant::now();
         let mut outcome = Outcome { passes: self.done.borrow().passes + 1, ..Outcome::default() };
         match self.try_pass(inputs) {
-            Ok((plan, report, public_ip)) => {
+            Ok((plan, report, public)) => {
                 self.journal.pass(
                     reason,
                     &report,
@@ -166,7 +165,7 @@ impl Thread {
                 );
                 outcome.clean = report.clean;
                 outcome.mtu = Some(plan.mtu);
-                outcome.public_ip = public_ip;
+                outcome.public = public;
                 outcome.own = Some(inputs.own.clone());
             }
             Err(error) => {
@@ -178,7 +177,7 @@ impl Thread {
         self.done.send_replace(outcome);
     }
 
-    fn try_pass(&mut self, inputs: &Inputs) -> Result<(Plan, Report, Option<Ipv4Addr>), PassError> {
+    fn try_pass(&mut self, inputs: &Inputs) -> Result<(Plan, Report, Public), PassError> {
         let node = self.node(inputs)?;
         let mut plan = plan(&plan::Inputs {
             network: &self.place.network,
@@ -203,20 +202,22 @@ impl Thread {
         {
             plan.findings.push(Finding::new(Code::FORWARD_DROPPED, hint));
         }
-        Ok((plan, report, node.public_v4))
+        Ok((plan, report, Public { v4: node.public_v4, v6: node.public_v6 }))
     }
 
     fn node(&mut self, inputs: &Inputs) -> Result<Node, PassError> {
         let place = self.place.clone();
         let kernel = self.kernel()?;
-        let uplink = uplink::read(kernel, inputs.uplink)?;
+        let uplink = uplink::read(kernel, inputs.uplink, &inputs.sought, &inputs.config.families())?;
+        let public = Public::of(&inputs.sought, &uplink, &inputs.config);
         Ok(Node {
-            public_v4: inputs.public_ip.or_else(|| survey::v4(&uplink)),
-            public_v6: None,
+            public_v4: public.v4,
+            public_v6: public.v6,
             identity: inputs.identity.clone(),
             routes: kernel.routes_of_others(&remains(&place.network, inputs.config.cidrs()))?,
             forward_chains: kernel.netfilter()?.forward_chains()?,
             ipv6: kernel.has_ipv6(),
+            ra_at_risk: inputs.config.v6.is_some() && kernel.loses_router_advertisements(inputs.uplink)?,
             ports: ports(kernel, &place)?,
             uplink,
         })

@@ -1,7 +1,6 @@
 //! What an agent is told once, when it starts.
 
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,7 +8,7 @@ use tokio::sync::watch;
 
 use super::health::Counters;
 use super::store::NetworkStore;
-use crate::touch::uplink::UplinkChoice;
+use crate::touch::uplink::Sought;
 use crate::words::addr::Prefix;
 use crate::words::name::{LinkName, NetworkName};
 
@@ -20,10 +19,8 @@ pub struct AgentSettings {
     pub network: NetworkName,
     /// Where config and leases live.
     pub store: NetworkStore,
-    /// Which interface carries us.
-    pub uplink: UplinkChoice,
-    /// How peers reach us, if not by the uplink's address.
-    pub public_ip: Option<Ipv4Addr>,
+    /// Which interface carries us, and how peers reach us.
+    pub uplink: Sought,
     /// What others read: subnet, MTU.
     pub subnet_file: PathBuf,
     /// What survives a restart.

@@ -11,7 +11,7 @@ use super::health::Counters;
 use super::settings::AgentSettings;
 use super::store::etcd::split_endpoints;
 use super::store::{EtcdSettings, Store};
-use crate::touch::uplink::UplinkChoice;
+use crate::touch::uplink::{Sought, UplinkChoice};
 use crate::words::addr::Prefix;
 use crate::words::name::NetworkName;
 
@@ -43,8 +43,11 @@ pub fn agent(
 ) -> anyhow::Result<AgentSettings> {
     Ok(AgentSettings {
         store: store.network(&network),
-        uplink: UplinkChoice::of_flags(&flags.iface).context("--iface cannot be used")?,
-        public_ip: flags.public_ip,
+        uplink: Sought {
+            choice: UplinkChoice::of_flags(&flags.iface).context("--iface cannot be used")?,
+            public_v4: flags.public_ip,
+            public_v6: flags.public_ipv6,
+        },
         subnet_file: subnet_file(flags, &network),
         state_dir: flags.state_dir.clone(),
         masquerade: flags.ip_masq,

@@ -264,8 +264,8 @@ impl NetworkStore {
     }
 
     /// Removes a lease that carries the public address of `value`; anybody else's stays. Reservations stay too: they
-    /// are the operator's.
-    pub async fn release(&self, subnets: &Subnets, value: &LeaseValue) -> Result<(), StoreError> {
+    /// are the operator's. True if there is no such key now.
+    pub async fn release(&self, subnets: &Subnets, value: &LeaseValue) -> Result<bool, StoreError> {
         match &self.store {
             Store::Etcd(store) => store.release(&self.name, subnets, value).await,
             Store::Embedded(store) => store.release(&self.name, subnets, value).await,

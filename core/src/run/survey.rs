@@ -1,13 +1,15 @@
 //! What an agent must know of its host before it can offer a lease: uplink, identity, overlaps.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::settings::AgentSettings;
 use crate::act::pass::chain;
 use crate::decide::{backend, plan};
+use crate::touch::identity;
+use crate::touch::uplink::{self, Sought};
 use crate::touch::world::kernel::Kernel;
-use crate::touch::{identity, uplink};
-use crate::words::addr::Prefix;
+use crate::words::addr::{Family, Prefix};
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
 use crate::words::lease::LeaseValue;
@@ -31,7 +33,55 @@ pub(super) struct Survey {
     pub(super) avoid: Vec<Prefix>,
 }
 
-/// Looks at the host. `known` is the interface in use: it is kept as long as it exists and has an address.
+impl Survey {
+    /// How peers reach us.
+    pub(super) fn public(&self) -> Public {
+        let v4 = Some(self.value.public_ip).filter(|v4| !v4.is_unspecified());
+        Public { v4, v6: self.value.public_ipv6 }
+    }
+}
+
+/// How peers reach a node, in the families of its network.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Public {
+    pub(super) v4: Option<Ipv4Addr>,
+    pub(super) v6: Option<Ipv6Addr>,
+}
+
+impl Public {
+    /// What was said, else what the uplink has.
+    pub(super) fn of(sought: &Sought, uplink: &Uplink, config: &NetworkConfig) -> Self {
+        let mut public = Self::default();
+        for family in config.families() {
+            match sought.public(uplink, family) {
+                Some(IpAddr::V4(v4)) => public.v4 = Some(v4),
+                Some(IpAddr::V6(v6)) => public.v6 = Some(v6),
+                None => {}
+            }
+        }
+        public
+    }
+
+    fn has(&self, family: Family) -> bool {
+        match family {
+            Family::V4 => self.v4.is_some(),
+            Family::V6 => self.v6.is_some(),
+        }
+    }
+}
+
+impl fmt::Display for Public {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.v4, self.v6) {
+            (Some(v4), Some(v6)) => write!(f, "{v4} and v6 address {v6}"),
+            (Some(v4), None) => write!(f, "{v4}"),
+            (None, Some(v6)) => write!(f, "{v6}"),
+            (None, None) => Ok(()),
+        }
+    }
+}
+
+/// Looks at the host. `known` is the interface in use: it is kept as long as it exists and has the addresses it needs.
 pub(super) fn take(
     settings: &AgentSettings,
     config: &NetworkConfig,
@@ -39,17 +89,27 @@ pub(super) fn take(
 ) -> Result<Survey, Finding> {
     let absent = |error: &dyn std::error::Error| Finding::new(Code::UPLINK_ABSENT, chain(error));
     let mut kernel = Kernel::open().map_err(|error| absent(&error))?;
-    let kept =
-        known.and_then(|link| uplink::read(&mut kernel, link).ok()).filter(|uplink| uplink.v4.is_some());
+    if config.v6.is_some() && !kernel.has_ipv6() {
+        let text = "EnableIPv6 is true, and this kernel has no IPv6 (is it started with ipv6.disable=1?)";
+        return Err(Finding::new(Code::CONFIG_BROKEN, text));
+    }
+    let families = config.families();
+    let sought = &settings.uplink;
+    let lacks = |uplink: &Uplink| {
+        let public = Public::of(sought, uplink, config);
+        families.iter().copied().find(|family| !public.has(*family))
+    };
+    let kept = known
+        .and_then(|link| uplink::read(&mut kernel, link, sought, &families).ok())
+        .filter(|uplink| lacks(uplink).is_none());
     let uplink = match kept {
         Some(uplink) => uplink,
-        None => uplink::choose(&mut kernel, &settings.uplink, settings.public_ip)
-            .map_err(|error| absent(&error))?,
+        None => uplink::choose(&mut kernel, sought, &families).map_err(|error| absent(&error))?,
     };
-    let public_v4 = settings
-        .public_ip
-        .or_else(|| v4(&uplink))
-        .ok_or_else(|| Finding::new(Code::UPLINK_ABSENT, format!("{} has no IPv4 address", uplink.link)))?;
+    if let Some(family) = lacks(&uplink) {
+        return Err(no_address(uplink.link, family));
+    }
+    let public = Public::of(sought, &uplink, config);
     let routes =
         kernel.routes_of_others(&plan::remains(&settings.network, config.cidrs())).map_err(|e| absent(&e))?;
     if let Some(finding) = plan::overlap(config, &routes) {
@@ -59,12 +119,13 @@ pub(super) fn take(
     let identity = identity::load(&mut kernel, &settings.state_dir, &settings.network, backend.device())
         .map_err(|error| Finding::new(Code::CHANGE_FAILED, chain(&error)))?;
     let node = Node {
-        public_v4: Some(public_v4),
-        public_v6: None,
+        public_v4: public.v4,
+        public_v6: public.v6,
         identity,
         routes,
         forward_chains: Default::default(),
         ipv6: kernel.has_ipv6(),
+        ra_at_risk: false,
         ports: Default::default(),
         uplink,
     };
@@ -74,8 +135,8 @@ pub(super) fn take(
     Ok(Survey {
         link: node.uplink.link,
         value: LeaseValue {
-            public_ip: public_v4,
-            public_ipv6: None,
+            public_ip: public.v4.unwrap_or(Ipv4Addr::UNSPECIFIED),
+            public_ipv6: public.v6,
             advertisement: backend.advertise(config, &node),
         },
         mtu,
@@ -84,12 +145,15 @@ pub(super) fn take(
     })
 }
 
-/// The uplink's IPv4 address.
-pub(super) fn v4(uplink: &Uplink) -> Option<Ipv4Addr> {
-    match uplink.v4?.address() {
-        IpAddr::V4(v4) => Some(v4),
-        IpAddr::V6(_) => None,
-    }
+fn no_address(link: LinkName, family: Family) -> Finding {
+    let (key, flag) = match family {
+        Family::V4 => ("EnableIPv4", "--public-ip"),
+        Family::V6 => ("EnableIPv6", "--public-ipv6"),
+    };
+    let text = format!(
+        "{key} is true, and interface {link} has no {family} address that peers could use; give it one, or say {flag}"
+    );
+    Finding::new(Code::UPLINK_ABSENT, text)
 }
 
 /// What others hold on this host inside the network: bridges of their own.

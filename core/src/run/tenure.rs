@@ -19,7 +19,7 @@ use crate::decide::allocate::{self, Choice};
 use crate::words::addr::{Family, Prefix};
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
-use crate::words::lease::{LeaseValue, OwnLease, Subnets};
+use crate::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
 use crate::words::report::Finding;
 
 /// Lost races in a row after which the next try waits longer.
@@ -72,6 +72,8 @@ pub struct Tenure {
     mending: Mending,
     /// Leases of ours that the config does not allow, as far as they were given back.
     given_back: BTreeSet<Subnets>,
+    /// Those of them that are gone from the store, whatever an older snapshot shows.
+    gone: BTreeSet<Subnets>,
 }
 
 /// When what somebody wrote into our key is written over: at once, and later and later if he goes on (two hosts with one
@@ -117,6 +119,7 @@ impl Tenure {
             late: false,
             mending: Mending { backoff: Backoff::new(), not_before: Instant::now() },
             given_back: BTreeSet::new(),
+            gone: BTreeSet::new(),
         };
         tokio::spawn(tenure.run());
         receiver
@@ -150,13 +153,15 @@ impl Tenure {
         }
     }
 
-    /// False if the store could not be reached.
-    async fn give_back(&self, subnets: &Subnets, value: &LeaseValue) -> bool {
-        let released = self.store.release(subnets, value).await;
-        if let Err(error) = &released {
-            tracing::warn!("the lease {subnets} stays until it expires: {error}");
+    /// If the store can be reached, the key is gone afterwards, or it is a reservation: that is said and tried once.
+    async fn give_back(&mut self, subnets: &Subnets, value: &LeaseValue) {
+        match self.store.release(subnets, value).await {
+            Ok(gone) => {
+                self.given_back.insert(*subnets);
+                self.gone.extend(gone.then_some(*subnets));
+            }
+            Err(error) => tracing::warn!("the lease {subnets} stays until it expires: {error}"),
         }
-        released.is_ok()
     }
 
     /// Looks at what is offered and what is there, and does what follows.
@@ -174,10 +179,9 @@ impl Tenure {
         let subnets = held.own.subnets;
         if !allocate::compatible(&offer.config, &subnets) {
             tracing::info!("lease {subnets} is not compatible with the current config, giving it back");
-            self.last = None;
-            if self.give_back(&subnets, &held.own.value).await {
-                self.given_back.insert(subnets);
-            }
+            self.give_back(&subnets, &held.own.value).await;
+            // A part of it may still do.
+            self.last = self.gone.contains(&subnets).then_some(subnets);
             return;
         }
         let mut mend = false;
@@ -243,27 +247,19 @@ impl Tenure {
 
     async fn acquire(&mut self, offer: &Offer, snapshot: &Snapshot) {
         for subnets in allocate::outdated(&offer.config, &snapshot.leases, &offer.value) {
-            // A reservation stays: it is said and tried once.
             if self.given_back.contains(&subnets) {
                 continue;
             }
             tracing::info!(
                 "Found lease ({subnets}) for current IP ({}) but not compatible with current config, deleting",
-                offer.value.public_ip
+                allocate::holder(&offer.value)
             );
-            if self.give_back(&subnets, &offer.value).await {
-                self.given_back.insert(subnets);
-            }
+            self.give_back(&subnets, &offer.value).await;
         }
+        let leases = self.current(&snapshot.leases, &offer.value);
         let previous = self.last.as_ref().or(offer.previous.as_ref());
-        let choice = allocate::choose(
-            &offer.config,
-            &snapshot.leases,
-            &offer.value,
-            previous,
-            &offer.avoid,
-            fastrand::u64(..),
-        );
+        let choice =
+            allocate::choose(&offer.config, &leases, &offer.value, previous, &offer.avoid, fastrand::u64(..));
         match choice {
             Ok(choice) => match self.take(&choice, offer).await {
                 Ok(Some(held)) => {
@@ -285,9 +281,20 @@ impl Tenure {
         }
     }
 
+    /// The leases without those of ours that are gone since.
+    fn current(&self, leases: &Arc<LeaseSet>, value: &LeaseValue) -> Arc<LeaseSet> {
+        let mut leases = leases.clone();
+        for subnets in &self.gone {
+            if leases.leases.get(subnets).is_some_and(|lease| allocate::same_holder(lease, value)) {
+                Arc::make_mut(&mut leases).leases.remove(subnets);
+            }
+        }
+        leases
+    }
+
     /// None if somebody else was faster.
     async fn take(&self, choice: &Choice, offer: &Offer) -> Result<Option<Held>, StoreError> {
-        let ip = offer.value.public_ip;
+        let ip = allocate::holder(&offer.value);
         match choice {
             Choice::Adopt(subnets) => {
                 tracing::info!("Found lease ({}) for current IP ({ip}), reusing", told(subnets));
@@ -297,16 +304,11 @@ impl Tenure {
                 }
             }
             Choice::Reclaim(subnets) | Choice::Claim(subnets) => {
-                match (choice, offer.config.v4) {
-                    (Choice::Reclaim(_), _) => {
-                        tracing::info!("Found previously leased subnet ({subnets}), reusing")
+                match choice {
+                    Choice::Reclaim(_) => {
+                        tracing::info!("Found previously leased subnet ({subnets}), reusing");
                     }
-                    (_, Some(range)) => tracing::info!(
-                        "Picking subnet in range {} ... {}",
-                        range.first.base(),
-                        range.last.base()
-                    ),
-                    (_, None) => {}
+                    _ => picking(&offer.config),
                 }
                 match self.store.claim(subnets, &offer.value, self.ttl).await? {
                     Claim::Made(held) => {
@@ -335,6 +337,7 @@ impl Tenure {
         let state = TenureState { own: Some(held.own.clone()), waiting: None };
         self.last = Some(held.own.subnets);
         self.given_back.clear();
+        self.gone.clear();
         self.held = Some(held);
         self.tell(state);
     }
@@ -377,6 +380,14 @@ fn taken_by(value: &LeaseValue) -> String {
 
 fn seed(subnets: &Subnets) -> u64 {
     subnets.key().bytes().fold(7, |seed, byte| seed.wrapping_mul(31).wrapping_add(u64::from(byte)))
+}
+
+fn picking(config: &NetworkConfig) {
+    for (range, what) in [(config.v4, "subnet"), (config.v6, "ipv6 subnet")] {
+        if let Some(range) = range {
+            tracing::info!("Picking {what} in range {} ... {}", range.first.base(), range.last.base());
+        }
+    }
 }
 
 /// As upstream's log has it: an absent family is `::/0`.

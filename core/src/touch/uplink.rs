@@ -2,9 +2,10 @@
 //!
 //! **Source** — upstream pkg/ipmatch/match.go `LookupExtIface`, pkg/ip/iface.go `GetInterfaceIP4Addrs`: an interface is
 //! named, or owns a given address, or the default route leaves by it; of its addresses a global one comes before a
-//! link-local one and a permanent one before a leased one.
+//! link-local one and a permanent one before a leased one. IPv6 link-local addresses are left out: a peer's lease cannot say
+//! by which interface they are meant.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::world::WorldError;
 use super::world::kernel::{HostAddress, Interface, Kernel};
@@ -20,6 +21,17 @@ pub enum UplinkChoice {
     DefaultRoute,
     /// The first of these that exists.
     Any(Vec<Wanted>),
+}
+
+/// What was said beforehand of the interface and of the addresses that peers reach us at.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Sought {
+    /// Which interface.
+    pub choice: UplinkChoice,
+    /// How peers reach us by IPv4, if not by the interface's address (`--public-ip`).
+    pub public_v4: Option<Ipv4Addr>,
+    /// The same for IPv6 (`--public-ipv6`).
+    pub public_v6: Option<Ipv6Addr>,
 }
 
 /// One way to say which.
@@ -49,10 +61,12 @@ pub enum UplinkError {
     #[error("{0}; say which interface with --iface; there are: {1}")]
     DefaultRoute(&'static str, String),
     /// It has no address that peers could use.
-    #[error("interface {link} has no usable IPv4 address")]
+    #[error("interface {link} has no usable {family} address")]
     NoAddress {
         /// The interface.
         link: LinkName,
+        /// Of this family.
+        family: Family,
     },
     /// Its MTU cannot be.
     #[error("interface {link} cannot carry us")]
@@ -79,52 +93,86 @@ impl UplinkChoice {
     }
 }
 
-/// Finds the interface.
-pub fn choose(
-    kernel: &mut Kernel,
-    choice: &UplinkChoice,
-    public_ip: Option<Ipv4Addr>,
-) -> Result<Uplink, UplinkError> {
+impl Sought {
+    /// What is to be found, and nothing more.
+    pub fn by(choice: UplinkChoice) -> Self {
+        Self { choice, public_v4: None, public_v6: None }
+    }
+
+    /// The address of a family at which peers reach us: the one that was said, else the interface's.
+    pub fn public(&self, uplink: &Uplink, family: Family) -> Option<IpAddr> {
+        self.said(family).or_else(|| uplink.address(family))
+    }
+
+    fn said(&self, family: Family) -> Option<IpAddr> {
+        match family {
+            Family::V4 => self.public_v4.map(Into::into),
+            Family::V6 => self.public_v6.map(Into::into),
+        }
+    }
+
+    /// Addresses that were named: the interface's own among them outweigh the order of preference.
+    fn addresses(&self) -> Vec<IpAddr> {
+        let wanted = match &self.choice {
+            UplinkChoice::Any(wanted) => wanted.as_slice(),
+            UplinkChoice::DefaultRoute => &[],
+        };
+        let address = |wanted: &Wanted| match wanted {
+            Wanted::Address(address) => Some(*address),
+            Wanted::Named(_) => None,
+        };
+        let public = Family::BOTH.into_iter().filter_map(|family| self.said(family));
+        wanted.iter().filter_map(address).chain(public).collect()
+    }
+}
+
+/// Finds the interface for a network of these families. It has an address of at least one of them.
+pub fn choose(kernel: &mut Kernel, sought: &Sought, families: &[Family]) -> Result<Uplink, UplinkError> {
     let interfaces = kernel.interfaces()?;
     let find = |wanted: Wanted| interfaces.iter().find(|interface| matches(interface, wanted));
-    let (interface, address) = match choice {
+    let interface = match &sought.choice {
         UplinkChoice::Any(wanted) => {
-            let found = wanted.iter().find_map(|wanted| find(*wanted).map(|interface| (interface, *wanted)));
-            let Some((interface, wanted)) = found else {
-                return Err(UplinkError::NoMatch { wanted: names(wanted), candidates: list(&interfaces) });
-            };
-            let address = match wanted {
-                Wanted::Address(address) => Some(address),
-                Wanted::Named(_) => None,
-            };
-            (interface, address)
+            let none = || UplinkError::NoMatch { wanted: names(wanted), candidates: list(&interfaces) };
+            wanted.iter().find_map(|wanted| find(*wanted)).ok_or_else(none)?
         }
         UplinkChoice::DefaultRoute => {
-            let own = public_ip.and_then(|ip| find(Wanted::Address(ip.into())));
-            match own {
-                Some(interface) => (interface, public_ip.map(Into::into)),
-                None => (by_default_route(kernel, &interfaces)?, None),
+            let said = families.iter().filter_map(|family| sought.said(*family));
+            match said.into_iter().find_map(|address| find(Wanted::Address(address))) {
+                Some(interface) => interface,
+                None => by_default_route(kernel, &interfaces, families)?,
             }
         }
     };
-    uplink(interface, address)
+    uplink(interface, &sought.addresses(), families)
 }
 
 /// The interface of this name as it is now.
-pub fn read(kernel: &mut Kernel, link: LinkName) -> Result<Uplink, UplinkError> {
+pub fn read(
+    kernel: &mut Kernel,
+    link: LinkName,
+    sought: &Sought,
+    families: &[Family],
+) -> Result<Uplink, UplinkError> {
     let interfaces = kernel.interfaces()?;
     let Some(interface) = interfaces.iter().find(|interface| interface.name == link) else {
         return Err(UplinkError::NoMatch { wanted: link.to_string(), candidates: list(&interfaces) });
     };
-    uplink(interface, None)
+    uplink(interface, &sought.addresses(), families)
 }
 
+/// The first family decides; the other one's packets to peers on the same link need no default route.
 fn by_default_route<'a>(
     kernel: &mut Kernel,
     interfaces: &'a [Interface],
+    families: &[Family],
 ) -> Result<&'a Interface, UplinkError> {
-    let Some(route) = kernel.default_routes(Family::V4)?.into_iter().next() else {
-        return Err(UplinkError::DefaultRoute("there is no default route", list(interfaces)));
+    let family = families.first().copied().unwrap_or(Family::V4);
+    let Some(route) = kernel.default_routes(family)?.into_iter().next() else {
+        let text = match family {
+            Family::V4 => "there is no default route",
+            Family::V6 => "there is no IPv6 default route",
+        };
+        return Err(UplinkError::DefaultRoute(text, list(interfaces)));
     };
     let several =
         || UplinkError::DefaultRoute("the default route leaves by several interfaces", list(interfaces));
@@ -138,17 +186,20 @@ fn matches(interface: &Interface, wanted: Wanted) -> bool {
     }
 }
 
-/// `address` is the one that was asked for, which outweighs the order of preference.
-fn uplink(interface: &Interface, address: Option<IpAddr>) -> Result<Uplink, UplinkError> {
+/// `asked` are addresses that were named, which outweigh the order of preference.
+fn uplink(interface: &Interface, asked: &[IpAddr], families: &[Family]) -> Result<Uplink, UplinkError> {
     let link = interface.name;
     let mtu = Mtu::new(u64::from(interface.mtu)).map_err(|source| UplinkError::Mtu { link, source })?;
-    let asked = |family| {
-        let own = interface.addresses.iter().map(|own| own.address);
-        own.filter(|own| own.family() == family).find(|own| Some(own.address()) == address)
+    let named = |family| {
+        let own = || interface.addresses.iter().map(|own| own.address).filter(|own| own.family() == family);
+        asked.iter().find_map(|asked| own().find(|own| own.address() == *asked))
     };
-    let of = |family| asked(family).or_else(|| best(&interface.addresses, family));
-    let v4 = of(Family::V4).ok_or(UplinkError::NoAddress { link })?;
-    Ok(Uplink { link, mtu, v4: Some(v4), v6: of(Family::V6) })
+    let of = |family| named(family).or_else(|| best(&interface.addresses, family));
+    let uplink = Uplink { link, mtu, v4: of(Family::V4), v6: of(Family::V6) };
+    match families.iter().find(|family| uplink.address(**family).is_some()) {
+        Some(_) => Ok(uplink),
+        None => Err(UplinkError::NoAddress { link, family: families.first().copied().unwrap_or(Family::V4) }),
+    }
 }
 
 /// The best address of a family: usable, then global, permanent, lasting; then in the kernel's order.
@@ -156,9 +207,14 @@ fn best(addresses: &[HostAddress], family: Family) -> Option<InterfaceAddress> {
     addresses
         .iter()
         .filter(|own| own.address.family() == family && !own.deprecated)
-        .filter(|own| !own.address.address().is_loopback() && !own.address.address().is_multicast())
+        .filter(|own| is_usable(own.address.address()))
         .min_by_key(|own| (is_link_local(own.address.address()), !own.permanent, own.temporary))
         .map(|own| own.address)
+}
+
+fn is_usable(address: IpAddr) -> bool {
+    let v6_link_local = matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local());
+    !address.is_loopback() && !address.is_multicast() && !v6_link_local
 }
 
 fn is_link_local(address: IpAddr) -> bool {
@@ -206,6 +262,10 @@ mod tests {
         assert_eq!(best(&addresses[..1], Family::V4), Some("169.254.1.1/16".parse().unwrap()));
         assert_eq!(best(&addresses[1..2], Family::V4), None);
         assert_eq!(best(&addresses, Family::V6), None);
+        let private = HostAddress { temporary: true, ..own("2001:db8::2/64") };
+        let addresses = [own("fe80::1/64"), private, own("2001:db8::1/64")];
+        assert_eq!(best(&addresses, Family::V6), Some("2001:db8::1/64".parse().unwrap()));
+        assert_eq!(best(&addresses[..1], Family::V6), None);
     }
 
     #[test]
@@ -217,8 +277,12 @@ mod tests {
             loopback: false,
             addresses: vec![own("192.0.2.1/24"), own("192.0.2.2/24")],
         };
-        let asked = uplink(&interface, Some("192.0.2.2".parse().unwrap())).unwrap();
+        let asked = uplink(&interface, &["192.0.2.2".parse().unwrap()], &Family::BOTH).unwrap();
         assert_eq!(asked.v4, Some("192.0.2.2/24".parse().unwrap()));
+        assert_eq!(uplink(&interface, &[], &Family::BOTH).unwrap().v4, Some("192.0.2.1/24".parse().unwrap()));
+        // One family of two is enough to be looked at; of the only one there must be an address.
+        let error = uplink(&interface, &[], &[Family::V6]).unwrap_err();
+        assert_eq!(error.to_string(), "interface eth0 has no usable IPv6 address");
     }
 
     #[test]

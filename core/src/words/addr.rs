@@ -25,12 +25,24 @@ impl Family {
         }
     }
 
+    /// Both, IPv4 first.
+    pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
+
     /// Bits in an address: 32 or 128.
     pub const fn bits(self) -> u8 {
         match self {
             Self::V4 => 32,
             Self::V6 => 128,
         }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        })
     }
 }
 

@@ -199,6 +199,11 @@ impl NetworkConfig {
         }
     }
 
+    /// The enabled families, IPv4 first.
+    pub fn families(&self) -> Vec<Family> {
+        Family::BOTH.into_iter().filter(|family| self.range(*family).is_some()).collect()
+    }
+
     /// The CIDRs of the enabled families.
     pub fn cidrs(&self) -> impl Iterator<Item = Prefix> {
         self.v4.iter().chain(self.v6.iter()).map(|range| range.cidr)

@@ -43,8 +43,9 @@ pub enum Fact {
 /// deletion descends.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Key {
-    /// A setting of the whole host, by path below /proc/sys.
-    HostSysctl(String),
+    /// A setting of the whole host, by path below /proc/sys. What makes the host forward (true) comes last: an uplink that
+    /// follows router advertisements must be told before that to go on, or the host loses its default route.
+    HostSysctl(bool, String),
     /// An interface by name.
     Link(LinkName),
     /// A setting of one interface.
@@ -237,7 +238,9 @@ impl Fact {
     /// What this fact is about.
     pub fn key(&self) -> Key {
         match self {
-            Self::Sysctl(Sysctl { link: None, path, .. }) => Key::HostSysctl(path.clone()),
+            Self::Sysctl(Sysctl { link: None, path, .. }) => {
+                Key::HostSysctl(path.ends_with("/forwarding"), path.clone())
+            }
             Self::Sysctl(Sysctl { link: Some(link), path, .. }) => Key::LinkSysctl(*link, path.clone()),
             Self::Link(link) => Key::Link(link.name),
             Self::BridgePort(port) => Key::BridgePort(port.link),

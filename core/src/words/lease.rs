@@ -52,6 +52,14 @@ impl Subnets {
         Self { v4: Some(subnet), v6: None }
     }
 
+    /// Of one family only.
+    pub fn of_one(subnet: Prefix) -> Self {
+        match subnet.family() {
+            Family::V4 => Self { v4: Some(subnet), v6: None },
+            Family::V6 => Self { v4: None, v6: Some(subnet) },
+        }
+    }
+
     /// One per family; none if neither is given or a prefix is of the wrong family.
     pub fn new(v4: Option<Prefix>, v6: Option<Prefix>) -> Option<Self> {
         let right =

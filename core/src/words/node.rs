@@ -75,6 +75,8 @@ pub struct Node {
     pub forward_chains: BTreeSet<Family>,
     /// Whether the kernel has IPv6 at all (`/proc/sys/net/ipv6/conf` exists: it does not after `ipv6.disable=1`).
     pub ipv6: bool,
+    /// Whether the uplink follows router advertisements and would stop doing so when the host begins to forward IPv6.
+    pub ra_at_risk: bool,
     /// Host ends of our endpoints of this network that exist now.
     pub ports: BTreeSet<LinkName>,
 }

@@ -546,6 +546,7 @@ fn node() -> Node {
         ],
         forward_chains: Default::default(),
         ipv6: true,
+        ra_at_risk: false,
         ports: Default::default(),
     }
 }

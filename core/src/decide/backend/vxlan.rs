@@ -128,6 +128,11 @@ impl Vxlan {
             let path = format!("net/ipv6/conf/{device}/accept_ra");
             draft.add(Fact::Sysctl(Sysctl { link: Some(device), path, value: "0".into() }));
         }
+        if family == Family::V6 {
+            // Hosts whose new interfaces get no IPv6 are many.
+            let path = format!("net/ipv6/conf/{device}/disable_ipv6");
+            draft.add(Fact::Sysctl(Sysctl { link: Some(device), path, value: "0".into() }));
+        }
         if let Ok(address) = InterfaceAddress::new(own.base(), family.bits()) {
             draft.add(Fact::Address(Address { link: device, address, no_prefix_route: false }));
         }

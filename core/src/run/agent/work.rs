@@ -187,10 +187,6 @@ impl Work {
     fn read_config(&mut self, document: String) {
         let network = &self.settings.network;
         match NetworkConfig::parse(&document) {
-            Ok(parsed) if parsed.config.v6.is_some() => {
-                let text = "EnableIPv6 is true; IPv6 is not built yet in this version";
-                self.config_trouble = Some(Finding::new(Code::CONFIG_BROKEN, text));
-            }
             Ok(parsed) => {
                 for finding in &parsed.findings {
                     tracing::warn!(%network, "{finding}");
@@ -229,7 +225,7 @@ impl Work {
                 {
                     tracing::info!(
                         network = %self.settings.network,
-                        "Using interface with name {} and address {}", survey.link, survey.value.public_ip
+                        "Using interface with name {} and address {}", survey.link, survey.public()
                     );
                     self.look(Reason::Uplink, Duration::ZERO);
                 }
@@ -248,7 +244,8 @@ impl Work {
             return;
         }
         let previous = self.saved.own.or_else(|| {
-            SubnetEnv::previous_subnet(&self.settings.subnet_file, Family::V4).map(Subnets::v4_only)
+            let written = |family| SubnetEnv::previous_subnet(&self.settings.subnet_file, family);
+            Subnets::new(written(Family::V4), written(Family::V6))
         });
         let offer = Offer {
             config: config.clone(),
@@ -357,7 +354,7 @@ impl Work {
             own: own.clone(),
             leases: self.leases.clone(),
             uplink: survey.link,
-            public_ip: self.settings.public_ip,
+            sought: self.settings.uplink.clone(),
             identity: survey.identity.clone(),
             isolated_from: self.settings.isolated_from.borrow().clone(),
             former: self.former.clone(),
@@ -375,8 +372,7 @@ impl Work {
             self.failures = self.failures.saturating_add(1);
         }
         // The uplink is gone, or has another address: what we advertise must follow.
-        let moved =
-            self.survey.as_ref().is_some_and(|survey| Some(survey.value.public_ip) != outcome.public_ip);
+        let moved = self.survey.as_ref().is_some_and(|survey| survey.public() != outcome.public);
         self.survey_due |= moved;
         if outcome.own.is_some() && outcome.own == self.own {
             self.ready = self.write_subnet_file(outcome.mtu) && (outcome.clean || self.ready);
@@ -387,13 +383,17 @@ impl Work {
     fn write_subnet_file(&mut self, mtu: Option<Mtu>) -> bool {
         let (Some(config), Some(own), Some(mtu)) = (&self.served, &self.own, mtu) else { return false };
         // After a change of Network the old subnet is kept until there is one of the new; the file never names both.
-        let inside = |subnet: Prefix| config.cidrs().any(|cidr| cidr.covers(&subnet));
-        if ![Family::V4, Family::V6].into_iter().filter_map(|family| own.subnets.of(family)).all(inside) {
+        let fits = |family| match (config.range(family), own.subnets.of(family)) {
+            (Some(range), Some(subnet)) => range.cidr.covers(&subnet),
+            (None, None) => true,
+            (Some(_), None) | (None, Some(_)) => false,
+        };
+        if !Family::BOTH.into_iter().all(fits) {
             return false;
         }
         let env = SubnetEnv {
             networks: config.cidrs().collect(),
-            subnets: [Family::V4, Family::V6].into_iter().filter_map(|family| gateway(own, family)).collect(),
+            subnets: Family::BOTH.into_iter().filter_map(|family| gateway(own, family)).collect(),
             mtu,
             ip_masq: self.settings.masquerade,
         };

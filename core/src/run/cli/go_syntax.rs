@@ -1,6 +1,7 @@
 //! Go's flag syntax and the environment, turned into what clap reads.
 
 use std::collections::BTreeMap;
+use std::net::Ipv6Addr;
 
 use clap::Command;
 
@@ -76,6 +77,21 @@ fn two_dashes(argument: String) -> String {
     }
 }
 
+/// An IPv6 address that another host can use as it stands.
+pub(super) fn parse_public_ipv6(text: &str) -> Result<Ipv6Addr, String> {
+    let address: Ipv6Addr =
+        text.parse().map_err(|_| "an IPv6 address was wanted, without a length".to_owned())?;
+    let unusable = address.is_unspecified()
+        || address.is_loopback()
+        || address.is_multicast()
+        || address.is_unicast_link_local()
+        || address.to_ipv4_mapped().is_some();
+    match unusable {
+        true => Err("no other host can reach this address".to_owned()),
+        false => Ok(address),
+    }
+}
+
 /// What Go's `strconv.ParseBool` takes.
 pub(super) fn parse_bool(text: &str) -> Result<bool, String> {
     match text {
@@ -131,6 +147,15 @@ mod tests {
         assert_eq!(from_environment.etcd_prefix, "/env");
         assert!(from_environment.ip_masq && from_environment.public_ip.is_none());
         assert_eq!(flags(&["-etcd-prefix", "/line"], &variables).unwrap().etcd_prefix, "/line");
+    }
+
+    #[test]
+    fn a_public_ipv6_address_is_one_that_others_can_use() {
+        let address = flags(&["-public-ipv6", "2001:DB8::0:1"], &[]).unwrap().public_ipv6;
+        assert_eq!(address.map(|address| address.to_string()).as_deref(), Some("2001:db8::1"));
+        for wrong in ["192.0.2.1", "fe80::1", "::1", "2001:db8::1/64", "::ffff:192.0.2.1"] {
+            assert!(flags(&["-public-ipv6", wrong], &[]).unwrap_err().contains("--public-ipv6"), "{wrong}");
+        }
     }
 
     #[test]

@@ -252,14 +252,14 @@ impl EmbeddedStore {
         network: &NetworkName,
         subnets: &Subnets,
         value: &LeaseValue,
-    ) -> Result<(), StoreError> {
+    ) -> Result<bool, StoreError> {
         let (subnets, value) = (*subnets, value.clone());
         self.locked(network, move |locked| {
-            let holder = locked.value(&subnets)?.and_then(|found| LeaseValue::from_json(&found).ok());
-            let ours = holder.is_some_and(|holder| same_holder(&holder, &value));
+            let Some(found) = locked.value(&subnets)? else { return Ok(true) };
+            let ours = LeaseValue::from_json(&found).is_ok_and(|holder| same_holder(&holder, &value));
             match ours && locked.expires(&subnets)?.is_some() {
-                true => locked.delete(&subnets.key()),
-                false => Ok(()),
+                true => locked.delete(&subnets.key()).map(|()| true),
+                false => Ok(false),
             }
         })
         .await

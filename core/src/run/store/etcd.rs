@@ -376,24 +376,24 @@ impl EtcdStore {
         network: &NetworkName,
         subnets: &Subnets,
         value: &LeaseValue,
-    ) -> Result<(), StoreError> {
+    ) -> Result<bool, StoreError> {
         const TRIED: &str = "remove our lease";
         let key = self.keys(network).key(subnets);
         for _ in 0..TRIES_MAX {
-            let Some(kv) = self.get_one(TRIED, &key).await? else { return Ok(()) };
+            let Some(kv) = self.get_one(TRIED, &key).await? else { return Ok(true) };
             let holder = LeaseValue::from_json(&text(kv.value())).ok();
             if kv.lease() == 0 || !holder.is_some_and(|holder| same_holder(&holder, value)) {
-                return Ok(());
+                return Ok(false);
             }
             let txn = Txn::new()
                 .when([Compare::mod_revision(key.clone(), CompareOp::Equal, kv.mod_revision())])
                 .and_then([TxnOp::delete(key.clone(), None)]);
             if self.txn(TRIED, txn).await?.succeeded() {
                 self.revoke_if_unused(kv.lease()).await;
-                return Ok(());
+                return Ok(true);
             }
         }
-        Ok(())
+        Ok(false)
     }
 
     /// Puts a value if the key is still as it was at a revision; `grant` 0 attaches it to no lease.

@@ -83,6 +83,17 @@ impl Kernel {
         sysctl::has_ipv6()
     }
 
+    /// Whether an interface follows router advertisements only as long as the host does not forward IPv6 (`accept_ra` is 1
+    /// and it does not): with the first packet forwarded its routes would be gone.
+    pub fn loses_router_advertisements(&self, link: LinkName) -> Result<bool, WorldError> {
+        let is = |setting: &str, value: &str| {
+            let path = format!("net/ipv6/conf/{link}/{setting}");
+            let failed = |error| io_error(format!("read the setting {path}"), error);
+            Ok(sysctl::read(&path).map_err(failed)?.as_deref() == Some(value))
+        };
+        Ok(is("forwarding", "0")? && is("accept_ra", "1")?)
+    }
+
     /// The default routes of a family, best first.
     pub fn default_routes(&mut self, family: Family) -> Result<Vec<DefaultRoute>, WorldError> {
         let filter = route::Filter { unicast: true, ..route::Filter::default() };
