@@ -123,6 +123,11 @@ impl Wish {
         self.options.contains_key("vni")
     }
 
+    /// Whether the wish says nothing but which network, and this can be it.
+    pub(crate) fn names_only(&self, cidr: Option<Prefix>) -> bool {
+        self.options.is_empty() && (self.cidr.is_none() || self.cidr == cidr)
+    }
+
     /// The name under which a CIDR nobody knows is kept in the store, when the default network has another.
     pub(crate) fn name_for(cidr: &Prefix) -> Result<NetworkName, NameError> {
         NetworkName::new(&format!("net-{}", cidr.to_string().replace(['/', ':'], "-")))

@@ -57,8 +57,8 @@ impl Part {
     fn of(network: &NetworkName, lease: &Leased) -> Option<Self> {
         Some(Self {
             network: network.clone(),
-            cidr: lease.config.v4?.cidr,
-            subnet: lease.own.subnets.v4()?,
+            cidr: lease.network(Family::V4)?,
+            subnet: lease.subnets.v4()?,
             gateway: lease.gateway(Family::V4)?.address(),
             mtu: lease.mtu,
         })
@@ -84,15 +84,14 @@ impl Served {
         let status = self.status.borrow();
         let lease = status.lease.as_ref();
         let families = [Family::V4, Family::V6];
-        let subnets =
-            lease.map(|lease| families.into_iter().filter_map(|family| lease.own.subnets.of(family)));
+        let subnets = lease.map(|lease| families.into_iter().filter_map(|family| lease.subnets.of(family)));
         NetworkStatus {
             name: network.to_string(),
             cidrs: lease
-                .map(|lease| lease.config.cidrs().map(|cidr| cidr.to_string()).collect())
+                .map(|lease| lease.networks.iter().map(Prefix::to_string).collect())
                 .unwrap_or_default(),
             subnets: subnets.map(|all| all.map(|subnet| subnet.to_string()).collect()).unwrap_or_default(),
-            backend: lease.map(|lease| lease.config.backend.name().to_owned()),
+            backend: lease.and_then(|lease| Some(lease.config.as_ref()?.backend.name().to_owned())),
             mtu: lease.map(|lease| lease.mtu.bytes()),
             bridge: self.bridge.map(|bridge| bridge.to_string()),
             ready: status.ready,
@@ -257,10 +256,15 @@ impl Networks {
                 let Some(lease) = &status.lease else { return false };
                 let meant = match (&wish.network, wish.cidr) {
                     (Some(wanted), _) => wanted == *name,
-                    (None, Some(cidr)) => lease.config.v4.is_some_and(|v4| v4.cidr == cidr),
+                    (None, Some(cidr)) => lease.network(Family::V4) == Some(cidr),
                     (None, None) => **name == default,
                 };
-                meant && wish.agrees_with(&lease.config)
+                // What defines a network that another agent holds is not known here; its CIDR is.
+                let agrees = match &lease.config {
+                    Some(config) => wish.agrees_with(config),
+                    None => wish.names_only(lease.network(Family::V4)),
+                };
+                meant && agrees
             })
             .map(|(name, _)| name.clone())
     }

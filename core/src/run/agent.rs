@@ -14,10 +14,10 @@ use tokio::task::JoinHandle;
 use self::work::Work;
 use super::hold::{self, Hold};
 use super::settings::AgentSettings;
-use crate::words::addr::{Family, InterfaceAddress};
+use crate::words::addr::{Family, InterfaceAddress, Prefix};
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
-use crate::words::lease::OwnLease;
+use crate::words::lease::Subnets;
 use crate::words::report::{Finding, Reason};
 use crate::words::units::Mtu;
 
@@ -27,18 +27,27 @@ const WAIT: Duration = Duration::from_secs(1);
 /// What an agent has.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Leased {
-    /// The network's configuration.
-    pub config: Arc<NetworkConfig>,
-    /// Our part of it.
-    pub own: OwnLease,
+    /// The network's configuration; not known of a network that another agent holds for this node.
+    pub config: Option<Arc<NetworkConfig>>,
+    /// All of the network, IPv4 before IPv6.
+    pub networks: Vec<Prefix>,
+    /// This node's part of it.
+    pub subnets: Subnets,
     /// Largest packet of a container.
     pub mtu: Mtu,
+    /// Who holds the lease, if another agent on this node does and this one only reads along.
+    pub holder: Option<String>,
 }
 
 impl Leased {
     /// The gateway of this node's containers, with the length of the subnet: first address of the subnet.
     pub fn gateway(&self, family: Family) -> Option<InterfaceAddress> {
-        gateway(&self.own, family)
+        gateway(&self.subnets, family)
+    }
+
+    /// The network of a family.
+    pub fn network(&self, family: Family) -> Option<Prefix> {
+        self.networks.iter().copied().find(|network| network.family() == family)
     }
 }
 
@@ -161,7 +170,7 @@ async fn take_hold(
 }
 
 /// The gateway of a node's containers: the first address of its subnet.
-fn gateway(own: &OwnLease, family: Family) -> Option<InterfaceAddress> {
-    let subnet = own.subnets.of(family)?;
+fn gateway(subnets: &Subnets, family: Family) -> Option<InterfaceAddress> {
+    let subnet = subnets.of(family)?;
     InterfaceAddress::new(subnet.nth(1)?, subnet.len()).ok()
 }

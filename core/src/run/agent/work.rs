@@ -313,9 +313,13 @@ impl Work {
             }
         }
         let lease = match (&self.served, &self.own, &self.survey) {
-            (Some(config), Some(own), Some(survey)) => {
-                Some(Leased { config: config.clone(), own: own.clone(), mtu: survey.mtu })
-            }
+            (Some(config), Some(own), Some(survey)) => Some(Leased {
+                config: Some(config.clone()),
+                networks: config.cidrs().collect(),
+                subnets: own.subnets,
+                mtu: survey.mtu,
+                holder: None,
+            }),
             _ => None,
         };
         let status = Status { waiting, lease, ready: self.ready };
@@ -393,7 +397,7 @@ impl Work {
         }
         let env = SubnetEnv {
             networks: config.cidrs().collect(),
-            subnets: Family::BOTH.into_iter().filter_map(|family| gateway(own, family)).collect(),
+            subnets: Family::BOTH.into_iter().filter_map(|family| gateway(&own.subnets, family)).collect(),
             mtu,
             ip_masq: self.settings.masquerade,
         };
