@@ -10,10 +10,12 @@ use flannel_core::decide::backend;
 use flannel_core::decide::plan::{Inputs, Plan, PlanError, overlap, plan, remains};
 use flannel_core::words::addr::{Family, Prefix};
 use flannel_core::words::config::NetworkConfig;
+use flannel_core::words::exposure::{Exposure, PublishedPort, Transport};
 use flannel_core::words::fact::{Fact, RouteProtocol};
 use flannel_core::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
 use flannel_core::words::name::{LinkName, NetworkName};
 use flannel_core::words::node::{HostRoute, Identity, Node, Uplink};
+use flannel_core::words::rule::TableName;
 use flannel_core::words::units::Mtu;
 
 const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
@@ -70,6 +72,7 @@ struct Case {
     masquerade: bool,
     forward: bool,
     isolated_from: BTreeSet<Prefix>,
+    exposure: Option<Exposure>,
 }
 
 impl Case {
@@ -94,6 +97,7 @@ impl Case {
             masquerade: false,
             forward: false,
             isolated_from: BTreeSet::new(),
+            exposure: None,
         }
     }
 
@@ -115,6 +119,7 @@ impl Case {
             masquerade: self.masquerade,
             forward: self.forward,
             isolated_from: &self.isolated_from,
+            exposure: self.exposure.as_ref(),
         })
     }
 
@@ -255,6 +260,38 @@ fn a_node_with_everything() {
     golden("everything", &case);
 }
 
+/// Published ports of both families, and every policy an endpoint can have.
+#[test]
+fn a_node_with_published_ports() {
+    let both = r#"{"PublicIP":"192.168.100.2","PublicIPv6":"fd00:100::2","BackendType":"host-gw"}"#;
+    let mut case = Case::new(DUAL_HOST_GW, "10.5.70.0-24&fd42:cafe:0:2::-64")
+        .peer("10.5.68.0-24&fd42:cafe:0:1::-64", both);
+    case.bridge = Some(case.network.bridge());
+    let port = |protocol, host_ip: Option<&str>, host_port, address: &str, port| PublishedPort {
+        protocol,
+        host_ip: host_ip.map(|ip| ip.parse().unwrap()),
+        host_port,
+        address: address.parse().unwrap(),
+        port,
+    };
+    let addresses = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
+    case.exposure = Some(Exposure {
+        published: BTreeSet::from([
+            port(Transport::Tcp, None, 8080, "10.5.70.2", 80),
+            port(Transport::Udp, None, 53, "10.5.70.3", 53),
+            port(Transport::Sctp, Some("127.0.0.1"), 9, "10.5.70.2", 9),
+            port(Transport::Tcp, None, 8080, "fd42:cafe:0:2::2", 80),
+            port(Transport::Tcp, Some("fd00:100::1"), 443, "fd42:cafe:0:2::2", 443),
+            // Not of this subnet any more: it leads nowhere.
+            port(Transport::Tcp, None, 81, "10.5.71.2", 80),
+        ]),
+        internal: addresses(&["10.5.70.4", "fd42:cafe:0:2::4", "10.5.71.4"]),
+        closed: addresses(&["10.5.70.5", "10.5.70.6"]),
+        unmasqueraded: addresses(&["10.5.70.7"]),
+    });
+    golden("published", &case);
+}
+
 #[test]
 fn only_an_agent_that_keeps_a_bridge_touches_it() {
     let mut case = Case::new(VXLAN, "10.100.5.0-24");
@@ -380,8 +417,13 @@ fn a_plan_may_touch_what_is_left_of_its_network_and_what_it_wants() {
     let (planned, left) = (case.plan().territory, remains(&case.network, case.config.cidrs()));
     assert_eq!(left.alias.as_deref(), Some("flannel network default"));
     assert_eq!(left.cidrs.iter().map(Prefix::to_string).collect::<Vec<_>>(), ["10.100.0.0/16"]);
-    assert_eq!(left.tables.iter().map(|table| table.name.as_str()).collect::<Vec<_>>(), ["flannel"]);
-    assert_eq!((planned.alias, planned.cidrs, planned.tables), (left.alias, left.cidrs, left.tables));
+    let names =
+        |tables: &BTreeSet<TableName>| tables.iter().map(|table| table.name.clone()).collect::<Vec<_>>();
+    assert_eq!(names(&left.tables), ["flannel", "flannel_endpoints"]);
+    assert_eq!((planned.alias, planned.cidrs), (left.alias, left.cidrs));
+    assert_eq!(names(&planned.tables), ["flannel"], "the endpoints are somebody else's");
+    let case = Case { exposure: Some(Exposure::default()), ..case };
+    assert_eq!(case.plan().territory.tables, left.tables);
     assert_eq!(planned.links.iter().map(|link| link.as_str()).collect::<Vec<_>>(), ["flannel.1"]);
     assert!(left.links.is_empty() && left.accepts && planned.accepts);
 }

@@ -125,6 +125,11 @@ fn isolation(scene: &FirewallScene<'_>, sets: &mut BTreeMap<String, Set>) -> Vec
         }
         sets.insert(name.to_owned(), set);
     }
+    if !rules.is_empty() {
+        // Whoever publishes a port of a network publishes it to the others, too.
+        let published = vec![Match::Translated { negated: false }];
+        rules.insert(0, rule(published, Verdict::Accept));
+    }
     rules
 }
 
@@ -211,6 +216,7 @@ nft 'table inet flannel-web {
 	set isolated6 { type ipv6_addr; flags interval; elements = { fd00:200::/48 }; }
 	chain forward {
 		type filter hook forward priority filter; policy accept;
+		ct status dnat accept
 		ip saddr 10.100.0.0/16 ip daddr @isolated counter drop
 		ip daddr 10.100.0.0/16 ip saddr @isolated counter drop
 		ip6 saddr fd00:100::/48 ip6 daddr @isolated6 counter drop
@@ -250,7 +256,9 @@ iptables -A FLANNEL-FWD -s 10.100.0.0/16 -j ACCEPT; iptables -A FLANNEL-FWD -d 1
             (scene.masquerade, scene.forward, scene.isolated_from) = (false, false, others);
         });
         assert!(
-            text.contains("counter drop") && !text.contains("accept\n\t\t") && !text.contains("postrtg"),
+            text.contains("counter drop")
+                && !text.contains("10.100.0.0/16 accept")
+                && !text.contains("postrtg"),
             "{text}"
         );
         assert!(!text.contains("FLANNEL-FWD"), "{text}");

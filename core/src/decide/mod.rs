@@ -7,4 +7,5 @@ pub mod endpoint;
 pub mod firewall;
 pub mod plan;
 pub mod pool;
+pub mod publish;
 pub mod scene;

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeSet;
 
-use super::firewall::{self, FirewallScene};
+use super::firewall::{self, FirewallScene, Range};
+use super::publish::PublishScene;
 use super::scene::{Draft, Scene};
-use super::{backend, bridge};
+use super::{backend, bridge, publish};
 use crate::words::addr::{Family, InterfaceAddress, Prefix};
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
+use crate::words::exposure::Exposure;
 use crate::words::fact::{BridgePort, Fact, Facts, Link, LinkKind, Sysctl};
 use crate::words::lease::{LeaseSet, OwnLease};
 use crate::words::name::{LinkName, NetworkName};
@@ -37,6 +39,8 @@ pub struct Inputs<'a> {
     pub forward: bool,
     /// CIDRs of this node's other networks, which this one must not reach.
     pub isolated_from: &'a BTreeSet<Prefix>,
+    /// What is particular about this node's endpoints; none if that is another program's to say.
+    pub exposure: Option<&'a Exposure>,
 }
 
 /// What should be true, and where.
@@ -50,6 +54,8 @@ pub struct Plan {
     pub findings: Vec<Finding>,
     /// Largest packet of a container: `FLANNEL_MTU`.
     pub mtu: Mtu,
+    /// The network's ranges and our parts of them.
+    pub ranges: Vec<Range>,
 }
 
 /// Why there is no plan at all.
@@ -84,14 +90,15 @@ pub fn plan(inputs: &Inputs<'_>) -> Result<Plan, PlanError> {
     let scene = Scene::new(network, config, node, own, leases, &advertised, &mut draft);
     plan_uplink(&scene, &mut draft);
     backend.plan(&scene, &mut draft);
-    plan_firewall(inputs, &scene, &mut draft);
+    let ranges = ranges(inputs, scene.families());
+    plan_firewall(inputs, &ranges, &mut draft);
     if let Some(bridge) = inputs.bridge {
         plan_bridge(bridge, mtu, &scene, &mut draft);
     }
 
     let Draft { facts, findings } = draft;
     let territory = territory(inputs, &facts);
-    Ok(Plan { facts, territory, findings, mtu })
+    Ok(Plan { facts, territory, findings, mtu, ranges })
 }
 
 /// A host that forwards does not follow router advertisements any more, unless it is told to: 2 instead of 1
@@ -103,21 +110,29 @@ fn plan_uplink(scene: &Scene<'_>, draft: &mut Draft) {
     }
 }
 
-fn plan_firewall(inputs: &Inputs<'_>, scene: &Scene<'_>, draft: &mut Draft) {
-    let range = |family: Family| {
-        let (range, subnet) = (inputs.config.range(family)?, inputs.own.subnets.of(family)?);
-        Some(firewall::Range { cidr: range.cidr, subnet })
-    };
-    let ranges: Vec<_> = scene.families().filter_map(range).collect();
+fn plan_firewall(inputs: &Inputs<'_>, ranges: &[Range], draft: &mut Draft) {
     draft.join(firewall::plan(&FirewallScene {
         network: inputs.network,
-        ranges: &ranges,
+        ranges,
         masquerade: inputs.masquerade,
         fully_random: true,
         forward: inputs.forward,
         isolated_from: inputs.isolated_from,
         forward_chains: &inputs.node.forward_chains,
     }));
+    if let Some(exposure) = inputs.exposure {
+        let bridge = inputs.bridge;
+        draft.join(publish::plan(&PublishScene { network: inputs.network, ranges, exposure, bridge }));
+    }
+}
+
+/// The network's ranges and our parts of them.
+fn ranges(inputs: &Inputs<'_>, families: impl Iterator<Item = Family>) -> Vec<Range> {
+    let range = |family: Family| {
+        let (range, subnet) = (inputs.config.range(family)?, inputs.own.subnets.of(family)?);
+        Some(Range { cidr: range.cidr, subnet })
+    };
+    families.filter_map(range).collect()
 }
 
 /// The bridge and its ports. Neither carries the network's alias: an agent that keeps no bridge would take one that does
@@ -146,7 +161,7 @@ pub fn remains(network: &NetworkName, cidrs: impl IntoIterator<Item = Prefix>) -
     Territory {
         alias: Some(Territory::alias_of(network)),
         cidrs: cidrs.into_iter().collect(),
-        tables: BTreeSet::from([firewall::table_name(network)]),
+        tables: BTreeSet::from([firewall::table_name(network), publish::table_name(network)]),
         accepts: true,
         ..Territory::default()
     }
@@ -154,7 +169,10 @@ pub fn remains(network: &NetworkName, cidrs: impl IntoIterator<Item = Prefix>) -
 
 fn territory(inputs: &Inputs<'_>, facts: &Facts) -> Territory {
     let planned = Territory::of(facts.iter());
-    let rest = remains(inputs.network, inputs.config.cidrs());
+    let mut rest = remains(inputs.network, inputs.config.cidrs());
+    if inputs.exposure.is_none() {
+        rest.tables.remove(&publish::table_name(inputs.network));
+    }
     Territory { links: planned.links, sysctls: planned.sysctls, ..rest }
 }
 

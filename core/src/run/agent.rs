@@ -17,6 +17,7 @@ use super::settings::AgentSettings;
 use crate::words::addr::{Family, InterfaceAddress, Prefix};
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
+use crate::words::exposure::Exposure;
 use crate::words::lease::Subnets;
 use crate::words::report::{Finding, Reason};
 use crate::words::units::Mtu;
@@ -62,8 +63,12 @@ pub struct Status {
     pub ready: bool,
 }
 
+/// Who waits to hear that an exposure is in the kernel.
+type Exposed = oneshot::Sender<Result<(), String>>;
+
 enum Command {
     Poke(Reason),
+    Expose(Exposure, Exposed),
     Retire(oneshot::Sender<Result<(), String>>),
     Stop(oneshot::Sender<()>),
 }
@@ -92,6 +97,17 @@ impl Agent {
     /// Tells it that something changed, for example that a container came.
     pub fn poke(&self, reason: Reason) {
         let _ = self.commands.send(Command::Poke(reason));
+    }
+
+    /// Sets what is particular about this node's endpoints; the newest value counts. Resolves when the kernel has it, which for an
+    /// agent without a lease may take for ever: whoever waits sets a limit.
+    ///
+    /// # Errors
+    /// What the kernel refused, or that the agent has ended. The value stays wanted, and is tried again.
+    pub fn expose(&self, exposure: Exposure) -> impl Future<Output = Result<(), String>> + Send + use<> {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.commands.send(Command::Expose(exposure, reply));
+        async move { answer.await.unwrap_or_else(|_| Err("the agent has ended".into())) }
     }
 
     /// Takes everything of the network away from this host, gives the lease back, and ends.
@@ -123,12 +139,18 @@ impl Drop for Agent {
 }
 
 async fn run(
-    settings: AgentSettings,
+    mut settings: AgentSettings,
     publish: watch::Sender<Status>,
     mut inbox: mpsc::UnboundedReceiver<Command>,
 ) {
-    let Some(hold) = take_hold(&settings, &publish, &mut inbox).await else { return };
-    match Work::start(settings, publish, hold) {
+    let mut early = Vec::new();
+    let Some(hold) = take_hold(&settings, &publish, &mut inbox, &mut early).await else { return };
+    let waiting = early.into_iter().map(|(exposure, reply)| {
+        settings.exposure = Some(exposure);
+        reply
+    });
+    let waiting = waiting.collect();
+    match Work::start(settings, publish, hold, waiting) {
         Ok(work) => work.run(inbox).await,
         Err(error) => tracing::error!("the agent cannot start: {error}"),
     }
@@ -139,6 +161,7 @@ async fn take_hold(
     settings: &AgentSettings,
     publish: &watch::Sender<Status>,
     inbox: &mut mpsc::UnboundedReceiver<Command>,
+    early: &mut Vec<(Exposure, Exposed)>,
 ) -> Option<Hold> {
     let mut told = false;
     loop {
@@ -161,6 +184,7 @@ async fn take_hold(
             () = tokio::time::sleep(WAIT) => {}
             command = inbox.recv() => match command {
                 Some(Command::Poke(_)) => {}
+                Some(Command::Expose(exposure, reply)) => early.push((exposure, reply)),
                 Some(Command::Stop(reply)) => { let _ = reply.send(()); return None }
                 Some(Command::Retire(reply)) => { let _ = reply.send(Ok(())); return None }
                 None => return None,

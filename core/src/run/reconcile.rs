@@ -3,6 +3,8 @@
 //! It is given whole values and the reason to look; if several come while a pass runs, the newest value and the
 //! weightiest reason count. It gives back an [`Outcome`]. It keeps no list of what it did.
 
+mod endpoints;
+
 use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use self::endpoints::{Endpoints, Reply};
 use super::health::Counters;
 use super::journal::Journal;
 use super::survey::Public;
@@ -26,6 +29,7 @@ use crate::touch::world::kernel::Kernel;
 use crate::words::addr::Prefix;
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
+use crate::words::exposure::Exposure;
 use crate::words::fact::{Fact, Facts};
 use crate::words::lease::{LeaseSet, OwnLease};
 use crate::words::name::{Attachment, LinkName, NetworkName};
@@ -74,6 +78,7 @@ pub(super) struct Outcome {
 }
 
 enum Work {
+    Expose(Exposure, Reply),
     Pass(Box<Inputs>, Reason),
     Retire(BTreeSet<Prefix>, tokio::sync::oneshot::Sender<Result<Report, String>>),
 }
@@ -86,10 +91,12 @@ pub(super) struct Reconciler {
 
 impl Reconciler {
     /// Starts the thread. It works in the network namespace of the caller.
-    pub(super) fn start(place: Place, counters: Counters) -> io::Result<Self> {
+    pub(super) fn start(place: Place, exposure: Option<Exposure>, counters: Counters) -> io::Result<Self> {
         let (work, todo) = channel();
         let (done, outcome) = watch::channel(Outcome::default());
-        let thread = Thread { journal: Journal::new(&place.network, counters), place, kernel: None, done };
+        let endpoints = Endpoints::new(place.network.clone(), place.bridge, exposure);
+        let journal = Journal::new(&place.network, counters);
+        let thread = Thread { journal, place, endpoints, kernel: None, done };
         std::thread::Builder::new().name("reconciler".into()).spawn(move || thread.run(&todo))?;
         Ok(Self { work, outcome })
     }
@@ -98,6 +105,11 @@ impl Reconciler {
     pub(super) fn pass(&self, inputs: Inputs, reason: Reason) {
         // The thread lives as long as this sender.
         let _ = self.work.send(Work::Pass(Box::new(inputs), reason));
+    }
+
+    /// Asks for what is particular about the endpoints; the answer comes when it is written.
+    pub(super) fn expose(&self, exposure: Exposure, reply: Reply) {
+        let _ = self.work.send(Work::Expose(exposure, reply));
     }
 
     /// Waits until nothing is changed any more: another agent, or nobody, may have other plans.
@@ -130,6 +142,7 @@ enum PassError {
 struct Thread {
     place: Place,
     journal: Journal,
+    endpoints: Endpoints,
     kernel: Option<Kernel>,
     done: watch::Sender<Outcome>,
 }
@@ -140,14 +153,27 @@ impl Thread {
         while let Ok(work) = todo.recv() {
             for work in newest(work, todo) {
                 match work {
-                    Work::Pass(..) if retired => {}
-                    Work::Pass(inputs, reason) => self.pass(&inputs, reason),
+                    Work::Expose(..) | Work::Pass(..) if retired => {}
+                    Work::Expose(exposure, reply) => self.endpoints.want(exposure, reply),
+                    Work::Pass(inputs, reason) => {
+                        // Somebody waits for these, and they do not take long.
+                        self.serve_endpoints();
+                        self.pass(&inputs, reason);
+                    }
                     Work::Retire(cidrs, reply) => {
                         retired = true;
                         let _ = reply.send(self.retire(cidrs).map_err(|error| chain(&error)));
                     }
                 }
             }
+            self.serve_endpoints();
+        }
+    }
+
+    fn serve_endpoints(&mut self) {
+        if self.endpoints.is_due() {
+            let opened = open(&mut self.kernel);
+            self.endpoints.serve(opened);
         }
     }
 
@@ -189,6 +215,7 @@ impl Thread {
             masquerade: self.place.masquerade,
             forward: self.place.forward,
             isolated_from: &inputs.isolated_from,
+            exposure: self.endpoints.exposure(),
         })?;
         plan.territory.cidrs.extend(&inputs.former);
         if let Some(bridge) = self.place.bridge
@@ -196,7 +223,10 @@ impl Thread {
         {
             bridge::adopt(&mut plan.facts, &Facts::from_iter([Fact::Link(Box::new(link))]), bridge);
         }
-        let report = converge(self.kernel()?, &plan.territory, &plan.facts)?;
+        let kernel = open(&mut self.kernel)?;
+        self.endpoints.prepare(kernel, &mut plan.facts, &mut plan.territory)?;
+        let report = converge(kernel, &plan.territory, &plan.facts)?;
+        self.endpoints.passed(plan.ranges.clone(), report.clean);
         if self.place.forward
             && let Some(hint) = self.kernel()?.netfilter()?.hint()
         {
@@ -231,10 +261,14 @@ impl Thread {
     }
 
     fn kernel(&mut self) -> Result<&mut Kernel, WorldError> {
-        match &mut self.kernel {
-            Some(kernel) => Ok(kernel),
-            empty => Ok(empty.insert(Kernel::open()?)),
-        }
+        open(&mut self.kernel)
+    }
+}
+
+fn open(kernel: &mut Option<Kernel>) -> Result<&mut Kernel, WorldError> {
+    match kernel {
+        Some(kernel) => Ok(kernel),
+        empty => Ok(empty.insert(Kernel::open()?)),
     }
 }
 
@@ -258,20 +292,23 @@ fn holders(subnet_file: &Path) -> Vec<Attachment> {
     entries.into_iter().map(|entry| entry.owner).collect()
 }
 
-/// Of the passes that are waiting only the newest inputs count, and the weightiest reason. Retiring comes last.
+/// What endpoints want comes first. Of the passes that are waiting only the newest inputs count, and the weightiest reason.
+/// Retiring comes last.
 fn newest(first: Work, todo: &Receiver<Work>) -> Vec<Work> {
     let mut pass: Option<(Box<Inputs>, Reason)> = None;
-    let mut rest = Vec::new();
+    let (mut exposed, mut rest) = (Vec::new(), Vec::new());
     for work in std::iter::once(first).chain(todo.try_iter()) {
         match work {
             Work::Pass(inputs, reason) => {
                 let reason = pass.as_ref().map_or(reason, |(_, earlier)| reason.min(*earlier));
                 pass = Some((inputs, reason));
             }
+            expose @ Work::Expose(..) => exposed.push(expose),
             retire @ Work::Retire(..) => rest.push(retire),
         }
     }
-    pass.map(|(inputs, reason)| Work::Pass(inputs, reason)).into_iter().chain(rest).collect()
+    let pass = pass.map(|(inputs, reason)| Work::Pass(inputs, reason));
+    exposed.into_iter().chain(pass).chain(rest).collect()
 }
 
 /// How long until a pass that left something undone is tried again: 0.2 s, doubling to 30 s.

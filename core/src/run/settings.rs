@@ -10,6 +10,7 @@ use super::health::Counters;
 use super::store::NetworkStore;
 use crate::touch::uplink::Sought;
 use crate::words::addr::Prefix;
+use crate::words::exposure::Exposure;
 use crate::words::name::{LinkName, NetworkName};
 
 /// What an agent is to do.
@@ -33,6 +34,9 @@ pub struct AgentSettings {
     pub bridge: Option<LinkName>,
     /// CIDRs that this network's containers must not reach, and the other way round.
     pub isolated_from: watch::Receiver<BTreeSet<Prefix>>,
+    /// What is particular about this node's endpoints, to begin with; none if that is another program's to say, whose rules
+    /// are then left alone.
+    pub exposure: Option<Exposure>,
     /// How long before its end the lease is renewed.
     pub renew_margin: Duration,
     /// How long without notice until the kernel is looked at all the same.

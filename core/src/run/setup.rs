@@ -54,6 +54,7 @@ pub fn agent(
         forward: flags.iptables_forward_rules,
         bridge: None,
         isolated_from,
+        exposure: None,
         renew_margin: flags.renew_margin(),
         resync: flags.resync(),
         counters,

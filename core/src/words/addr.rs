@@ -111,6 +111,20 @@ impl Prefix {
         }
     }
 
+    /// All addresses by which a host reaches only itself: 127.0.0.0/8 (RFC 1122), ::1 (RFC 4291).
+    pub fn loopback(family: Family) -> Self {
+        match family {
+            Family::V4 => Self(network_of(IpAddr::V4(Ipv4Addr::new(127, 0, 0, 0)), 8)),
+            Family::V6 => Self::host(IpAddr::V6(Ipv6Addr::LOCALHOST)),
+        }
+    }
+
+    /// Where hosts of one link find each other: fe80::/10 (RFC 4291). IPv4 needs none.
+    pub fn link_local(family: Family) -> Option<Self> {
+        let base = IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0));
+        (family == Family::V6).then(|| Self(network_of(base, 10)))
+    }
+
     /// Lowest address.
     pub fn base(&self) -> IpAddr {
         self.0.ip()

@@ -3,6 +3,7 @@
 pub mod addr;
 pub mod code;
 pub mod config;
+pub mod exposure;
 pub mod fact;
 pub mod lease;
 pub mod name;

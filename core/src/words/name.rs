@@ -43,6 +43,14 @@ impl LinkName {
         Ok(Self(bytes))
     }
 
+    /// `lo`: the interface by which a host reaches itself.
+    pub const fn loopback() -> Self {
+        let mut bytes = [0; LINK_NAME_MAX + 1];
+        bytes[0] = b'l';
+        bytes[1] = b'o';
+        Self(bytes)
+    }
+
     /// As text.
     pub fn as_str(&self) -> &str {
         let end = self.0.iter().position(|b| *b == 0).unwrap_or(LINK_NAME_MAX);
@@ -140,12 +148,25 @@ impl NetworkName {
     /// Name of the network's nftables table: `flannel` for the default network, `flannel-NAME` while that has at most
     /// 31 bytes, else `flannel-` and a hash of the name.
     pub fn table(&self) -> String {
+        self.table_named("flannel")
+    }
+
+    /// Name of the nftables table of the network's endpoints: `flannel_endpoints`, and further as [`Self::table`]. No
+    /// network's own table is called so, because of the underscore.
+    pub fn endpoints_table(&self) -> String {
+        self.table_named("flannel_endpoints")
+    }
+
+    fn table_named(&self, first: &str) -> String {
         const TABLE_NAME_MAX: usize = 31;
-        const FIRST: &str = "flannel";
+        let room = TABLE_NAME_MAX - first.len() - 1;
         match self.is_default() {
-            true => FIRST.to_owned(),
-            false if FIRST.len() + 1 + self.0.len() <= TABLE_NAME_MAX => format!("{FIRST}-{}", self.0),
-            false => format!("{FIRST}-{}", fingerprint(self.0.as_bytes())),
+            true => first.to_owned(),
+            false if self.0.len() <= room => format!("{first}-{}", self.0),
+            false => {
+                let hash = fingerprint(self.0.as_bytes());
+                format!("{first}-{}", &hash[..room.min(hash.len())])
+            }
         }
     }
 }
@@ -242,8 +263,13 @@ mod tests {
         assert_eq!(NetworkName::default_network().table(), "flannel");
         let [one, other] =
             ["1", "2"].map(|end| NetworkName::new(&format!("a-rather-long-network-name{end}")));
-        assert_ne!(one.as_ref().unwrap().table(), other.unwrap().table());
-        assert_eq!(one.unwrap().table().len(), 24);
+        let other = other.unwrap();
+        assert_ne!(one.as_ref().unwrap().table(), other.table());
+        assert_ne!(one.as_ref().unwrap().endpoints_table(), other.endpoints_table());
+        let one = one.unwrap();
+        assert_eq!((one.table().len(), one.endpoints_table().len()), (24, 31));
+        assert_eq!(NetworkName::new("web").unwrap().endpoints_table(), "flannel_endpoints-web");
+        assert_eq!(NetworkName::default_network().endpoints_table(), "flannel_endpoints");
         let long = NetworkName::new("a-rather-long-network-name").unwrap().bridge();
         assert!(long.as_str().starts_with("fl-") && long.as_str().len() == 15);
     }

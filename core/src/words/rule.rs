@@ -5,8 +5,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::net::IpAddr;
 
 use super::addr::{Family, Prefix};
+use super::exposure::Transport;
 use super::name::LinkName;
 
 /// The family of a table. `Inet` sees both IPv4 and IPv6.
@@ -52,6 +54,8 @@ pub struct Table {
     pub name: TableName,
     /// Sets by name.
     pub sets: BTreeMap<String, Set>,
+    /// Port maps by name; the kernel has one space of names for these and sets.
+    pub maps: BTreeMap<String, PortMap>,
     /// Chains by name.
     pub chains: BTreeMap<String, Chain>,
     /// What was found in it that cannot be said here, in a few words each. No plan has any, so a table that somebody
@@ -62,7 +66,13 @@ pub struct Table {
 impl Table {
     /// A table with nothing in it.
     pub const fn new(name: TableName) -> Self {
-        Self { name, sets: BTreeMap::new(), chains: BTreeMap::new(), strange: Vec::new() }
+        Self {
+            name,
+            sets: BTreeMap::new(),
+            maps: BTreeMap::new(),
+            chains: BTreeMap::new(),
+            strange: Vec::new(),
+        }
     }
 }
 
@@ -88,6 +98,35 @@ impl Set {
         }
         Self { family, elements }
     }
+}
+
+/// A named map from a port of this host to a port of a container, for [`Verdict::Dnat`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PortMap {
+    /// How its keys are made.
+    pub kind: PortMapKind,
+    /// The elements. Every key has an address exactly if the kind says so, and all addresses are of its family.
+    pub elements: BTreeMap<PortKey, (IpAddr, u16)>,
+}
+
+/// How the keys of a port map are made.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct PortMapKind {
+    /// Family of all addresses in it.
+    pub family: Family,
+    /// Whether the destination address is part of the key.
+    pub bound: bool,
+}
+
+/// What a port map is asked for.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct PortKey {
+    /// The destination address, if it is part of the key.
+    pub address: Option<IpAddr>,
+    /// Protocol.
+    pub protocol: Transport,
+    /// Destination port.
+    pub port: u16,
 }
 
 /// A chain: hooked into the packet path if it has a base.
@@ -191,6 +230,20 @@ pub enum Match {
         /// The interface the packet leaves by.
         link: LinkName,
     },
+    /// `meta nfproto ipv4`. Needless before a test of an address, which implies it.
+    Family(Family),
+    /// `fib daddr type local`: the destination is an address of this host.
+    LocalDestination,
+    /// `ct state [!] established,related`: of a connection that is known, or that belongs to one.
+    Established {
+        /// True for `!`.
+        negated: bool,
+    },
+    /// `ct status [!] dnat`: of a connection whose destination was translated, in either direction.
+    Translated {
+        /// True for `!`.
+        negated: bool,
+    },
     /// `meta mark and MASK == VALUE`
     Mark {
         /// Bits looked at.
@@ -216,11 +269,21 @@ pub enum Verdict {
         /// Choose the port at random (`fully-random`).
         fully_random: bool,
     },
+    /// Send it where a map says for its destination port, or go on if the map has nothing for it.
+    Dnat {
+        /// Kind of the map.
+        kind: PortMapKind,
+        /// Name of a map of the same table.
+        map: String,
+    },
+    /// Give it its own source address, so that nobody gives it another.
+    KeepSource(Family),
 }
 
 impl fmt::Display for Match {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let not = |negated: &bool| if *negated { "!= " } else { "" };
+        let no = |negated: &bool| if *negated { "! " } else { "" };
         match self {
             Self::Address { side, negated, prefix } => {
                 write!(f, "{} {side} {}{}", ip(prefix.family()), not(negated), operand(prefix))
@@ -230,6 +293,11 @@ impl fmt::Display for Match {
             }
             Self::Input { negated, link } => write!(f, "iifname {}\"{link}\"", not(negated)),
             Self::Output { negated, link } => write!(f, "oifname {}\"{link}\"", not(negated)),
+            Self::Family(Family::V4) => f.write_str("meta nfproto ipv4"),
+            Self::Family(Family::V6) => f.write_str("meta nfproto ipv6"),
+            Self::LocalDestination => f.write_str("fib daddr type local"),
+            Self::Established { negated } => write!(f, "ct state {}established,related", no(negated)),
+            Self::Translated { negated } => write!(f, "ct status {}dnat", no(negated)),
             Self::Mark { mask: u32::MAX, value } => write!(f, "meta mark {value:#010x}"),
             Self::Mark { mask, value } => write!(f, "meta mark & {mask:#010x} == {value:#010x}"),
         }
@@ -269,6 +337,12 @@ impl fmt::Display for Verdict {
             Self::Jump(chain) => write!(f, "jump {chain}"),
             Self::Masquerade { fully_random: true } => f.write_str("masquerade fully-random"),
             Self::Masquerade { fully_random: false } => f.write_str("masquerade"),
+            Self::Dnat { kind: PortMapKind { family, bound }, map } => {
+                let ip = ip(*family);
+                let address = if *bound { format!("{ip} daddr . ") } else { String::new() };
+                write!(f, "dnat {ip} to {address}meta l4proto . th dport map @{map}")
+            }
+            Self::KeepSource(family) => write!(f, "snat {0} to {0} saddr", ip(*family)),
         }
     }
 }
@@ -320,17 +394,50 @@ impl Base {
     }
 }
 
+impl fmt::Display for PortKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(address) = self.address {
+            write!(f, "{address} . ")?;
+        }
+        write!(f, "{} . {}", self.protocol, self.port)
+    }
+}
+
+impl fmt::Display for PortMapKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let address = address_type(self.family);
+        if self.bound {
+            write!(f, "{address} . ")?;
+        }
+        write!(f, "inet_proto . inet_service : {address} . inet_service")
+    }
+}
+
+fn address_type(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ipv4_addr",
+        Family::V6 => "ipv6_addr",
+    }
+}
+
 /// The table as a ruleset that `nft -f` accepts.
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "table {} {{", self.name)?;
         for (name, set) in &self.sets {
-            let kind = match set.family {
-                Family::V4 => "ipv4_addr",
-                Family::V6 => "ipv6_addr",
-            };
+            let kind = address_type(set.family);
             let elements = set.elements.iter().map(operand).collect::<Vec<_>>().join(", ");
             write!(f, "\tset {name} {{ type {kind}; flags interval; ")?;
+            if !elements.is_empty() {
+                write!(f, "elements = {{ {elements} }}; ")?;
+            }
+            writeln!(f, "}}")?;
+        }
+        for (name, map) in &self.maps {
+            let one =
+                |(key, (address, port)): (&PortKey, &(IpAddr, u16))| format!("{key} : {address} . {port}");
+            let elements = map.elements.iter().map(one).collect::<Vec<_>>().join(", ");
+            write!(f, "\tmap {name} {{ type {}; ", map.kind)?;
             if !elements.is_empty() {
                 write!(f, "elements = {{ {elements} }}; ")?;
             }

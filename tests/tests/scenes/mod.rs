@@ -197,6 +197,7 @@ impl Wish {
             masquerade: keeps.masquerade,
             forward: keeps.forward,
             isolated_from: &isolated_from,
+            exposure: None,
         })
         .unwrap()
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
-use super::{Command, Leased, Status, WAIT, gateway};
+use super::{Command, Exposed, Leased, Status, WAIT, gateway};
 use crate::run::cache::{self, LastGood};
 use crate::run::hold::{self, Hold};
 use crate::run::kernel_events::KernelEvents;
@@ -71,6 +71,7 @@ impl Work {
         settings: AgentSettings,
         publish: watch::Sender<Status>,
         hold: Hold,
+        waiting: Vec<Exposed>,
     ) -> Result<Self, std::io::Error> {
         let place = Place {
             network: settings.network.clone(),
@@ -79,13 +80,17 @@ impl Work {
             forward: settings.forward,
             bridge: settings.bridge,
         };
+        let reconciler = Reconciler::start(place, settings.exposure.clone(), settings.counters.clone())?;
+        for reply in waiting {
+            reconciler.expose(settings.exposure.clone().unwrap_or_default(), reply);
+        }
         let kernel_notice = Arc::new(Notify::new());
         let saved = cache::read(&settings.state_dir, &settings.network).unwrap_or_default();
         let (offer, offered) = watch::channel(None);
         let snapshots = settings.store.watch();
         let tenure = Tenure::spawn(settings.store.clone(), snapshots.clone(), offered, settings.renew_margin);
         Ok(Self {
-            reconciler: Reconciler::start(place, settings.counters.clone())?,
+            reconciler,
             _events: KernelEvents::subscribe(kernel_notice.clone())?,
             snapshots,
             settings,
@@ -131,6 +136,7 @@ impl Work {
                 () = sleep_until(self.next_look) => self.look_now(),
                 command = inbox.recv() => match command {
                     Some(Command::Poke(reason)) => self.look(reason, Duration::ZERO),
+                    Some(Command::Expose(exposure, reply)) => self.reconciler.expose(exposure, reply),
                     Some(Command::Retire(reply)) => {
                         let _ = reply.send(self.retire().await);
                         return;

@@ -7,6 +7,7 @@ mod decode;
 mod encode;
 mod expression;
 mod forward_chain;
+mod port_map;
 mod wire;
 
 use std::collections::BTreeSet;

@@ -4,15 +4,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::encode::{
-    FULLY_RANDOM, INTERVAL, INTERVAL_END, hook_number, key_of, kind_name, number_of, offset, protocol_of,
+    FULLY_RANDOM, INTERVAL, INTERVAL_END, hook_number, key_of, kind_name, lower, number_of, offset,
+    protocol_of,
 };
-use super::expression::{Expression, Meta};
+use super::expression::{Expression, Meta, NatKind};
+use super::port_map;
 use super::wire::{Attributes, Socket, attribute, attributes, kind, number, text};
 use crate::touch::world::WorldError;
 use crate::words::addr::{Family, Prefix};
 use crate::words::name::LinkName;
 use crate::words::rule::{
-    Base, Chain, ChainKind, Hook, Match, Rule, Set, Side, Table, TableFamily, TableName, Verdict,
+    Base, Chain, ChainKind, Hook, Match, PortMapKind, Rule, Set, Side, Table, TableFamily, TableName, Verdict,
 };
 
 /// The table as it is in the kernel now, or none.
@@ -37,12 +39,21 @@ pub(super) fn read(socket: &mut Socket, name: &TableName) -> Result<Option<Table
     for set in socket.dump(&format!("read sets of table {name}"), kind::GET_SET, family, &of_table)? {
         add_set(socket, &mut table, &set)?;
     }
-    let families: BTreeMap<String, Family> =
-        table.sets.iter().map(|(name, set)| (name.clone(), set.family)).collect();
+    let known = Named {
+        sets: table.sets.iter().map(|(name, set)| (name.clone(), set.family)).collect(),
+        maps: table.maps.iter().map(|(name, map)| (name.clone(), map.kind)).collect(),
+    };
     for rule in socket.dump(&format!("read rules of table {name}"), kind::GET_RULE, family, &of_table)? {
-        add_rule(&mut table, &families, &rule);
+        add_rule(&mut table, &known, &rule);
     }
     Ok(Some(table))
+}
+
+/// What rules may look into, by name.
+#[derive(Default)]
+pub(super) struct Named {
+    sets: BTreeMap<String, Family>,
+    maps: BTreeMap<String, PortMapKind>,
 }
 
 fn add_chain(table: &mut Table, found: &[u8]) {
@@ -77,6 +88,20 @@ fn add_set(socket: &mut Socket, table: &mut Table, found: &[u8]) -> Result<(), W
         table.strange.push("a set without a name".to_owned());
         return Ok(());
     };
+    let mut of_set = Attributes::default();
+    of_set.text(1, &table.name.name).text(2, name);
+    let what = format!("read set {name} of table {}", table.name);
+    let family_of_table = number_of(table.name.family);
+    if number(found, 3) == Some(port_map::MAP)
+        && let Some(kind) = port_map::kind_of(found)
+    {
+        let lists = socket.dump(&what, kind::GET_ELEMENTS, family_of_table, &of_set)?;
+        match port_map::read_elements(kind, &lists) {
+            Some(map) => drop(table.maps.insert(name.to_owned(), map)),
+            None => table.strange.push(format!("map {name} has elements that are not ports")),
+        }
+        return Ok(());
+    }
     let key = (number(found, 4), number(found, 5));
     let family = [Family::V4, Family::V6].into_iter().find(|family| {
         let (kind, length) = key_of(*family);
@@ -86,10 +111,7 @@ fn add_set(socket: &mut Socket, table: &mut Table, found: &[u8]) -> Result<(), W
         table.strange.push(format!("set {name} is of another kind"));
         return Ok(());
     };
-    let mut of_set = Attributes::default();
-    of_set.text(1, &table.name.name).text(2, name);
-    let what = format!("read set {name} of table {}", table.name);
-    let lists = socket.dump(&what, kind::GET_ELEMENTS, number_of(table.name.family), &of_set)?;
+    let lists = socket.dump(&what, kind::GET_ELEMENTS, family_of_table, &of_set)?;
     match read_elements(family, &lists) {
         Some(elements) => {
             table.sets.insert(name.to_owned(), Set { family, elements });
@@ -147,7 +169,7 @@ fn prefix_between(family: Family, first: u128, last: u128) -> Option<Prefix> {
     (ends == last).then_some(prefix)
 }
 
-fn add_rule(table: &mut Table, sets: &BTreeMap<String, Family>, found: &[u8]) {
+fn add_rule(table: &mut Table, named: &Named, found: &[u8]) {
     let family = table.name.family;
     let chain = text(found, 2).and_then(|name| table.chains.get_mut(name));
     // A chain that came after we listed the chains; the next look has it.
@@ -156,7 +178,7 @@ fn add_rule(table: &mut Table, sets: &BTreeMap<String, Family>, found: &[u8]) {
     };
     let rule = attribute(found, 4)
         .and_then(Expression::read_all)
-        .and_then(|expressions| raise(family, sets, &expressions));
+        .and_then(|expressions| raise(family, named, &expressions));
     match rule {
         Some(rule) => chain.rules.push(rule),
         None => {
@@ -167,21 +189,8 @@ fn add_rule(table: &mut Table, sets: &BTreeMap<String, Family>, found: &[u8]) {
 }
 
 /// The rule that these expressions execute; none if it is not one that we can say.
-pub(super) fn raise(
-    table: TableFamily,
-    sets: &BTreeMap<String, Family>,
-    expressions: &[Expression],
-) -> Option<Rule> {
-    let (last, mut rest) = expressions.split_last()?;
-    let verdict = match last {
-        Expression::Accept => Verdict::Accept,
-        Expression::Drop => Verdict::Drop,
-        Expression::Return => Verdict::Return,
-        Expression::Jump(chain) => Verdict::Jump(chain.clone()),
-        Expression::Masquerade { flags: 0 } => Verdict::Masquerade { fully_random: false },
-        Expression::Masquerade { flags: FULLY_RANDOM } => Verdict::Masquerade { fully_random: true },
-        _ => return None,
-    };
+pub(super) fn raise(table: TableFamily, named: &Named, expressions: &[Expression]) -> Option<Rule> {
+    let (verdict, mut rest) = raise_verdict(table, named, expressions)?;
     let counter = rest.last() == Some(&Expression::Counter);
     if counter {
         rest = &rest[..rest.len() - 1];
@@ -195,14 +204,60 @@ pub(super) fn raise(
     while !rest.is_empty() {
         if let Some((family, after)) = raise_dependency(rest) {
             known = Some(family);
+            // Before a test of an address it goes without saying.
+            if !matches!(after.first(), Some(Expression::Payload { .. })) {
+                matches.push(Match::Family(family));
+            }
             rest = after;
         } else {
-            let (test, after) = raise_test(known, sets, rest)?;
+            let (test, after) = raise_test(known, named, rest)?;
             matches.push(test);
             rest = after;
         }
     }
     Some(Rule { matches, counter, verdict })
+}
+
+/// What the last expressions of a rule decide, and those before them.
+fn raise_verdict<'a>(
+    table: TableFamily,
+    named: &Named,
+    list: &'a [Expression],
+) -> Option<(Verdict, &'a [Expression])> {
+    let plain = |verdict, rest| Some((verdict, rest));
+    match list {
+        [rest @ .., Expression::Accept] => plain(Verdict::Accept, rest),
+        [rest @ .., Expression::Drop] => plain(Verdict::Drop, rest),
+        [rest @ .., Expression::Return] => plain(Verdict::Return, rest),
+        [rest @ .., Expression::Jump(chain)] => plain(Verdict::Jump(chain.clone()), rest),
+        [rest @ .., Expression::Masquerade { flags: 0 }] => {
+            plain(Verdict::Masquerade { fully_random: false }, rest)
+        }
+        [rest @ .., Expression::Masquerade { flags: FULLY_RANDOM }] => {
+            plain(Verdict::Masquerade { fully_random: true }, rest)
+        }
+        [.., Expression::Translate { map }, Expression::Nat { kind: NatKind::Destination, .. }] => {
+            let kind = *named.maps.get(map)?;
+            let verdict = Verdict::Dnat { kind, map: map.clone() };
+            Some((verdict.clone(), before(table, list, verdict)?))
+        }
+        [.., Expression::Nat { kind: NatKind::Source, family, port: None }] => {
+            let verdict = Verdict::KeepSource(*family);
+            Some((verdict.clone(), before(table, list, verdict)?))
+        }
+        _ => None,
+    }
+}
+
+/// What comes before a verdict that takes several expressions. Whether those begin with a test of the family depends on
+/// what comes before.
+fn before(table: TableFamily, list: &[Expression], verdict: Verdict) -> Option<&[Expression]> {
+    let alone = |matches| lower(table, &Rule { matches, counter: false, verdict: verdict.clone() });
+    let program = alone(Vec::new());
+    list.strip_suffix(program.as_slice()).or_else(|| {
+        let (_, rest) = raise_dependency(&program)?;
+        list.strip_suffix(rest)
+    })
 }
 
 fn raise_dependency(list: &[Expression]) -> Option<(Family, &[Expression])> {
@@ -216,7 +271,7 @@ fn raise_dependency(list: &[Expression]) -> Option<(Family, &[Expression])> {
 
 fn raise_test<'a>(
     known: Option<Family>,
-    sets: &BTreeMap<String, Family>,
+    named: &Named,
     list: &'a [Expression],
 ) -> Option<(Match, &'a [Expression])> {
     match list {
@@ -243,7 +298,7 @@ fn raise_test<'a>(
         }
         [Expression::Payload { offset, length }, Expression::Lookup { set, negated }, rest @ ..] => {
             let (family, side) = place(known, *offset)?;
-            let right = *length == key_of(family).1 && sets.get(set) == Some(&family);
+            let right = *length == key_of(family).1 && named.sets.get(set) == Some(&family);
             right.then(|| (Match::AddressIn { side, negated: *negated, family, set: set.clone() }, rest))
         }
         [Expression::Meta(Meta::InputName), Expression::Compare { equal, value }, rest @ ..] => {
@@ -261,7 +316,7 @@ fn raise_test<'a>(
         [Expression::Meta(Meta::Mark), Expression::Compare { equal: true, value }, rest @ ..] => {
             Some((Match::Mark { mask: u32::MAX, value: word(value)? }, rest))
         }
-        _ => None,
+        _ => port_map::raise_test(list),
     }
 }
 
@@ -307,7 +362,6 @@ fn word(bytes: &[u8]) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::encode::lower;
     use super::*;
 
     #[test]
@@ -337,7 +391,7 @@ mod tests {
             Match::Address { side: Side::Source, negated: true, prefix: "10.0.0.0/9".parse().unwrap() };
         let rule = Rule { matches: vec![address], counter: true, verdict: Verdict::Accept };
         let program = lower(TableFamily::Inet, &rule);
-        let sets = BTreeMap::new();
+        let sets = Named::default();
         assert_eq!(raise(TableFamily::Inet, &sets, &program), Some(rule));
         assert_eq!(
             raise(TableFamily::Inet, &sets, &program[2..]),

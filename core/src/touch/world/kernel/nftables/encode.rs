@@ -3,10 +3,12 @@
 use std::net::IpAddr;
 
 use super::expression::{Expression, Meta};
+use super::port_map;
 use super::wire::{APPEND, Attributes, Batch, CREATE, kind};
 use crate::words::addr::{Family, Prefix};
 use crate::words::rule::{
-    Base, Chain, ChainKind, Hook, Match, Rule, Set, Side, Table, TableFamily, TableName, Verdict,
+    Base, Chain, ChainKind, Hook, Match, PortKey, PortMap, Rule, Set, Side, Table, TableFamily, TableName,
+    Verdict,
 };
 
 /// Netfilter's number of a table's family (uapi/linux/netfilter.h `NFPROTO_*`).
@@ -60,6 +62,9 @@ pub(super) fn whole(table: &Table) -> Batch {
     for (name, set) in &table.sets {
         to.new_set(&mut batch, name, set);
     }
+    for (name, map) in &table.maps {
+        to.new_map(&mut batch, name, map);
+    }
     for (name, chain) in &table.chains {
         to.fill(&mut batch, name, chain);
     }
@@ -94,6 +99,11 @@ pub(super) fn difference(old: &Table, new: &Table) -> Batch {
             to.delete_set(&mut batch, name);
         }
     }
+    for (name, map) in &old.maps {
+        if new.maps.get(name).is_none_or(|wanted| wanted.kind != map.kind) {
+            to.delete_set(&mut batch, name);
+        }
+    }
     for (name, chain) in &new.chains {
         if old.chains.get(name).is_none_or(|had| had.base != chain.base) {
             to.new_chain(&mut batch, name, chain);
@@ -106,6 +116,12 @@ pub(super) fn difference(old: &Table, new: &Table) -> Batch {
                 to.elements(&mut batch, kind::DELETE_ELEMENTS, name, had.elements.difference(&set.elements));
                 to.elements(&mut batch, kind::NEW_ELEMENTS, name, set.elements.difference(&had.elements));
             }
+        }
+    }
+    for (name, map) in &new.maps {
+        match old.maps.get(name).filter(|had| had.kind == map.kind) {
+            None => to.new_map(&mut batch, name, map),
+            Some(had) => to.change_map(&mut batch, name, had, map),
         }
     }
     for (name, chain) in &new.chains {
@@ -184,6 +200,26 @@ impl Writer<'_> {
         self.elements(batch, kind::NEW_ELEMENTS, name, &set.elements);
     }
 
+    fn new_map(&self, batch: &mut Batch, name: &str, map: &PortMap) {
+        let id = batch.len() as u32;
+        let ((key, key_length), (value, value_length)) =
+            (port_map::key_of(map.kind), port_map::value_of(map.kind));
+        let step = format!("write map {name} of table {}", self.table);
+        batch.step(step, (kind::NEW_SET, CREATE), self.family(), |out| {
+            out.text(1, &self.table.name).text(2, name).number(3, port_map::MAP);
+            out.number(4, key).number(5, key_length).number(6, value).number(7, value_length).number(10, id);
+        });
+        self.pairs(batch, kind::NEW_ELEMENTS, name, &map.elements);
+    }
+
+    /// An element with another value is deleted and added: the kernel takes both in one transaction.
+    fn change_map(&self, batch: &mut Batch, name: &str, old: &PortMap, new: &PortMap) {
+        let gone = old.elements.iter().filter(|(key, value)| new.elements.get(key) != Some(value));
+        self.pairs(batch, kind::DELETE_ELEMENTS, name, gone);
+        let come = new.elements.iter().filter(|(key, value)| old.elements.get(key) != Some(value));
+        self.pairs(batch, kind::NEW_ELEMENTS, name, come);
+    }
+
     fn delete_set(&self, batch: &mut Batch, name: &str) {
         let step = format!("delete set {name} of table {}", self.table);
         batch.step(step, (kind::DELETE_SET, 0), self.family(), |out| {
@@ -191,7 +227,7 @@ impl Writer<'_> {
         });
     }
 
-    /// Adds or deletes elements, in as many messages as it takes.
+    /// Adds or deletes prefixes.
     fn elements<'a>(
         &self,
         batch: &mut Batch,
@@ -199,9 +235,34 @@ impl Writer<'_> {
         set: &str,
         prefixes: impl IntoIterator<Item = &'a Prefix>,
     ) {
+        self.in_messages(batch, kind, set, prefixes, write_interval);
+    }
+
+    /// Adds or deletes ports.
+    fn pairs<'a>(
+        &self,
+        batch: &mut Batch,
+        kind: u8,
+        map: &str,
+        pairs: impl IntoIterator<Item = (&'a PortKey, &'a (IpAddr, u16))>,
+    ) {
+        self.in_messages(batch, kind, map, pairs, |out, (key, value)| {
+            port_map::write_element(out, key, (kind == kind::NEW_ELEMENTS).then_some(value));
+        });
+    }
+
+    /// Adds or deletes elements, in as many messages as it takes.
+    fn in_messages<Element>(
+        &self,
+        batch: &mut Batch,
+        kind: u8,
+        set: &str,
+        elements: impl IntoIterator<Item = Element>,
+        write: impl Fn(&mut Attributes, Element),
+    ) {
         let mut waiting = Attributes::default();
-        for prefix in prefixes {
-            write_interval(&mut waiting, prefix);
+        for element in elements {
+            write(&mut waiting, element);
             if waiting.as_bytes().len() > ELEMENTS_MAX {
                 self.element_message(batch, kind, set, &waiting);
                 waiting = Attributes::default();
@@ -332,11 +393,15 @@ pub(super) fn lower(table: TableFamily, rule: &Rule) -> Vec<Expression> {
             }
             Match::AddressIn { side, negated, family, set } => {
                 depend(&mut out, &mut known, *family);
-                out.push(Expression::Payload { offset: offset(*family, *side), length: key_of(*family).1 });
+                out.push(address_at(*family, *side));
                 out.push(Expression::Lookup { set: set.clone(), negated: *negated });
             }
             Match::Input { negated, link } => name_test(&mut out, Meta::InputName, *negated, link.as_str()),
             Match::Output { negated, link } => name_test(&mut out, Meta::OutputName, *negated, link.as_str()),
+            Match::Family(family) => depend(&mut out, &mut known, *family),
+            Match::LocalDestination | Match::Established { .. } | Match::Translated { .. } => {
+                port_map::lower_test(&mut out, test);
+            }
             Match::Mark { mask, value } => {
                 out.push(Expression::Meta(Meta::Mark));
                 if *mask != u32::MAX {
@@ -349,20 +414,27 @@ pub(super) fn lower(table: TableFamily, rule: &Rule) -> Vec<Expression> {
     if rule.counter {
         out.push(Expression::Counter);
     }
-    out.push(match &rule.verdict {
-        Verdict::Accept => Expression::Accept,
-        Verdict::Drop => Expression::Drop,
-        Verdict::Return => Expression::Return,
-        Verdict::Jump(chain) => Expression::Jump(chain.clone()),
+    match &rule.verdict {
+        Verdict::Accept => out.push(Expression::Accept),
+        Verdict::Drop => out.push(Expression::Drop),
+        Verdict::Return => out.push(Expression::Return),
+        Verdict::Jump(chain) => out.push(Expression::Jump(chain.clone())),
         Verdict::Masquerade { fully_random } => {
-            Expression::Masquerade { flags: if *fully_random { FULLY_RANDOM } else { 0 } }
+            out.push(Expression::Masquerade { flags: if *fully_random { FULLY_RANDOM } else { 0 } });
         }
-    });
+        Verdict::Dnat { kind, map } => port_map::lower_dnat(&mut out, &mut known, *kind, map),
+        Verdict::KeepSource(family) => port_map::lower_keep_source(&mut out, &mut known, *family),
+    }
     out
 }
 
+/// Loads an address of the packet.
+pub(super) const fn address_at(family: Family, side: Side) -> Expression {
+    Expression::Payload { offset: offset(family, side), length: key_of(family).1 }
+}
+
 /// Before bytes of a header are looked at, the packet has to be of that family.
-fn depend(out: &mut Vec<Expression>, known: &mut Option<Family>, family: Family) {
+pub(super) fn depend(out: &mut Vec<Expression>, known: &mut Option<Family>, family: Family) {
     if *known != Some(family) {
         out.push(Expression::Meta(Meta::Protocol));
         out.push(Expression::Compare { equal: true, value: vec![protocol_of(family)] });

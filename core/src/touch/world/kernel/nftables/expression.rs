@@ -3,7 +3,9 @@
 //! A rule is a little program: load something into a register, compare it, go on or stop, then a verdict. One register
 //! (NFT_REG_1) is enough for all we say, and is what nft uses too.
 
+use super::encode::protocol_of;
 use super::wire::{Attributes, attribute, attributes, number, text};
+use crate::words::addr::Family;
 
 /// What the kernel executes (uapi/linux/netfilter/nf_tables.h).
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -30,6 +32,16 @@ pub(super) enum Expression {
     Jump(String),
     /// Rewrite the source.
     Masquerade { flags: u32 },
+    /// Load the protocol above the network header, or the destination port, into a register: part of a map's key.
+    KeyPart { part: KeyPart, register: u32 },
+    /// Replace what was loaded, from the first register on, by what a map of the table has for it; go on only if it has.
+    Translate { map: String },
+    /// Load whether the destination is an address of this host (an RTN_ number, in the host's byte order).
+    DestinationType,
+    /// Load something known about the packet's connection, in the host's byte order.
+    Connection(Connection),
+    /// Rewrite source or destination with the address that was loaded, and the port if its register is named.
+    Nat { kind: NatKind, family: Family, port: Option<u32> },
     /// A test by an iptables extension (`nft_compat`), with its own binary argument.
     Extension { name: String, argument: Vec<u8> },
 }
@@ -65,6 +77,55 @@ impl Meta {
     }
 }
 
+/// What a map's key is made of, beside an address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum KeyPart {
+    /// `meta l4proto`, 1 byte.
+    Protocol,
+    /// `th dport`, 2 bytes in network order.
+    Port,
+}
+
+/// What is known about a connection (`nft_ct_keys`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Connection {
+    /// Bits of what the packet is to it.
+    State,
+    /// Bits of what was done to it.
+    Status,
+}
+
+/// Which end is rewritten (`nft_nat_types`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum NatKind {
+    /// The source.
+    Source,
+    /// The destination.
+    Destination,
+}
+
+impl Connection {
+    const fn code(self) -> u32 {
+        match self {
+            Self::State => 0,
+            Self::Status => 2,
+        }
+    }
+}
+
+/// NFT_META_L4PROTO.
+const L4_PROTOCOL: u32 = 16;
+/// NFT_PAYLOAD_TRANSPORT_HEADER.
+const TRANSPORT_HEADER: u32 = 2;
+/// Where the destination port is in it: TCP, UDP and SCTP agree.
+const DESTINATION_PORT: (u32, u32) = (2, 2);
+/// `nft_fib_result` and `nft_fib_flags`: the type of the destination address.
+const FIB_ADDRESS_TYPE: u32 = 3;
+const FIB_DESTINATION: u32 = 2;
+
+/// Flags of a translation that follow from its having an address and a port (NF_NAT_RANGE_MAP_IPS, _PROTO_SPECIFIED).
+const NAT_IMPLIED: u32 = 3;
+
 /// NFT_REG_1.
 const REGISTER: u32 = 1;
 /// NFT_REG_VERDICT.
@@ -98,6 +159,12 @@ impl Expression {
             Self::Counter => "counter",
             Self::Accept | Self::Drop | Self::Return | Self::Jump(_) => "immediate",
             Self::Masquerade { .. } => "masq",
+            Self::KeyPart { part: KeyPart::Protocol, .. } => "meta",
+            Self::KeyPart { part: KeyPart::Port, .. } => "payload",
+            Self::Translate { .. } => "lookup",
+            Self::DestinationType => "fib",
+            Self::Connection(_) => "ct",
+            Self::Nat { .. } => "nat",
             Self::Extension { .. } => "match",
         }
     }
@@ -137,6 +204,29 @@ impl Expression {
                     out.number(1, *flags);
                 }
             }
+            Self::KeyPart { part: KeyPart::Protocol, register } => {
+                out.number(1, *register).number(2, L4_PROTOCOL);
+            }
+            Self::KeyPart { part: KeyPart::Port, register } => {
+                let (offset, length) = DESTINATION_PORT;
+                out.number(1, *register).number(2, TRANSPORT_HEADER).number(3, offset).number(4, length);
+            }
+            Self::Translate { map } => {
+                out.text(1, map).number(2, REGISTER).number(3, REGISTER);
+            }
+            Self::DestinationType => {
+                out.number(1, REGISTER).number(2, FIB_ADDRESS_TYPE).number(3, FIB_DESTINATION);
+            }
+            Self::Connection(key) => {
+                out.number(1, REGISTER).number(2, key.code());
+            }
+            Self::Nat { kind, family, port } => {
+                let kind = u32::from(*kind == NatKind::Destination);
+                out.number(1, kind).number(2, protocol_of(*family).into()).number(3, REGISTER);
+                if let Some(port) = port {
+                    out.number(5, *port);
+                }
+            }
             Self::Extension { name, argument } => {
                 out.text(1, name).number(2, 0).bytes(3, argument);
             }
@@ -148,7 +238,15 @@ impl Expression {
         let arguments = attribute(element, 2).unwrap_or_default();
         let in_register = |kind| number(arguments, kind) == Some(REGISTER);
         match text(element, 1)? {
+            "meta" if number(arguments, 2) == Some(L4_PROTOCOL) => {
+                Some(Self::KeyPart { part: KeyPart::Protocol, register: number(arguments, 1)? })
+            }
             "meta" if in_register(1) => Some(Self::Meta(Meta::of(number(arguments, 2)?)?)),
+            "payload" if number(arguments, 2)? == TRANSPORT_HEADER => {
+                let place = (number(arguments, 3)?, number(arguments, 4)?);
+                (place == DESTINATION_PORT).then_some(())?;
+                Some(Self::KeyPart { part: KeyPart::Port, register: number(arguments, 1)? })
+            }
             "payload" if in_register(1) && number(arguments, 2)? == NETWORK_HEADER => {
                 Some(Self::Payload { offset: number(arguments, 3)?, length: number(arguments, 4)? })
             }
@@ -167,6 +265,19 @@ impl Expression {
                 set: text(arguments, 1)?.to_owned(),
                 negated: number(arguments, 5).unwrap_or(0) == 1,
             }),
+            "lookup" if in_register(2) && in_register(3) && number(arguments, 5).unwrap_or(0) == 0 => {
+                Some(Self::Translate { map: text(arguments, 1)?.to_owned() })
+            }
+            "fib" if in_register(1) => (number(arguments, 2)? == FIB_ADDRESS_TYPE
+                && number(arguments, 3)? == FIB_DESTINATION)
+                .then_some(Self::DestinationType),
+            "ct" if in_register(1) && attribute(arguments, 3).is_none() => {
+                let key = number(arguments, 2)?;
+                let known =
+                    [Connection::State, Connection::Status].into_iter().find(|known| known.code() == key);
+                known.map(Self::Connection)
+            }
+            "nat" => read_nat(arguments),
             "counter" => Some(Self::Counter),
             "immediate" if number(arguments, 1)? == VERDICT => {
                 read_verdict(attribute(attribute(arguments, 2)?, 2)?)
@@ -205,6 +316,24 @@ fn verdict(out: &mut Attributes, code: u32, chain: Option<&str>) {
             }
         });
     });
+}
+
+/// The kernel says the end of each range too; ours is its beginning.
+fn read_nat(arguments: &[u8]) -> Option<Expression> {
+    let kind = match number(arguments, 1)? {
+        0 => NatKind::Source,
+        1 => NatKind::Destination,
+        _ => return None,
+    };
+    let family = number(arguments, 2)?;
+    let family =
+        [Family::V4, Family::V6].into_iter().find(|known| u32::from(protocol_of(*known)) == family)?;
+    let port = number(arguments, 5);
+    let plain = number(arguments, 3)? == REGISTER
+        && number(arguments, 4).is_none_or(|end| end == REGISTER)
+        && number(arguments, 6) == port
+        && number(arguments, 7).unwrap_or(0) & !NAT_IMPLIED == 0;
+    plain.then_some(Expression::Nat { kind, family, port })
 }
 
 fn read_verdict(verdict: &[u8]) -> Option<Expression> {
