@@ -55,6 +55,7 @@ mod alone;
 pub mod binaries;
 mod cgroup;
 mod command;
+pub mod conversation;
 mod daemon;
 mod engine;
 pub mod fake;
