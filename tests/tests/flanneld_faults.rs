@@ -624,11 +624,12 @@ fn what_is_not_built_is_refused_by_name() {
         (&["--kube-subnet-mgr"][..], &[][..], "--kube-subnet-mgr is not built yet"),
         (&["-iface-regex=eth.*"], &[], "--iface-regex is not built yet"),
         (&["-ip-masq", "--ip-blackhole-route=true"], &[], "--ip-blackhole-route is not built yet"),
-        (&[], &[("FLANNELD_PUBLIC_IPV6", "fd00::1")], "FLANNELD_PUBLIC_IPV6 is not built yet"),
+        (&[], &[("FLANNELD_IFACE_CAN_REACH", "fd00::1")], "FLANNELD_IFACE_CAN_REACH is not built yet"),
         (&["--no-such-flag"], &[], "--no-such-flag"),
         (&["--subnet-lease-renew-margin=0"], &[], "--subnet-lease-renew-margin"),
         (&[], &[("FLANNELD_SUBNET_LEASE_RENEW_MARGIN", "1440")], "FLANNELD_SUBNET_LEASE_RENEW_MARGIN"),
         (&["--public-ip=somewhere"], &[], "--public-ip"),
+        (&["--public-ipv6=fe80::1"], &[], "--public-ipv6"),
     ] {
         let (code, stdout, stderr) = run(arguments, env);
         assert_eq!((code, stdout.as_str()), (Some(2), ""), "{arguments:?} {env:?}: {stderr}");
