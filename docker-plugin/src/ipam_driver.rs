@@ -31,7 +31,8 @@ pub(crate) const LOCAL_SPACE: &str = "flannel-local";
 /// The same for networks of a swarm.
 pub(crate) const GLOBAL_SPACE: &str = "flannel-global";
 
-pub(crate) fn routes() -> Router<Arc<Plugin>> {
+/// What an engine asks first; the answers are always the same.
+pub(crate) fn introduction() -> Router {
     Router::new()
         .route(
             "/IpamDriver.GetCapabilities",
@@ -46,6 +47,10 @@ pub(crate) fn routes() -> Router<Arc<Plugin>> {
                 }))
             }),
         )
+}
+
+pub(crate) fn routes() -> Router<Arc<Plugin>> {
+    Router::new()
         .route(
             "/IpamDriver.RequestPool",
             post(|s: State<Arc<Plugin>>, u: Uri, b: Bytes| call(s, u, b, request_pool)),

@@ -23,12 +23,14 @@ mod suspects;
 mod veth;
 mod wire;
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 
 use flannel_core::run::cli::{Environment, start_logging};
 use flannel_core::run::health::{self, Counters};
@@ -40,10 +42,13 @@ use crate::journal::Journal;
 use crate::networks::Networks;
 use crate::plugin::Plugin;
 use crate::settings::Settings;
-use crate::socket::Socket;
+use crate::socket::{HostLock, Socket};
 
 /// How often what crashes left behind is looked for.
 const SWEEP_EVERY: Duration = Duration::from_secs(30);
+
+/// How long what is in the way of serving gets to go away before the next try.
+const TRY_AGAIN: Duration = Duration::from_secs(3);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
@@ -56,14 +61,18 @@ fn main() -> ExitCode {
             }
         };
     }
-    let settings = match Settings::read(arguments, Environment::of_process()) {
-        Ok(settings) => settings,
+    let environment = Environment::of_process();
+    let stays_up = settings::stays_up(&environment);
+    let outcome = match Settings::read(arguments, environment) {
+        Ok(settings) => {
+            start_logging(settings.common.verbosity);
+            if settings.cleanup { cleanup(settings) } else { run(settings) }
+        }
+        Err(refusal) if stays_up && refusal.status != 0 => {
+            start_logging(0);
+            refuse_for_good(&refusal.text)
+        }
         Err(refusal) => return refusal.exit(),
-    };
-    start_logging(settings.common.verbosity);
-    let outcome = match settings.cleanup {
-        true => cleanup(settings),
-        false => run(settings),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -76,39 +85,105 @@ fn main() -> ExitCode {
 
 /// Runs until SIGTERM or SIGINT. The data path and the leases stay.
 fn run(settings: Settings) -> anyhow::Result<()> {
+    let settings = Arc::new(settings);
     runtime()?.block_on(async {
-        // First of all: an engine that starts now finds somebody listening, and waits in the backlog.
-        let mut socket = Socket::bind(&settings.socket)?;
-        let mut terminate = signal(SignalKind::terminate()).context("could not wait for SIGTERM")?;
-        let mut interrupt = signal(SignalKind::interrupt()).context("could not wait for SIGINT")?;
-        let counters = Counters::default();
-        if let Some(address) = settings.common.health_address() {
-            health::serve(address, counters.clone()).await.with_context(|| {
-                format!("could not serve health on {address} (--healthz-ip, --healthz-port)")
-            })?;
-        }
-        let store = store(&settings)?;
-        let settings = Arc::new(settings);
-        let journal = Arc::new(Journal::open(&settings.common.state_dir)?);
-        let networks = Arc::new(Networks::new(settings.clone(), journal.clone(), store, counters));
-        let plugin = Arc::new(Plugin::new(settings.clone(), journal, networks.clone()));
-        tracing::info!("listening on {}", settings.socket.display());
-        tell_systemd();
-        let upkeep = tokio::spawn(upkeep(plugin.clone(), Forgotten::by(&settings.docker_socket)));
-        let stop = async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
+        // Whoever may exit does so before an engine can see the socket.
+        let lock = if settings.stay_up { None } else { Some(socket::host_lock()?) };
+        // Then this, first of all: an engine that starts now finds somebody listening, and waits in the backlog.
+        let socket = Socket::open(&settings.socket)?;
+        let stop = stop_signal()?;
+        let Some((plugin, lock)) = begin_in_the_end(&settings, lock, &socket, &stop).await? else {
+            return Ok(());
         };
-        let served = server::serve(&mut socket, plugin, stop).await;
+        tracing::info!("listening on {}", settings.socket.display());
+        tell_systemd("serving");
+        let upkeep = tokio::spawn(upkeep(plugin.clone(), Forgotten::by(&settings.docker_socket)));
+        let served = server::serve(&socket, plugin.clone(), stopped(&stop)).await;
         upkeep.abort();
-        networks.stop().await;
-        drop(socket);
+        plugin.networks().stop().await;
+        // Together, so that whoever has the lock finds the socket's place free.
+        drop((socket, lock));
         served.context("the socket broke")?;
         tracing::info!("Exiting cleanly...");
         Ok(())
     })
+}
+
+/// Begins, or with `--stay-up` refuses engines' calls until nothing is in the way any more; `None` when told to stop before.
+async fn begin_in_the_end(
+    settings: &Arc<Settings>,
+    mut lock: Option<HostLock>,
+    socket: &Socket,
+    stop: &watch::Receiver<bool>,
+) -> anyhow::Result<Option<(Arc<Plugin>, HostLock)>> {
+    let mut known = String::new();
+    loop {
+        let error = match begin(settings, lock.take()).await {
+            Ok(begun) => return Ok(Some(begun)),
+            Err(error) if settings.stay_up => error,
+            Err(error) => return Err(error),
+        };
+        let reason = format!("the flannel plugin cannot serve: {error:#}");
+        if reason != known {
+            tracing::error!("{reason}; it tries again every {} s", TRY_AGAIN.as_secs());
+            tell_systemd(&reason);
+        }
+        let next_try = tokio::time::sleep(TRY_AGAIN);
+        let stopped = stopped(stop);
+        let until = async move {
+            tokio::select! { () = next_try => {}, () = stopped => {} }
+        };
+        server::refuse(socket, &reason, until).await.context("the socket broke")?;
+        if *stop.borrow() {
+            return Ok(None);
+        }
+        known = reason;
+    }
+}
+
+/// Everything that can be in the way of serving.
+async fn begin(settings: &Arc<Settings>, lock: Option<HostLock>) -> anyhow::Result<(Arc<Plugin>, HostLock)> {
+    let lock = lock.map_or_else(socket::host_lock, Ok)?;
+    let store = store(settings)?;
+    let journal = Arc::new(Journal::open(&settings.common.state_dir)?);
+    let counters = Counters::default();
+    if let Some(address) = settings.common.health_address() {
+        // The last that can fail: what it starts is not taken back.
+        health::serve(address, counters.clone())
+            .await
+            .with_context(|| format!("could not serve health on {address} (--healthz-ip, --healthz-port)"))?;
+    }
+    let networks = Arc::new(Networks::new(settings.clone(), journal.clone(), store, counters));
+    Ok((Arc::new(Plugin::new(settings.clone(), journal, networks)), lock))
+}
+
+/// Settings that cannot be read do not mend themselves: every call is refused with what is wrong with them, until SIGTERM.
+fn refuse_for_good(refusal: &str) -> anyhow::Result<()> {
+    let reason = format!("the flannel plugin's settings are wrong: {}", refusal.trim());
+    tracing::error!("{reason}");
+    runtime()?.block_on(async {
+        let socket = Socket::open(Path::new(settings::DEFAULT_SOCKET))?;
+        let stop = stop_signal()?;
+        tell_systemd(&reason);
+        server::refuse(&socket, &reason, stopped(&stop)).await.context("the socket broke")
+    })
+}
+
+/// Becomes true with SIGTERM or SIGINT.
+fn stop_signal() -> anyhow::Result<watch::Receiver<bool>> {
+    let mut terminate = signal(SignalKind::terminate()).context("could not wait for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("could not wait for SIGINT")?;
+    let (told, stop) = watch::channel(false);
+    tokio::spawn(async move {
+        tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+        told.send_replace(true);
+    });
+    Ok(stop)
+}
+
+fn stopped(stop: &watch::Receiver<bool>) -> impl Future<Output = ()> + Send + 'static {
+    let mut stop = stop.clone();
+    async move { drop(stop.wait_for(|told| *told).await) }
 }
 
 /// Starts what ran before, then looks after what crashes leave behind.
@@ -139,9 +214,11 @@ fn store(settings: &Settings) -> anyhow::Result<Store> {
     }
 }
 
-fn tell_systemd() {
-    // Without systemd there is nobody to tell.
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+/// Ready is whoever answers engines, be it with refusals: docker.service waits for it, and the status says what is.
+fn tell_systemd(status: &str) {
+    use sd_notify::NotifyState;
+    // Without systemd there is nobody to tell. A status is one line.
+    let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status(&status.replace('\n', " "))]);
 }
 
 /// Removes everything that the plugin made on this host.

@@ -33,16 +33,47 @@ const BODY_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Answers engines until `stop` resolves; calls that are under way then get a few seconds to finish.
 pub(crate) async fn serve(
-    socket: &mut Socket,
+    socket: &Socket,
     plugin: Arc<Plugin>,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<()> {
+    let methods = ipam_driver::routes().merge(network_driver::routes()).route("/status", get(status));
+    let methods = introduction().merge(methods.with_state(plugin)).fallback(unknown);
+    listen(socket, methods.method_not_allowed_fallback(not_posted), stop).await
+}
+
+/// Says to engines who we are, and refuses everything else with the reason, until `stop` resolves. An engine that is told
+/// nothing waits for ever, and 20.10 does not outlive a managed plugin that is not there when the engine starts.
+pub(crate) async fn refuse(
+    socket: &Socket,
+    reason: &str,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<()> {
+    let reason = reason.to_owned();
+    let refused = move || async move { answer(StatusCode::INTERNAL_SERVER_ERROR, &reason) };
+    listen(socket, introduction().fallback(refused), stop).await
+}
+
+/// What an engine asks first, and once: a driver that fails here is unknown to the engine for the rest of its life.
+fn introduction() -> Router {
+    Router::new()
+        .route("/Plugin.Activate", post(|| constant(json!({"Implements": ["NetworkDriver", "IpamDriver"]}))))
+        .merge(ipam_driver::introduction())
+        .merge(network_driver::introduction())
+}
+
+async fn listen(
+    socket: &Socket,
+    methods: Router,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
     /// Longer than the longest call may take.
     const GRACE: Duration = Duration::from_secs(5);
     let listener = socket.listener()?;
+    let bounded = methods.layer(from_fn_with_state(Arc::new(Semaphore::new(LARGE_AT_A_TIME)), whole));
     let stopped = Arc::new(tokio::sync::Notify::new());
     let stopping = Arc::clone(&stopped);
-    let server = axum::serve(Limited::new(listener), router(plugin)).with_graceful_shutdown(async move {
+    let server = axum::serve(Limited::new(listener), bounded).with_graceful_shutdown(async move {
         stop.await;
         stopping.notify_one();
     });
@@ -50,18 +81,6 @@ pub(crate) async fn serve(
         served = server.into_future() => served,
         () = async { stopped.notified().await; tokio::time::sleep(GRACE).await } => Ok(()),
     }
-}
-
-fn router(plugin: Arc<Plugin>) -> Router {
-    Router::new()
-        .route("/Plugin.Activate", post(|| constant(json!({"Implements": ["NetworkDriver", "IpamDriver"]}))))
-        .route("/status", get(status))
-        .merge(ipam_driver::routes())
-        .merge(network_driver::routes())
-        .fallback(unknown)
-        .method_not_allowed_fallback(not_posted)
-        .layer(from_fn_with_state(Arc::new(Semaphore::new(LARGE_AT_A_TIME)), whole))
-        .with_state(plugin)
 }
 
 /// For the command `status`; engines never ask.

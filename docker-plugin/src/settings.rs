@@ -22,7 +22,7 @@ pub(crate) struct Settings {
     pub(crate) common: CommonFlags,
 
     /// Socket that Docker finds the plugin by; the file's name is the driver's name
-    #[arg(long, value_name = "FILE", default_value = "/run/docker/plugins/flannel.sock")]
+    #[arg(long, value_name = "FILE", default_value = DEFAULT_SOCKET)]
     pub(crate) socket: PathBuf,
 
     /// Directory of the embedded store, used when no etcd endpoints are given [default: STATE-DIR/store]
@@ -42,9 +42,22 @@ pub(crate) struct Settings {
     #[arg(long, value_name = "FILE", default_value = "/var/run/docker.sock")]
     pub(crate) docker_socket: PathBuf,
 
+    /// When something is in the way of serving, refuse every call with the reason and try again, instead of exiting: an
+    /// engine shows the reason to its user, and does not survive a managed plugin that is gone
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true")]
+    pub(crate) stay_up: bool,
+
     /// Remove everything this plugin has made on this host, leave the networks, and exit
     #[arg(long)]
     pub(crate) cleanup: bool,
+}
+
+/// Where engines look for the plugin.
+pub(crate) const DEFAULT_SOCKET: &str = "/run/docker/plugins/flannel.sock";
+
+/// Whether the environment says `--stay-up`: asked when the settings themselves cannot be read.
+pub(crate) fn stays_up(environment: &Environment) -> bool {
+    environment.0.get("FLANNELD_STAY_UP").is_some_and(|value| value == "true")
 }
 
 impl Settings {

@@ -216,6 +216,11 @@ impl Container {
         &self.host
     }
 
+    /// Runs a program of its own image in it, with `docker exec`; it must succeed. Returns what it printed (trimmed).
+    pub fn docker_exec(&self, argv: &[&str]) -> Result<String> {
+        self.host.docker(&[&["exec", &self.name], argv].concat())
+    }
+
     /// Its first process, as its host counts.
     pub fn pid(&self) -> i32 {
         self.pid

@@ -35,7 +35,7 @@
 //! # What a test does there
 //! - [`Host`]: `run`, `out`, `sh` for commands, `spawn` for a [`Daemon`], `read`, `write`, `path` for files; `lab.link` pulls a
 //!   cable, `lab.reboot` cuts the power, `lab.etcd_stop` and `etcd_start` take the store away and bring it back.
-//! - Engines: `start_dockerd`, `load_image`, `docker_run`, `docker`; `start_containerd`, `import_image`, `install_cni`, `ctr_run`, `ctr`.
+//! - Engines: `start_dockerd`, `load_image`, `docker_run`, `docker`, `start_managed_plugin`; `start_containerd`, `import_image`, `install_cni`, `ctr_run`, `ctr`.
 //! - A [`Container`] is a [`Place`] as a host is: commands run in its network namespace with the machine's own programs.
 //! - [`probe`]: `ping`, [`PingStream`] (how many were lost, the longest gap), [`HttpServer`] and `http_get`, `seen_as` (which
 //!   source address the other side sees), `largest_packet` (the path's MTU).
@@ -63,6 +63,7 @@ pub mod flanneld;
 mod host;
 mod image;
 mod lab;
+mod managed;
 pub mod needs;
 pub mod probe;
 
@@ -73,6 +74,7 @@ pub use engine::Container;
 pub use host::{BIN_DIR, Host, Place, SHARED_DIR};
 pub use image::{IMAGE, IMAGE_REFERENCE};
 pub use lab::{Lab, LabPlan, ids, in_lab, sweep};
+pub use managed::{MANAGED, MANAGED_NEEDS};
 pub use nix::sys::signal::Signal;
 pub use probe::{
     HttpServer, PingCount, PingStream, eventually, http_get, largest_packet, ping, ping_within, secs,

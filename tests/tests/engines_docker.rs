@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use flannel_tests::{
-    BIN_DIR, Container, Daemon, Host, HttpServer, IMAGE, Lab, LabPlan, PingStream, Place as _, eventually,
-    http_get, in_lab, ping, ping_within, secs, seen_as, tcp_opens,
+    Container, Daemon, Host, HttpServer, IMAGE, Lab, LabPlan, PingStream, Place as _, eventually, http_get,
+    in_lab, ping, ping_within, secs, seen_as, tcp_opens,
 };
 
 const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
@@ -386,82 +386,4 @@ fn wrong_use_is_answered_with_what_to_type() {
         ensure!(host.sh("ls /var/lib/cni/networks/cbr0 | grep -c '^10\\.' || true")? == "0");
         Ok(())
     });
-}
-
-#[test]
-fn a_managed_plugin_serves_like_the_service() {
-    let plan = plan("docker-managed", 2).etcd().needs(&["ldd", "strip"]);
-    in_lab(plan, |lab| {
-        configure(lab, VXLAN)?;
-        let create: &[&str] = &[
-            "network",
-            "create",
-            "-d",
-            "flannel:latest",
-            "--ipam-driver",
-            "flannel:latest",
-            "--subnet",
-            "10.100.0.0/16",
-            "web",
-        ];
-        let endpoints = format!("FLANNELD_ETCD_ENDPOINTS={}", lab.etcd_endpoint());
-        let mut engines = Vec::new();
-        for host in lab.hosts() {
-            engines.push(host.start_dockerd(&[])?);
-            host.load_image()?;
-            make_plugin(host)?;
-            let set = ["plugin", "set", "flannel:latest", &endpoints, "FLANNELD_IPTABLES_RESYNC=1"];
-            host.docker(&set)?;
-            host.docker(&["plugin", "enable", "flannel:latest"])?;
-            host.docker(create)?;
-            host.docker_run("c0", &["--network", "web", "--restart=always"])?;
-        }
-        let (h1, h2) = (lab.host(1), lab.host(2));
-        let reachable = || -> Result<()> {
-            let back = |host: &Host| eventually("c0 is back", secs(30), || host.docker_container("c0"));
-            let (c1, c2): (Container, Container) = (back(h1)?, back(h2)?);
-            ping_within(secs(10), &c1, c2.ip()?)?;
-            ping_within(secs(5), &c2, c1.ip()?)
-        };
-        reachable()?;
-        // Files that CNI on the same host reads are where it looks.
-        let ledger = h1.sh("ls /var/lib/cni/networks/cbr0")?;
-        let address = h1.docker_ip("c0", "web")?;
-        ensure!(ledger.contains(&address) && lease(h1)?.starts_with("10.100."), "{ledger}");
-        // Settings of the host can be written from inside, where /proc/sys is read-only.
-        h1.sh("echo 0 > /proc/sys/net/ipv4/ip_forward")?;
-        eventually("forwarding is on again", secs(8), || {
-            h1.out(&["cat", "/proc/sys/net/ipv4/ip_forward"]).is_ok_and(|on| on == "1")
-        })?;
-
-        // The legacy kind beside it would fight over the same lease.
-        let second = h1.run(&["flannel-docker-plugin"])?;
-        ensure!(!second.ok() && second.stderr.contains("already serves this host"), "{second}");
-
-        let text = h1.try_docker(&["network", "create", "-d", "flannel:latest", "wrong"])?;
-        ensure!(text.stderr.contains("--ipam-driver flannel:latest --subnet 10.100.0.0/16"), "{text}");
-
-        // Engine and plugin go down together and come back together.
-        engines[0].stop(secs(60))?;
-        engines[0] = h1.start_dockerd(&[])?;
-        reachable()?;
-        h1.docker(&["rm", "-f", "c0"])?;
-        h1.docker(&["network", "rm", "web"])?;
-        h1.docker(&["plugin", "disable", "flannel:latest"])?;
-        h1.docker(&["plugin", "rm", "flannel:latest"])?;
-        Ok(())
-    });
-}
-
-/// The plugin's directory as `make rootfs` makes it, but of the binary under test: if that is not static, with its libraries.
-fn make_plugin(host: &Host) -> Result<()> {
-    host.write("/opt/plugin/config.json", include_bytes!("../../config.json"))?;
-    let script = format!(
-        "cd /opt/plugin; mkdir rootfs; strip -o rootfs/flannel-docker-plugin {BIN_DIR}/flannel-docker-plugin; \
-         for lib in $(ldd rootfs/flannel-docker-plugin | grep -o '/[^ ]*' || true); do \
-             mkdir -p rootfs$(dirname $lib); cp -L $lib rootfs$lib; \
-         done; \
-         docker plugin create flannel:latest /opt/plugin; rm -r /opt/plugin"
-    );
-    host.sh(&script).map(drop)
 }

@@ -18,15 +18,20 @@ use serde_json::json;
 use crate::answer::{call, constant};
 use crate::plugin::Plugin;
 
-pub(crate) fn routes() -> Router<Arc<Plugin>> {
-    type Here = State<Arc<Plugin>>;
-    let nothing = || post(|| constant(json!({})));
+/// What an engine asks first; the answer is always the same.
+pub(crate) fn introduction() -> Router {
     Router::new()
         // Scope local: every host has its own pool. Connectivity global: a swarm's names then resolve on every host.
         .route(
             "/NetworkDriver.GetCapabilities",
             post(|| constant(json!({"Scope": "local", "ConnectivityScope": "global"}))),
         )
+}
+
+pub(crate) fn routes() -> Router<Arc<Plugin>> {
+    type Here = State<Arc<Plugin>>;
+    let nothing = || post(|| constant(json!({})));
+    Router::new()
         .route(
             "/NetworkDriver.CreateNetwork",
             post(|s: Here, u: Uri, b: Bytes| call(s, u, b, networks::create_network)),

@@ -1,0 +1,255 @@
+//! Three engines in a swarm, with the managed plugin on each: services on flannel networks, every task with an address of its
+//! own node's lease, found by name from everywhere.
+
+use std::collections::BTreeSet;
+use std::thread;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use flannel_tests::{
+    Container, Daemon, Host, IMAGE, Lab, LabPlan, MANAGED, MANAGED_NEEDS, eventually, in_lab, ping_within,
+    secs,
+};
+
+const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
+
+fn plan(name: &str) -> LabPlan {
+    Lab::new(name)
+        .hosts(3)
+        .etcd()
+        .ip_forward(false)
+        .needs(&["dockerd", "docker", "busybox"])
+        .needs(MANAGED_NEEDS)
+}
+
+/// The same on every host at once; the answers in their order.
+fn everywhere<T: Send>(lab: &Lab, act: impl Fn(&Host) -> Result<T> + Sync) -> Result<Vec<T>> {
+    let act = &act;
+    thread::scope(|scope| {
+        let running: Vec<_> = lab.hosts().iter().map(|host| scope.spawn(move || act(host))).collect();
+        running.into_iter().map(|one| one.join().map_err(|_| anyhow!("a host's thread panicked"))?).collect()
+    })
+}
+
+/// Engines with image and plugin, h1 the manager, h2 and h3 its workers, and the config-only network on each.
+fn swarm(lab: &Lab) -> Result<Vec<Daemon>> {
+    lab.etcdctl(&["put", "/coreos.com/network/config", VXLAN])?;
+    lab.build_managed_plugin()?;
+    let endpoints = format!("FLANNELD_ETCD_ENDPOINTS={}", lab.etcd_endpoint());
+    let engines = everywhere(lab, |host| {
+        let engine = host.start_dockerd(&[])?;
+        host.load_image()?;
+        host.start_managed_plugin(&[&endpoints])?;
+        Ok(engine)
+    })?;
+    let manager = lab.host(1);
+    let address = manager.ip().to_string();
+    manager.docker(&["swarm", "init", "--advertise-addr", &address])?;
+    let token = manager.docker(&["swarm", "join-token", "-q", "worker"])?;
+    let leader = format!("{address}:2377");
+    for worker in &lab.hosts()[1..] {
+        let own = worker.ip().to_string();
+        worker.docker(&["swarm", "join", "--advertise-addr", &own, "--token", &token, &leader])?;
+    }
+    everywhere(lab, |host| config_only(host, "cfg"))?;
+    for host in lab.hosts() {
+        // Tasks go where the network's driver is said to be.
+        eventually(format!("the manager knows the plugin of {}", host.name()), secs(30), || {
+            let plugins = ["node", "inspect", "-f", "{{json .Description.Engine.Plugins}}", host.name()];
+            let said = manager.docker(&plugins)?;
+            ensure!(said.contains(MANAGED), "{said}");
+            Ok(())
+        })?;
+    }
+    Ok(engines)
+}
+
+/// The same line on every node.
+fn config_only(host: &Host, name: &str) -> Result<()> {
+    let create =
+        ["network", "create", "--config-only", "--ipam-driver", MANAGED, "--subnet", "10.100.0.0/16"];
+    host.docker(&[&create[..], &[name]].concat()).map(drop)
+}
+
+/// The one line on a manager.
+fn swarm_network(manager: &Host, config: &str, name: &str) -> Result<()> {
+    let create =
+        ["network", "create", "-d", MANAGED, "--scope", "swarm", "--config-from", config, "--attachable"];
+    manager.docker(&[&create[..], &[name]].concat()).map(drop)
+}
+
+fn service(manager: &Host, name: &str, args: &[&str]) -> Result<()> {
+    let create = ["service", "create", "-d", "--name", name, "--stop-grace-period", "1s"];
+    manager.docker(&[&create, args, &[IMAGE, "sleep", "infinity"]].concat()).map(drop)
+}
+
+/// The running tasks of a service on one host.
+fn tasks(host: &Host, service: &str) -> Result<Vec<Container>> {
+    let label = format!("label=com.docker.swarm.service.name={service}");
+    let ids = host.docker(&["ps", "-q", "--filter", &label])?;
+    ids.split_whitespace().map(|id| host.docker_container(id)).collect()
+}
+
+/// Waits until a service has exactly so many tasks on each host, and all of them can be entered.
+fn settled(lab: &Lab, name: &str, wanted: &[usize]) -> Result<Vec<Container>> {
+    eventually(format!("{name} has {wanted:?} tasks"), secs(90), || {
+        let found = lab.hosts().iter().map(|host| tasks(host, name)).collect::<Result<Vec<_>>>()?;
+        let counts: Vec<usize> = found.iter().map(Vec::len).collect();
+        ensure!(
+            counts == wanted,
+            "{counts:?}\n{}",
+            lab.host(1).docker(&["service", "ps", "--no-trunc", name])?
+        );
+        let found = found.concat();
+        for task in &found {
+            task.ip()?;
+        }
+        Ok(found)
+    })
+}
+
+fn addresses(tasks: &[Container]) -> Result<BTreeSet<String>> {
+    tasks.iter().map(Container::ip).collect()
+}
+
+/// What a container's resolver says to a name.
+fn resolve(from: &Container, name: &str) -> Result<BTreeSet<String>> {
+    let said = from.docker_exec(&["nslookup", "-type=a", name, "127.0.0.11"])?;
+    let answers = said.split_once("\nName:").with_context(|| said.clone())?.1;
+    Ok(answers.lines().filter_map(|line| line.strip_prefix("Address: ")).map(str::to_owned).collect())
+}
+
+/// From each of these containers, the names have the addresses of exactly those others, and each of them answers.
+fn finds(from: &[Container], names: &[&str], expected: &[Container]) -> Result<()> {
+    let wanted = addresses(expected)?;
+    for container in from {
+        for name in names {
+            eventually(format!("{container:?} finds {name}"), secs(30), || {
+                let found = resolve(container, name)?;
+                ensure!(found == wanted, "{found:?} instead of {wanted:?}");
+                Ok(())
+            })?;
+        }
+        for address in &wanted {
+            ping_within(secs(10), container, address)?;
+        }
+    }
+    Ok(())
+}
+
+/// The first of these containers on each host.
+fn one_each(lab: &Lab, containers: &[Container]) -> Vec<Container> {
+    let first = |host: &Host| containers.iter().find(|c| c.host().name() == host.name()).cloned();
+    lab.hosts().iter().filter_map(first).collect()
+}
+
+/// `FLANNEL_SUBNET` of a host without its last byte: `10.100.7.`
+fn lease(host: &Host) -> Result<String> {
+    let env = host.read("/run/flannel/subnet.env")?;
+    let subnet = env.lines().find_map(|line| line.strip_prefix("FLANNEL_SUBNET=")).context(env.clone())?;
+    Ok(subnet.rsplit_once('.').context("no address")?.0.to_owned() + ".")
+}
+
+const NAMES: &[&str] = &["web", "tasks.web"];
+
+#[test]
+fn services_and_attached_containers_find_each_other_from_every_node() {
+    in_lab(plan("swarm"), |lab| {
+        let mut engines = swarm(lab)?;
+        let (manager, h2, h3) = (lab.host(1), lab.host(2), lab.host(3));
+        let before = everywhere(lab, ours)?;
+        swarm_network(manager, "cfg", "web")?;
+        service(manager, "web", &["--network", "web", "--replicas", "6"])?;
+        let all = settled(lab, "web", &[2, 2, 2])?;
+        ensure!(addresses(&all)?.len() == 6, "{:?}", addresses(&all)?);
+        for task in &all {
+            let (ip, lease) = (task.ip()?, lease(task.host())?);
+            ensure!(ip.starts_with(&lease), "{task:?}: {ip} is not of {lease}0/24");
+        }
+        finds(&one_each(lab, &all), NAMES, &all)?;
+
+        // Plain containers may join the network, and are found by tasks of other nodes.
+        let guest = h2.docker_run("guest", &["--network", "web"])?;
+        finds(std::slice::from_ref(&guest), NAMES, &all)?;
+        finds(&one_each(lab, &all), &["guest"], std::slice::from_ref(&guest))?;
+        h2.docker(&["rm", "-f", "guest"])?;
+
+        manager.docker(&["service", "scale", "-d", "web=3"])?;
+        let few = settled(lab, "web", &[1, 1, 1])?;
+        finds(&few, NAMES, &few)?;
+
+        // A rolling update replaces every task, one after the other.
+        let update =
+            ["service", "update", "-d", "--force", "--update-parallelism", "1", "--update-delay", "0s"];
+        manager.docker(
+            &[&update[..], &["--update-monitor", "1s", "--env-add", "GENERATION=2", "web"]].concat(),
+        )?;
+        eventually("the update is complete", secs(90), || {
+            let said = manager.docker(&["service", "inspect", "-f", "{{.UpdateStatus.State}}", "web"])?;
+            ensure!(said == "completed", "{said}");
+            Ok(())
+        })?;
+        let updated = settled(lab, "web", &[1, 1, 1])?;
+        ensure!(updated.iter().all(|new| few.iter().all(|old| old.pid() != new.pid())));
+        finds(&updated, NAMES, &updated)?;
+
+        // A drained node gives its tasks to the others.
+        manager.docker(&["node", "update", "--availability", "drain", h3.name()])?;
+        let moved = eventually("two nodes have three tasks", secs(90), || {
+            let found = [tasks(manager, "web")?, tasks(h2, "web")?, tasks(h3, "web")?];
+            ensure!(found[2].is_empty() && found[0].len() + found[1].len() == 3, "{found:?}");
+            Ok(found.concat())
+        })?;
+        finds(&one_each(lab, &moved), NAMES, &moved)?;
+
+        // A second network on the same subnets; its service has a task on every node.
+        swarm_network(manager, "cfg", "two")?;
+        service(manager, "each", &["--network", "two", "--mode", "global"])?;
+        manager.docker(&["node", "update", "--availability", "active", h3.name()])?;
+        let each = settled(lab, "each", &[1, 1, 1])?;
+        finds(&each, &["each", "tasks.each"], &each)?;
+        ensure!(addresses(&each)?.is_disjoint(&addresses(&moved)?));
+        // A node's engine stops, and its plugin with it, first a worker's and then the manager's.
+        for node in [1, 0] {
+            let host = &lab.hosts()[node];
+            let before = one_of(host, &each)?;
+            engines[node].stop(secs(60))?;
+            engines[node] = host.start_dockerd(&[])?;
+            eventually("the task is back", secs(60), || {
+                let back = settled(lab, "each", &[1, 1, 1])?;
+                ensure!(one_of(host, &back)?.pid() != before.pid());
+                finds(&back, &["each", "tasks.each"], &back)
+            })?;
+        }
+
+        manager.docker(&["service", "rm", "web", "each"])?;
+        settled(lab, "web", &[0, 0, 0])?;
+        settled(lab, "each", &[0, 0, 0])?;
+        eventually("the networks can be removed", secs(30), || {
+            manager.docker(&["network", "rm", "web", "two"])
+        })?;
+        for (host, before) in lab.hosts().iter().zip(&before) {
+            eventually(format!("nothing is left on {}", host.name()), secs(20), || {
+                let now = ours(host)?;
+                ensure!(now == *before, "{now}\n--- before\n{before}");
+                Ok(())
+            })?;
+        }
+        Ok(())
+    });
+}
+
+/// What there is of ours on a host: in the kernel (a swarm itself comes with bridges and rules), in the ledger, in the
+/// plugin's own directory.
+fn ours(host: &Host) -> Result<String> {
+    host.sh(
+        "ip -br link | awk '$1 ~ /^(cni|fl)/ {print $1, $3}'; ip route show table all | grep -F 10.100. || true; \
+         ip neigh show nud permanent; nft -s list ruleset | grep -F 10.100. || true; \
+         cd /var/lib; find cni docker/plugins/*/propagated-mount -type f | grep -v -e lock -e last_reserved",
+    )
+}
+
+/// The one of these containers that is on the host.
+fn one_of(host: &Host, containers: &[Container]) -> Result<Container> {
+    let found = containers.iter().find(|c| c.host().name() == host.name()).cloned();
+    found.with_context(|| format!("none on {}", host.name()))
+}
