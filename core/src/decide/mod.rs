@@ -8,4 +8,5 @@ pub mod firewall;
 pub mod plan;
 pub mod pool;
 pub mod publish;
+pub mod reader;
 pub mod scene;

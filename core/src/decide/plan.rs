@@ -135,14 +135,23 @@ fn ranges(inputs: &Inputs<'_>, families: impl Iterator<Item = Family>) -> Vec<Ra
     families.filter_map(range).collect()
 }
 
-/// The bridge and its ports. Neither carries the network's alias: an agent that keeps no bridge would take one that does
-/// for a leftover, and with it the containers that another program attached to it.
 fn plan_bridge(name: LinkName, mtu: Mtu, scene: &Scene<'_>, draft: &mut Draft) {
     let gateway = |subnet: Prefix| InterfaceAddress::new(subnet.nth(1)?, subnet.len()).ok();
     let subnets = scene.families().filter_map(|family| scene.own.subnets.of(family));
-    let gateways = subnets.filter_map(gateway).collect();
+    bridge_and_ports(name, subnets.filter_map(gateway).collect(), mtu, &scene.node.ports, draft);
+}
+
+/// The bridge and its ports. Neither carries the network's alias: an agent that keeps no bridge would take one that does
+/// for a leftover, and with it the containers that another program attached to it.
+pub(super) fn bridge_and_ports(
+    name: LinkName,
+    gateways: Vec<InterfaceAddress>,
+    mtu: Mtu,
+    ports: &BTreeSet<LinkName>,
+    draft: &mut Draft,
+) {
     draft.join(bridge::plan(&bridge::BridgeSpec { name, gateways, mtu, alias: None }));
-    for port in &scene.node.ports {
+    for port in ports {
         draft.add(Fact::Link(Box::new(Link {
             name: *port,
             kind: LinkKind::Veth { peer: None },

@@ -1,8 +1,9 @@
 //! The node agent of one network: from the store's values to a data path, for as long as it runs.
 //!
 //! It wires store, tenure, uplink and reconciler by whole values. Stopping it leaves the data path as it is; retiring it
-//! takes everything away.
+//! takes everything away. While another agent of this node serves the network, it reads that one's lease along.
 
+mod reader;
 mod work;
 
 use std::sync::Arc;
@@ -12,10 +13,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use self::work::Work;
-use super::hold::{self, Hold};
 use super::settings::AgentSettings;
 use crate::words::addr::{Family, InterfaceAddress, Prefix};
-use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
 use crate::words::exposure::Exposure;
 use crate::words::lease::Subnets;
@@ -143,53 +142,10 @@ async fn run(
     publish: watch::Sender<Status>,
     mut inbox: mpsc::UnboundedReceiver<Command>,
 ) {
-    let mut early = Vec::new();
-    let Some(hold) = take_hold(&settings, &publish, &mut inbox, &mut early).await else { return };
-    let waiting = early.into_iter().map(|(exposure, reply)| {
-        settings.exposure = Some(exposure);
-        reply
-    });
-    let waiting = waiting.collect();
-    match Work::start(settings, publish, hold, waiting) {
+    let Some(hold) = reader::wait(&mut settings, &publish, &mut inbox).await else { return };
+    match Work::start(settings, publish, hold) {
         Ok(work) => work.run(inbox).await,
         Err(error) => tracing::error!("the agent cannot start: {error}"),
-    }
-}
-
-/// Waits until no other agent serves the network here.
-async fn take_hold(
-    settings: &AgentSettings,
-    publish: &watch::Sender<Status>,
-    inbox: &mut mpsc::UnboundedReceiver<Command>,
-    early: &mut Vec<(Exposure, Exposed)>,
-) -> Option<Hold> {
-    let mut told = false;
-    loop {
-        match hold::take(&settings.subnet_file, &settings.network) {
-            Ok(hold) => return Some(hold),
-            Err(error) => {
-                let finding = Finding::new(Code::AGENT_HELD, crate::act::pass::chain(&error));
-                if !told {
-                    tracing::error!("{finding}; waiting for it to end");
-                    told = true;
-                }
-                publish.send_if_modified(|status| {
-                    let news = status.waiting.as_ref() != Some(&finding);
-                    status.waiting = Some(finding);
-                    news
-                });
-            }
-        }
-        tokio::select! {
-            () = tokio::time::sleep(WAIT) => {}
-            command = inbox.recv() => match command {
-                Some(Command::Poke(_)) => {}
-                Some(Command::Expose(exposure, reply)) => early.push((exposure, reply)),
-                Some(Command::Stop(reply)) => { let _ = reply.send(()); return None }
-                Some(Command::Retire(reply)) => { let _ = reply.send(Ok(())); return None }
-                None => return None,
-            },
-        }
     }
 }
 

@@ -4,8 +4,10 @@
 //! stays; the lock goes with the process.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, Write};
-use std::path::Path;
+use std::io::{self, Seek, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 
@@ -38,30 +40,102 @@ pub enum HoldError {
     },
 }
 
-/// Takes the lock of a network, without waiting.
+/// The lock's file, open: whoever has it open is known to be one of our agents, also while another holds the lock.
+#[derive(Debug)]
+pub struct Door {
+    network: NetworkName,
+    path: PathBuf,
+    file: File,
+}
+
+impl Door {
+    /// Opens the lock of a network, without taking it.
+    pub fn open(subnet_file: &Path, network: &NetworkName) -> Result<Self, HoldError> {
+        let path = subnet_file.with_file_name(format!("{network}.agent"));
+        let failed = |source| HoldError::Io { path: path.display().to_string(), source };
+        if let Some(parent) = path.parent() {
+            std::fs::create_dir_all(parent).map_err(failed)?;
+        }
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
+        Ok(Self { network: network.clone(), path, file })
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Takes the lock, without waiting.
+    pub fn take(self) -> Result<Hold, (Self, HoldError)> {
+        let Self { network, path, file } = self;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(mut lock) => {
+                // Only messages suffer if the name cannot be written.
+                let _ = sign(&mut lock);
+                Ok(Hold { _lock: lock })
+            }
+            Err((file, errno)) => {
+                let door = Self { network, path, file };
+                let error = match errno {
+                    nix::errno::Errno::EWOULDBLOCK => door.held(),
+                    other => HoldError::Io { path: door.path.display().to_string(), source: other.into() },
+                };
+                Err((door, error))
+            }
+        }
+    }
+
+    /// Who has the lock, if anybody has.
+    pub fn holder(&self) -> Result<Option<String>, HoldError> {
+        let failed = |source| HoldError::Io { path: self.path.display().to_string(), source };
+        let file = self.file.try_clone().map_err(failed)?;
+        match Flock::lock(file, FlockArg::LockSharedNonblock) {
+            // Given back at once; whoever comes at this very moment tries again ([`take`]).
+            Ok(lock) => lock.unlock().map(|_| None).map_err(|(_, errno)| failed(errno.into())),
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(Some(self.signature())),
+            Err((_, errno)) => Err(failed(errno.into())),
+        }
+    }
+
+    /// Whether this still is the file at its place: who retires a network removes it.
+    pub fn is_current(&self) -> bool {
+        let place = std::fs::metadata(&self.path).map(|file| (file.dev(), file.ino()));
+        let open = self.file.metadata().map(|file| (file.dev(), file.ino()));
+        matches!((place, open), (Ok(place), Ok(open)) if place == open)
+    }
+
+    fn held(&self) -> HoldError {
+        HoldError::Held { network: self.network.clone(), holder: self.signature() }
+    }
+
+    fn signature(&self) -> String {
+        std::fs::read_to_string(&self.path).unwrap_or_default()
+    }
+}
+
+fn sign(lock: &mut Flock<File>) -> io::Result<()> {
+    let program = std::env::args().next().unwrap_or_default();
+    let name = Path::new(&program).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    lock.set_len(0)?;
+    lock.rewind()?;
+    write!(lock, "{name} (process {})", std::process::id())
+}
+
+/// Takes the lock of a network. Waits only as long as somebody needs who looks whether it is free.
 pub fn take(subnet_file: &Path, network: &NetworkName) -> Result<Hold, HoldError> {
-    let path = subnet_file.with_file_name(format!("{network}.agent"));
-    let failed = |source| HoldError::Io { path: path.display().to_string(), source };
-    if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent).map_err(failed)?;
-    }
-    let file =
-        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(mut lock) => {
-            let program = std::env::args().next().unwrap_or_default();
-            let name = Path::new(&program).file_name().unwrap_or_default().to_string_lossy().into_owned();
-            lock.set_len(0).and_then(|()| lock.rewind()).map_err(failed)?;
-            write!(lock, "{name} (process {})", std::process::id()).map_err(failed)?;
-            Ok(Hold { _lock: lock })
+    const LOOKS: u32 = 5;
+    const LOOK: Duration = Duration::from_millis(2);
+    let mut door = Door::open(subnet_file, network)?;
+    for _ in 0..LOOKS {
+        match door.take() {
+            Ok(hold) => return Ok(hold),
+            Err((back, HoldError::Held { .. })) => door = back,
+            Err((_, error)) => return Err(error),
         }
-        Err((mut file, nix::errno::Errno::EWOULDBLOCK)) => {
-            let mut holder = String::new();
-            file.read_to_string(&mut holder).map_err(failed)?;
-            Err(HoldError::Held { network: network.clone(), holder })
-        }
-        Err((_, errno)) => Err(failed(errno.into())),
+        std::thread::sleep(LOOK);
     }
+    door.take().map_err(|(_, error)| error)
 }
 
 /// Removes the lock's file, when nothing of the network is to be left.
@@ -82,7 +156,14 @@ mod tests {
         let second = take(&file, &network).unwrap_err().to_string();
         assert!(second.contains(&format!("(process {})", std::process::id())), "{second}");
         assert!(take(&file, &NetworkName::new("web").unwrap()).is_ok());
+        let door = Door::open(&file, &network).unwrap();
+        assert!(door.holder().unwrap().is_some() && door.is_current());
         drop(first);
+        assert_eq!(door.holder().unwrap(), None);
+        let again = take(&file, &network).unwrap();
+        remove(&file, &network);
+        assert!(!door.is_current());
+        drop(again);
         assert!(take(&file, &network).is_ok());
     }
 }

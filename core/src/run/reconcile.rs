@@ -21,8 +21,10 @@ use super::survey::Public;
 use crate::act::pass::{chain, converge};
 use crate::decide::bridge;
 use crate::decide::plan::{self, Plan, PlanError, plan, remains};
+use crate::decide::reader::{self, ReaderScene};
 use crate::touch::ledger::{Ledger, ledger_marker};
 use crate::touch::marker;
+use crate::touch::subnet_env::SubnetEnv;
 use crate::touch::uplink::{self, Sought, UplinkError};
 use crate::touch::world::WorldError;
 use crate::touch::world::kernel::Kernel;
@@ -62,6 +64,50 @@ pub(super) struct Inputs {
     pub(super) former: BTreeSet<Prefix>,
 }
 
+/// What a pass works from while another agent of this node holds the lease.
+#[derive(Clone, Debug)]
+pub(super) struct ReaderInputs {
+    pub(super) env: SubnetEnv,
+    pub(super) isolated_from: BTreeSet<Prefix>,
+}
+
+/// What a pass is for.
+#[derive(Clone, Debug)]
+pub(super) enum Sight {
+    /// A lease of our own.
+    Own(Inputs),
+    /// Another agent's.
+    Others(ReaderInputs),
+}
+
+impl From<Inputs> for Sight {
+    fn from(inputs: Inputs) -> Self {
+        Self::Own(inputs)
+    }
+}
+
+impl From<ReaderInputs> for Sight {
+    fn from(inputs: ReaderInputs) -> Self {
+        Self::Others(inputs)
+    }
+}
+
+impl Sight {
+    fn own(&self) -> Option<&OwnLease> {
+        match self {
+            Self::Own(inputs) => Some(&inputs.own),
+            Self::Others(_) => None,
+        }
+    }
+
+    fn leases(&self) -> usize {
+        match self {
+            Self::Own(inputs) => inputs.leases.leases.len(),
+            Self::Others(_) => 0,
+        }
+    }
+}
+
 /// How a pass ended.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Outcome {
@@ -79,8 +125,16 @@ pub(super) struct Outcome {
 
 enum Work {
     Expose(Exposure, Reply),
-    Pass(Box<Inputs>, Reason),
-    Retire(BTreeSet<Prefix>, tokio::sync::oneshot::Sender<Result<Report, String>>),
+    Pass(Box<Sight>, Reason),
+    Retire(Going, tokio::sync::oneshot::Sender<Result<Report, String>>),
+}
+
+/// What is to be taken away.
+enum Going {
+    /// All of a network with these CIDRs.
+    Network(BTreeSet<Prefix>),
+    /// A reader's rules.
+    Reader,
 }
 
 /// The way to the thread. It ends when this is dropped.
@@ -102,9 +156,9 @@ impl Reconciler {
     }
 
     /// Asks for a pass.
-    pub(super) fn pass(&self, inputs: Inputs, reason: Reason) {
+    pub(super) fn pass(&self, inputs: impl Into<Sight>, reason: Reason) {
         // The thread lives as long as this sender.
-        let _ = self.work.send(Work::Pass(Box::new(inputs), reason));
+        let _ = self.work.send(Work::Pass(Box::new(inputs.into()), reason));
     }
 
     /// Asks for what is particular about the endpoints; the answer comes when it is written.
@@ -122,8 +176,17 @@ impl Reconciler {
 
     /// Takes everything of the network away from the kernel.
     pub(super) async fn retire(&self, cidrs: BTreeSet<Prefix>) -> Result<Report, String> {
+        self.take_away(Going::Network(cidrs)).await
+    }
+
+    /// Takes the rules of a reader away; its bridge stays.
+    pub(super) async fn retire_reader(&self) -> Result<Report, String> {
+        self.take_away(Going::Reader).await
+    }
+
+    async fn take_away(&self, going: Going) -> Result<Report, String> {
         let (reply, answer) = tokio::sync::oneshot::channel();
-        let _ = self.work.send(Work::Retire(cidrs, reply));
+        let _ = self.work.send(Work::Retire(going, reply));
         answer.await.unwrap_or_else(|_| Err("the reconciler has ended".into()))
     }
 }
@@ -160,9 +223,9 @@ impl Thread {
                         self.serve_endpoints();
                         self.pass(&inputs, reason);
                     }
-                    Work::Retire(cidrs, reply) => {
+                    Work::Retire(going, reply) => {
                         retired = true;
-                        let _ = reply.send(self.retire(cidrs).map_err(|error| chain(&error)));
+                        let _ = reply.send(self.retire(going).map_err(|error| chain(&error)));
                     }
                 }
             }
@@ -177,22 +240,16 @@ impl Thread {
         }
     }
 
-    fn pass(&mut self, inputs: &Inputs, reason: Reason) {
+    fn pass(&mut self, sight: &Sight, reason: Reason) {
         let started = Instant::now();
         let mut outcome = Outcome { passes: self.done.borrow().passes + 1, ..Outcome::default() };
-        match self.try_pass(inputs) {
+        match self.try_pass(sight) {
             Ok((plan, report, public)) => {
-                self.journal.pass(
-                    reason,
-                    &report,
-                    &plan.findings,
-                    inputs.leases.leases.len(),
-                    started.elapsed(),
-                );
+                self.journal.pass(reason, &report, &plan.findings, sight.leases(), started.elapsed());
                 outcome.clean = report.clean;
                 outcome.mtu = Some(plan.mtu);
                 outcome.public = public;
-                outcome.own = Some(inputs.own.clone());
+                outcome.own = sight.own().cloned();
             }
             Err(error) => {
                 // The sockets may be what is broken.
@@ -203,21 +260,11 @@ impl Thread {
         self.done.send_replace(outcome);
     }
 
-    fn try_pass(&mut self, inputs: &Inputs) -> Result<(Plan, Report, Public), PassError> {
-        let node = self.node(inputs)?;
-        let mut plan = plan(&plan::Inputs {
-            network: &self.place.network,
-            config: &inputs.config,
-            node: &node,
-            own: &inputs.own,
-            leases: &inputs.leases,
-            bridge: self.place.bridge,
-            masquerade: self.place.masquerade,
-            forward: self.place.forward,
-            isolated_from: &inputs.isolated_from,
-            exposure: self.endpoints.exposure(),
-        })?;
-        plan.territory.cidrs.extend(&inputs.former);
+    fn try_pass(&mut self, sight: &Sight) -> Result<(Plan, Report, Public), PassError> {
+        let (mut plan, public) = match sight {
+            Sight::Own(inputs) => self.plan(inputs)?,
+            Sight::Others(inputs) => (self.plan_reader(inputs)?, Public::default()),
+        };
         if let Some(bridge) = self.place.bridge
             && let Some(link) = self.kernel()?.link(bridge)?
         {
@@ -232,7 +279,42 @@ impl Thread {
         {
             plan.findings.push(Finding::new(Code::FORWARD_DROPPED, hint));
         }
-        Ok((plan, report, Public { v4: node.public_v4, v6: node.public_v6 }))
+        Ok((plan, report, public))
+    }
+
+    fn plan(&mut self, inputs: &Inputs) -> Result<(Plan, Public), PassError> {
+        let node = self.node(inputs)?;
+        let mut plan = plan(&plan::Inputs {
+            network: &self.place.network,
+            config: &inputs.config,
+            node: &node,
+            own: &inputs.own,
+            leases: &inputs.leases,
+            bridge: self.place.bridge,
+            masquerade: self.place.masquerade,
+            forward: self.place.forward,
+            isolated_from: &inputs.isolated_from,
+            exposure: self.endpoints.exposure(),
+        })?;
+        plan.territory.cidrs.extend(&inputs.former);
+        Ok((plan, Public { v4: node.public_v4, v6: node.public_v6 }))
+    }
+
+    fn plan_reader(&mut self, inputs: &ReaderInputs) -> Result<Plan, PassError> {
+        let place = self.place.clone();
+        let ports = ports(self.kernel()?, &place)?;
+        let ReaderInputs { env, isolated_from } = inputs;
+        Ok(reader::plan(&ReaderScene {
+            network: &place.network,
+            networks: &env.networks,
+            gateways: &env.gateways(),
+            mtu: env.mtu,
+            bridge: place.bridge,
+            ports: &ports,
+            masquerade: place.masquerade && !env.ip_masq,
+            isolated_from,
+            exposure: self.endpoints.exposure(),
+        }))
     }
 
     fn node(&mut self, inputs: &Inputs) -> Result<Node, PassError> {
@@ -253,10 +335,16 @@ impl Thread {
         })
     }
 
-    fn retire(&mut self, cidrs: BTreeSet<Prefix>) -> Result<Report, WorldError> {
-        let mut territory = remains(&self.place.network, cidrs);
-        territory.links.extend(self.place.bridge);
-        territory.tables.extend(self.place.bridge.map(bridge::masquerade_table));
+    fn retire(&mut self, going: Going) -> Result<Report, WorldError> {
+        let territory = match going {
+            Going::Network(cidrs) => {
+                let mut territory = remains(&self.place.network, cidrs);
+                territory.links.extend(self.place.bridge);
+                territory.tables.extend(self.place.bridge.map(bridge::masquerade_table));
+                territory
+            }
+            Going::Reader => reader::remains(&self.place.network),
+        };
         converge(self.kernel()?, &territory, &Facts::default())
     }
 
@@ -295,7 +383,7 @@ fn holders(subnet_file: &Path) -> Vec<Attachment> {
 /// What endpoints want comes first. Of the passes that are waiting only the newest inputs count, and the weightiest reason.
 /// Retiring comes last.
 fn newest(first: Work, todo: &Receiver<Work>) -> Vec<Work> {
-    let mut pass: Option<(Box<Inputs>, Reason)> = None;
+    let mut pass: Option<(Box<Sight>, Reason)> = None;
     let (mut exposed, mut rest) = (Vec::new(), Vec::new());
     for work in std::iter::once(first).chain(todo.try_iter()) {
         match work {

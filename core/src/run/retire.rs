@@ -12,15 +12,16 @@ use super::store::NetworkStore;
 use super::{cache, hold, setup};
 use crate::act::pass::converge;
 use crate::decide::bridge::masquerade_table;
-use crate::decide::plan;
+use crate::decide::{self, plan, publish};
 use crate::touch::ledger::{DEFAULT_ROOT, Ledger, Retired};
 use crate::touch::marker;
 use crate::touch::subnet_env::SubnetEnv;
 use crate::touch::world::kernel::Kernel;
-use crate::words::addr::Prefix;
+use crate::words::addr::{InterfaceAddress, Mac, Prefix};
 use crate::words::config::NetworkConfig;
 use crate::words::fact::Facts;
 use crate::words::name::{LinkName, NetworkName};
+use crate::words::territory::Territory;
 
 /// Where the CNI plugin keeps what it was called with, unless its configuration says otherwise.
 const CNI_DATA: &str = "/var/lib/cni/flannel";
@@ -57,6 +58,32 @@ pub async fn everything(flags: &CommonFlags, store: NetworkStore) -> anyhow::Res
     Ok(())
 }
 
+/// What a reader made on this host for a network that another agent serves: its rules, and the bridge and the ledger
+/// unless other containers use them. Everything else is the other agent's.
+pub fn reader(subnet_file: &Path, network: &NetworkName) -> anyhow::Result<()> {
+    let mut kernel = Kernel::open()?;
+    let mut territory = decide::reader::remains(network);
+    territory.tables.insert(publish::table_name(network));
+    let unused =
+        !matches!(Ledger::retire(subnet_file).context("could not remove the ledger")?, Retired::InUse(_));
+    if unused {
+        let bridge = bridge(subnet_file, network);
+        // One of another MAC was made by somebody else: the CNI plugins leave theirs without containers.
+        let ours = |gateway: InterfaceAddress| Mac::for_address(gateway.address());
+        let gateways = SubnetEnv::read(subnet_file).map(|env| env.gateways()).unwrap_or_default();
+        let mac = kernel.link(bridge)?.and_then(|link| link.mac);
+        if mac.is_some() && gateways.into_iter().map(ours).any(|ours| Some(ours) == mac) {
+            territory.links.insert(bridge);
+        }
+    }
+    take_away(&mut kernel, &territory)?;
+    if unused {
+        marker::withdraw(&marker::bridge_marker(subnet_file))?;
+        let _ = fs::remove_dir(DEFAULT_ROOT);
+    }
+    Ok(())
+}
+
 /// The name that the first comer chose, else the one by rule.
 fn bridge(subnet_file: &Path, network: &NetworkName) -> LinkName {
     let said = marker::read(&marker::bridge_marker(subnet_file)).ok().flatten();
@@ -81,7 +108,11 @@ fn kernel(network: &NetworkName, cidrs: BTreeSet<Prefix>, bridge: LinkName) -> a
     let mut territory = plan::remains(network, cidrs);
     territory.links.insert(bridge);
     territory.tables.insert(masquerade_table(bridge));
-    let report = converge(&mut kernel, &territory, &Facts::default())?;
+    take_away(&mut kernel, &territory)
+}
+
+fn take_away(kernel: &mut Kernel, territory: &Territory) -> anyhow::Result<()> {
+    let report = converge(kernel, territory, &Facts::default())?;
     for made in &report.made {
         tracing::info!("{} {}: {}", made.kind, made.verb, made.text);
     }

@@ -37,6 +37,8 @@ pub struct AgentSettings {
     /// What is particular about this node's endpoints, to begin with; none if that is another program's to say, whose rules
     /// are then left alone.
     pub exposure: Option<Exposure>,
+    /// The network is another agent's for good, because our store does not know of it: never take it, only read along.
+    pub reads_only: bool,
     /// How long before its end the lease is renewed.
     pub renew_margin: Duration,
     /// How long without notice until the kernel is looked at all the same.

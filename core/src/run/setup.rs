@@ -55,6 +55,7 @@ pub fn agent(
         bridge: None,
         isolated_from,
         exposure: None,
+        reads_only: false,
         renew_margin: flags.renew_margin(),
         resync: flags.resync(),
         counters,

@@ -122,6 +122,12 @@ impl SubnetEnv {
         self.subnets.iter().copied().find(|subnet| subnet.family() == family)
     }
 
+    /// The gateways of the node's containers: the first address of each of its subnets.
+    pub fn gateways(&self) -> Vec<InterfaceAddress> {
+        let gateway = |own: &InterfaceAddress| InterfaceAddress::new(bridge_address(*own), own.len()).ok();
+        self.subnets.iter().filter_map(gateway).collect()
+    }
+
     /// The subnet this node had before, for the agent to ask for again: read as forgivingly as upstream does (dotenv syntax, and
     /// anything that is not exactly one subnet is none), because an unreadable wish must not keep an agent from starting.
     pub fn previous_subnet(path: &Path, family: Family) -> Option<Prefix> {

@@ -59,7 +59,7 @@ catalogue! {
     CHANGE_FAILED = 115, "the kernel refused a change",
         "see the reason; it is tried again";
     AGENT_HELD = 116, "another agent serves this network on this host",
-        "stop one of the two";
+        "nothing: its subnet file is read along; it is taken over once that one has ended for good";
     BRIDGE_NAME = 117, "the network has a bridge of another name on this host",
         "use that name";
     FORWARD_DROPPED = 118, "the host's firewall drops forwarded traffic",

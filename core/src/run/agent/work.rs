@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
-use super::{Command, Exposed, Leased, Status, WAIT, gateway};
+use super::{Command, Leased, Status, WAIT, gateway};
 use crate::run::cache::{self, LastGood};
 use crate::run::hold::{self, Hold};
 use crate::run::kernel_events::KernelEvents;
@@ -71,7 +71,6 @@ impl Work {
         settings: AgentSettings,
         publish: watch::Sender<Status>,
         hold: Hold,
-        waiting: Vec<Exposed>,
     ) -> Result<Self, std::io::Error> {
         let place = Place {
             network: settings.network.clone(),
@@ -81,9 +80,6 @@ impl Work {
             bridge: settings.bridge,
         };
         let reconciler = Reconciler::start(place, settings.exposure.clone(), settings.counters.clone())?;
-        for reply in waiting {
-            reconciler.expose(settings.exposure.clone().unwrap_or_default(), reply);
-        }
         let kernel_notice = Arc::new(Notify::new());
         let saved = cache::read(&settings.state_dir, &settings.network).unwrap_or_default();
         let (offer, offered) = watch::channel(None);

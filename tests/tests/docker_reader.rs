@@ -1,0 +1,103 @@
+//! The Docker plugin on a node where another agent holds the lease: it reads that one's subnet.env along.
+//!
+//! The other agent is our own flanneld, unless `FLANNEL_FOREIGN_FLANNELD` names another one, Go flanneld for example. What can only be
+//! shown with one that knows nothing of our lock is skipped without it.
+
+use std::env;
+
+use anyhow::{Context, Result, ensure};
+use flannel_tests::flanneld::{SubnetEnv, leases, put_config};
+use flannel_tests::{
+    Daemon, Host, HttpServer, Lab, LabPlan, eventually, http_get, in_lab, ping, ping_within, secs, seen_as,
+};
+
+const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
+const HOST_GW: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"host-gw"}}"#;
+const CREATE: &[&str] =
+    &["network", "create", "-d", "flannel", "--ipam-driver", "flannel", "--subnet", "10.100.0.0/16", "web"];
+/// Says where a flanneld is that is not ours: a path of this machine.
+const FOREIGN: &str = "FLANNEL_FOREIGN_FLANNELD";
+
+fn plan(name: &str) -> LabPlan {
+    Lab::new(name).hosts(2).ip_forward(false).etcd().needs(&["dockerd", "docker", "busybox"])
+}
+
+/// Starts the agent that owns the lease on a host, and waits for its file.
+fn start_owner(lab: &Lab, host: &Host, flags: &[&str]) -> Result<Daemon> {
+    let program = match env::var(FOREIGN) {
+        Ok(path) => {
+            let inside = "/run/flanneld";
+            host.write(inside, std::fs::read(&path).with_context(|| format!("{FOREIGN}={path}"))?)?;
+            host.out(&["chmod", "0755", inside])?;
+            inside.to_owned()
+        }
+        Err(_) => "flanneld".to_owned(),
+    };
+    let endpoints = format!("--etcd-endpoints={}", lab.etcd_endpoint());
+    let argv = [&[program.as_str(), &endpoints, "--iface=eth0"], flags].concat();
+    let daemon = host.spawn("owner", &argv, &[])?;
+    eventually("the owner's subnet.env", secs(20), || SubnetEnv::read(host))
+        .with_context(|| daemon.tail())?;
+    Ok(daemon)
+}
+
+fn start_plugin(host: &Host, flags: &[&str]) -> Result<Daemon> {
+    let daemon = host.spawn("flannel-docker-plugin", &[&["flannel-docker-plugin"], flags].concat(), &[])?;
+    eventually("the plugin's socket", secs(10), || host.exists("/run/docker/plugins/flannel.sock"))
+        .with_context(|| daemon.tail())?;
+    Ok(daemon)
+}
+
+fn start_engine(host: &Host) -> Result<Daemon> {
+    let dockerd = host.start_dockerd(&[])?;
+    host.load_image()?;
+    Ok(dockerd)
+}
+
+/// `10.100.5.`
+fn lease(host: &Host) -> Result<String> {
+    let base = SubnetEnv::read(host)?.base().to_string();
+    Ok(base.rsplit_once('.').context("no address")?.0.to_owned() + ".")
+}
+
+fn containers_reach_each_other(name: &str, config: &str, plugin_has_etcd: bool) {
+    in_lab(plan(name), |lab| {
+        put_config(lab, config)?;
+        let (h1, h2) = (lab.host(1), lab.host(2));
+        let endpoints = format!("--etcd-endpoints={}", lab.etcd_endpoint());
+        let flags: &[&str] = if plugin_has_etcd { &[&endpoints] } else { &[] };
+        let _owner = start_owner(lab, h1, &["--ip-masq"])?;
+        let env = h1.read("/run/flannel/subnet.env")?;
+        let plugin = start_plugin(h1, flags)?;
+        let _other = start_plugin(h2, &[&endpoints])?;
+        let _engines = (start_engine(h1)?, start_engine(h2)?);
+        h1.docker(CREATE).with_context(|| plugin.tail())?;
+        h2.docker(CREATE)?;
+        let c1 = h1.docker_run("c1", &["--network", "web"])?;
+        let c2 = h2.docker_run("c2", &["--network", "web"])?;
+        let address = c1.ip()?;
+        ensure!(address.starts_with(&lease(h1)?), "{address} is not in {}0/24", lease(h1)?);
+        ensure!(c1.mtu("eth0")? == SubnetEnv::read(h1)?.mtu, "MTU {}", c1.mtu("eth0")?);
+        ping_within(secs(10), &c1, c2.ip()?)?;
+        ping(&c2, c1.ip()?)?;
+        let _server = HttpServer::start(&c2, 80, "hello from c2")?;
+        ensure!(http_get(&c1, &format!("http://{}/", c2.ip()?))? == "hello from c2");
+        let seen = seen_as(&c1, c2.ip()?, 80)?;
+        ensure!(seen == c1.ip()?, "seen as {seen}");
+
+        // Nothing of the owner's was touched: one lease of each host, and the file as it was.
+        ensure!(leases(lab)?.len() == 2, "{:?}", leases(lab)?);
+        ensure!(h1.read("/run/flannel/subnet.env")? == env);
+        Ok(())
+    });
+}
+
+#[test]
+fn containers_reach_each_other_beside_another_agent_over_vxlan() {
+    containers_reach_each_other("reader-vxlan", VXLAN, true);
+}
+
+#[test]
+fn containers_reach_each_other_beside_another_agent_over_host_gw() {
+    containers_reach_each_other("reader-host-gw", HOST_GW, true);
+}
