@@ -1,8 +1,8 @@
 //! Docker's claims in the ledger that CNI shares.
 //!
 //! An engine asks for an address before it names the endpoint, so a claim is first [`PENDING`] and gets the endpoint's
-//! name with CreateEndpoint. A claim that stays pending because the engine died in between is reclaimed after a while,
-//! unless a network keeps it as an auxiliary address.
+//! name with CreateEndpoint. A claim that stays pending because the engine died in between is reclaimed after a while.
+//! Auxiliary addresses get their network's name with CreateNetwork, and nobody else gets them as long as it lives.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use flannel_core::decide::pool::{Pool, PoolError};
-use flannel_core::touch::ledger::{DOCKER, Ledger, LedgerError};
+use flannel_core::touch::ledger::{DOCKER, Entry, HeldLedger, Ledger, LedgerError};
 use flannel_core::words::addr::{InterfaceAddress, Prefix};
 use flannel_core::words::name::{Attachment, NetworkName};
 
@@ -24,18 +24,48 @@ const YIELDS_AFTER: Duration = Duration::from_secs(5);
 /// Holder of an address whose endpoint is not known yet.
 const PENDING: &str = "docker:pending";
 
+/// The interface part of an auxiliary address's holder.
+const AUXILIARY: &str = "aux";
+
 /// Why an address could not be claimed or given back.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AddressError {
     /// The address cannot be an endpoint's.
     #[error(transparent)]
     Pool(#[from] PoolError),
+    /// A network keeps it from being handed out.
+    #[error("{address} is an auxiliary address (--aux-address) of Docker network {network}")]
+    Auxiliary {
+        /// The address.
+        address: IpAddr,
+        /// The network's id.
+        network: String,
+    },
+    /// An engine has asked for it and not named its endpoint yet.
+    #[error("{address} is already taken by an endpoint that is being created: try again")]
+    Pending {
+        /// The address.
+        address: IpAddr,
+    },
     /// Somebody has it, or the ledger cannot be used.
     #[error(transparent)]
-    Ledger(#[from] LedgerError),
+    Ledger(LedgerError),
     /// Not in the range that the network was created with.
     #[error("no free address in --ip-range {0}")]
     RangeExhausted(Prefix),
+}
+
+impl From<LedgerError> for AddressError {
+    fn from(error: LedgerError) -> Self {
+        match error {
+            LedgerError::Taken { address, owner } if owner.interface == AUXILIARY => {
+                let network = owner.container.strip_prefix(DOCKER).unwrap_or(&owner.container).to_owned();
+                Self::Auxiliary { address, network }
+            }
+            LedgerError::Taken { address, owner } if owner.container == PENDING => Self::Pending { address },
+            other => Self::Ledger(other),
+        }
+    }
 }
 
 /// The addresses of one flannel network on this node.
@@ -47,6 +77,16 @@ pub(crate) struct Addresses {
 /// The holder's name of an endpoint.
 pub(crate) fn owner(endpoint_id: &str) -> Attachment {
     Attachment { container: format!("{DOCKER}{endpoint_id}"), interface: "eth".to_owned() }
+}
+
+/// The holder's name of a Docker network's auxiliary addresses.
+fn keeper(docker_network: &str) -> Attachment {
+    Attachment { container: format!("{DOCKER}{docker_network}"), interface: AUXILIARY.to_owned() }
+}
+
+/// Whether an engine asked for the address and has not said what for.
+pub(crate) fn is_pending(entry: &Entry) -> bool {
+    entry.owner.container == PENDING
 }
 
 impl Addresses {
@@ -74,34 +114,97 @@ impl Addresses {
 
     /// Claims the next free address, of `range` if there is one.
     pub(crate) fn claim_any(&self, range: Option<Prefix>) -> Result<InterfaceAddress, AddressError> {
-        let held = self.ledger.lock()?;
+        self.claim_next(&self.ledger.lock()?, range, &pending())
+    }
+
+    fn claim_next(
+        &self,
+        held: &HeldLedger<'_>,
+        range: Option<Prefix>,
+        owner: &Attachment,
+    ) -> Result<InterfaceAddress, AddressError> {
         let taken: BTreeSet<IpAddr> = held.addresses()?.into_iter().collect();
+        let last = held.last(0);
         let address = match range {
-            None => self.pool.next(held.last(0), &taken)?,
-            Some(range) => self.next_in(range, held.last(0), &taken)?,
+            None => self.pool.next(last, &taken)?,
+            Some(range) => {
+                self.pool.next_in(range, last, &taken).ok_or(AddressError::RangeExhausted(range))?
+            }
         };
-        held.claim(address, &pending())?;
+        held.claim(address, owner)?;
         held.set_last(0, address)?;
         Ok(self.pool.admit(address)?)
     }
 
     /// Claims exactly this address.
-    pub(crate) fn claim(
-        &self,
-        address: IpAddr,
-        keeps: impl Fn(IpAddr) -> bool,
-    ) -> Result<InterfaceAddress, AddressError> {
+    pub(crate) fn claim(&self, address: IpAddr) -> Result<InterfaceAddress, AddressError> {
         let admitted = self.pool.admit(address)?;
         let held = self.ledger.lock()?;
         match held.claim(address, &pending()) {
             Err(LedgerError::Taken { owner, .. })
-                if owner.container == PENDING && !keeps(address) && self.age(address) >= YIELDS_AFTER =>
+                if owner.container == PENDING && self.age(address) >= YIELDS_AFTER =>
             {
                 held.reassign(address, &pending())?;
             }
             other => other?,
         }
         Ok(admitted)
+    }
+
+    /// Claims an address for an endpoint that nobody asked for one before: `wanted`, else the next free one. An endpoint
+    /// that has one already keeps it.
+    pub(crate) fn claim_for(
+        &self,
+        endpoint_id: &str,
+        wanted: Option<IpAddr>,
+    ) -> Result<InterfaceAddress, AddressError> {
+        let held = self.ledger.lock()?;
+        let owner = owner(endpoint_id);
+        let Some(wanted) = wanted else { return self.claim_next(&held, None, &owner) };
+        let admitted = self.pool.admit(wanted)?;
+        match held.claim(wanted, &owner) {
+            Err(LedgerError::Taken { owner: holder, .. }) if holder == owner => Ok(admitted),
+            claimed => Ok(claimed.map(|()| admitted)?),
+        }
+    }
+
+    /// Keeps addresses from being handed out for as long as a Docker network lives: exactly these, no earlier ones. All or none.
+    pub(crate) fn keep(&self, docker_network: &str, kept: &BTreeSet<IpAddr>) -> Result<(), AddressError> {
+        let held = self.ledger.lock()?;
+        let keeper = keeper(docker_network);
+        let earlier = held.entries()?.into_iter().filter(|entry| entry.owner == keeper);
+        for entry in earlier.filter(|entry| !kept.contains(&entry.address)) {
+            held.release_address(entry.address)?;
+        }
+        let mut claimed = Vec::new();
+        for address in kept {
+            match self.keep_one(&held, *address, &keeper) {
+                Ok(true) => claimed.push(*address),
+                Ok(false) => {}
+                Err(error) => {
+                    claimed.into_iter().try_for_each(|address| held.release_address(address))?;
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether it was not the keeper's before.
+    fn keep_one(
+        &self,
+        held: &HeldLedger<'_>,
+        address: IpAddr,
+        keeper: &Attachment,
+    ) -> Result<bool, AddressError> {
+        self.pool.admit(address)?;
+        match held.owner(address)? {
+            None => held.claim(address, keeper)?,
+            Some(holder) if holder == *keeper => return Ok(false),
+            Some(holder) if holder.container == PENDING => held.reassign(address, keeper)?,
+            Some(owner) => return Err(LedgerError::Taken { address, owner }.into()),
+        }
+        Ok(true)
     }
 
     /// Gives a claimed address to an endpoint; `usurps` says of the endpoint that holds it whether it may be replaced.
@@ -141,13 +244,9 @@ impl Addresses {
         }
     }
 
-    /// Frees what nobody will ever ask for again: claims that stayed pending for too long, and those of endpoints that
-    /// `lives` does not know.
-    pub(crate) fn sweep(
-        &self,
-        keeps: impl Fn(IpAddr) -> bool,
-        lives: impl Fn(&str) -> bool,
-    ) -> Result<Vec<IpAddr>, AddressError> {
+    /// Frees what nobody will ever ask for again: claims that stayed pending for too long, and those of endpoints and
+    /// networks that `lives` does not know.
+    pub(crate) fn sweep(&self, lives: impl Fn(&str) -> bool) -> Result<Vec<IpAddr>, AddressError> {
         // Locking would make a ledger that is not there, or not any more.
         if self.ledger.look()?.is_empty() {
             return Ok(Vec::new());
@@ -155,12 +254,8 @@ impl Addresses {
         let held = self.ledger.lock()?;
         let mut freed = Vec::new();
         for entry in held.entries()? {
-            let Some(endpoint) = entry.owner.container.strip_prefix(DOCKER) else { continue };
-            let stale = match entry.owner.container == PENDING {
-                true => !keeps(entry.address),
-                false => !lives(endpoint),
-            };
-            if stale && self.age(entry.address) >= UNCONFIRMED_MAX {
+            let Some(holder) = entry.owner.container.strip_prefix(DOCKER) else { continue };
+            if (is_pending(&entry) || !lives(holder)) && self.age(entry.address) >= UNCONFIRMED_MAX {
                 held.release_address(entry.address)?;
                 freed.push(entry.address);
             }
@@ -188,24 +283,6 @@ impl Addresses {
             std::fs::metadata(self.ledger.dir().join(address.to_string())).and_then(|found| found.modified());
         written.ok().and_then(|written| written.elapsed().ok()).unwrap_or_default()
     }
-
-    /// The next free address of a part of the subnet, round and round.
-    fn next_in(
-        &self,
-        range: Prefix,
-        last: Option<IpAddr>,
-        taken: &BTreeSet<IpAddr>,
-    ) -> Result<IpAddr, AddressError> {
-        let size = 1u128 << (range.family().bits() - range.len()).min(64);
-        let start = last
-            .filter(|last| range.contains(*last))
-            .map_or(0, |last| (0..size).find(|n| range.nth(*n) == Some(last)).map_or(0, |n| n + 1));
-        (start..size)
-            .chain(0..start)
-            .filter_map(|n| range.nth(n))
-            .find(|address| !taken.contains(address) && self.pool.admit(*address).is_ok())
-            .ok_or(AddressError::RangeExhausted(range))
-    }
 }
 
 fn pending() -> Attachment {
@@ -226,8 +303,6 @@ mod tests {
         [10, 100, 5, last].into()
     }
 
-    const NEVER: fn(IpAddr) -> bool = |_| false;
-
     #[test]
     fn claims_go_round_and_do_not_come_back_at_once() {
         let dir = tempfile::tempdir().unwrap();
@@ -236,9 +311,9 @@ mod tests {
         assert_eq!(addresses.claim_any(None).unwrap().address(), ip(3));
         addresses.release(ip(2), |_| true).unwrap();
         assert_eq!(addresses.claim_any(None).unwrap().address(), ip(4));
-        let error = addresses.claim(ip(4), NEVER).unwrap_err().to_string();
+        let error = addresses.claim(ip(4)).unwrap_err().to_string();
         assert!(error.contains("10.100.5.4 is already taken"), "{error}");
-        assert!(addresses.claim(ip(1), NEVER).is_err(), "the gateway");
+        assert!(addresses.claim(ip(1)).is_err(), "the gateway");
     }
 
     #[test]
@@ -271,19 +346,52 @@ mod tests {
     }
 
     #[test]
+    fn auxiliary_addresses_are_kept_all_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let addresses = addresses(dir.path());
+        // Asked for by our own IPAM driver's engine, or never asked for: an engine's own IPAM.
+        addresses.claim(ip(5)).unwrap();
+        for _ in 0..2 {
+            addresses.keep("n1", &[ip(5), ip(6)].into()).unwrap();
+        }
+        let error = addresses.claim(ip(5)).unwrap_err().to_string();
+        assert_eq!(error, "10.100.5.5 is an auxiliary address (--aux-address) of Docker network n1");
+        assert!(addresses.confirm(ip(6), "e1", |_| false).is_err());
+        assert!(addresses.keep("n2", &[ip(4), ip(5)].into()).is_err());
+        assert!(addresses.claim_for("e1", Some(ip(4))).is_ok(), "nothing of what failed is left");
+        addresses.keep("n1", &BTreeSet::new()).unwrap();
+        addresses.claim(ip(5)).unwrap();
+    }
+
+    #[test]
+    fn an_endpoint_without_an_ipam_driver_claims_for_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let addresses = addresses(dir.path());
+        assert_eq!(addresses.claim_for("e1", None).unwrap().address(), ip(2));
+        for _ in 0..2 {
+            assert_eq!(addresses.claim_for("e2", Some(ip(7))).unwrap().address(), ip(7));
+        }
+        assert!(addresses.claim_for("e3", Some(ip(7))).is_err());
+        assert!(addresses.claim_for("e3", Some(ip(1))).is_err(), "the gateway");
+    }
+
+    #[test]
     fn nothing_fresh_is_swept() {
         let dir = tempfile::tempdir().unwrap();
         let addresses = addresses(dir.path());
         let address = addresses.claim_any(None).unwrap().address();
-        assert!(addresses.sweep(NEVER, |_| false).unwrap().is_empty());
-        let file = std::fs::File::options()
-            .write(true)
-            .open(addresses.ledger.dir().join(address.to_string()))
-            .unwrap();
-        file.set_modified(std::time::SystemTime::now() - UNCONFIRMED_MAX).unwrap();
-        assert!(addresses.sweep(|_| true, |_| false).unwrap().is_empty(), "an auxiliary address");
-        assert!(addresses.claim(address, |_| true).is_err(), "an auxiliary address");
-        assert_eq!(addresses.sweep(NEVER, |_| false).unwrap(), [address]);
+        assert!(addresses.sweep(|_| false).unwrap().is_empty());
+        let age = |address: IpAddr| {
+            let file = addresses.ledger.dir().join(address.to_string());
+            let file = std::fs::File::options().write(true).open(file).unwrap();
+            file.set_modified(std::time::SystemTime::now() - UNCONFIRMED_MAX).unwrap();
+        };
+        age(address);
+        assert_eq!(addresses.sweep(|_| true).unwrap(), [address]);
+        addresses.keep("n1", &[ip(9)].into()).unwrap();
+        age(ip(9));
+        assert!(addresses.sweep(|holder| holder == "n1").unwrap().is_empty(), "an auxiliary address");
+        assert_eq!(addresses.sweep(|_| false).unwrap(), [ip(9)], "of a network that is gone");
         assert!(addresses.ledger.lock().unwrap().addresses().unwrap().is_empty());
     }
 }

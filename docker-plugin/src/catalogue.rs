@@ -26,17 +26,21 @@ impl Catalogue {
         Self { store, embedded }
     }
 
-    /// Finds the wish in the store, or defines it there. The second part is the definition, if it was made now.
-    pub(crate) async fn settle(&self, wish: &Wish) -> Result<(NetworkName, Option<String>), Refusal> {
+    /// The network that a wish means: by its name, or by the CIDR that the store has under some name.
+    pub(crate) async fn named(&self, wish: &Wish) -> Result<NetworkName, Refusal> {
+        match (&wish.network, wish.cidr) {
+            (Some(network), _) => Ok(network.clone()),
+            (None, Some(cidr)) => self.named_by(cidr, &self.known().await?),
+            (None, None) => Ok(NetworkName::default_network()),
+        }
+    }
+
+    /// Finds the network of a wish in the store, or defines it there. The answer is the definition, if it was made now.
+    pub(crate) async fn settle(&self, wish: &Wish, network: &NetworkName) -> Result<Option<String>, Refusal> {
         let known = self.known().await?;
-        let network = match (&wish.network, wish.cidr) {
-            (Some(network), _) => network.clone(),
-            (None, Some(cidr)) => self.named_by(cidr, &known)?,
-            (None, None) => NetworkName::default_network(),
-        };
-        if let Some((_, document)) = known.iter().find(|(name, _)| *name == network) {
-            agree(wish, &network, document)?;
-            return Ok((network, None));
+        if let Some((_, document)) = known.iter().find(|(name, _)| name == network) {
+            agree(wish, network, document)?;
+            return Ok(None);
         }
         let fallback = network.is_default() && self.embedded;
         let cidr = match wish.cidr {
@@ -57,10 +61,10 @@ impl Catalogue {
             }
             let config = self.defined(wish, cidr, &known).await?;
             let document = config.to_json();
-            match self.store.network(&network).create_config(&document).await.map_err(|e| Refusal::of(&e))? {
+            match self.store.network(network).create_config(&document).await.map_err(|e| Refusal::of(&e))? {
                 Created::Exists(document) => {
-                    agree(wish, &network, &document)?;
-                    return Ok((network, None));
+                    agree(wish, network, &document)?;
+                    return Ok(None);
                 }
                 Created::Made => {}
             }
@@ -68,14 +72,14 @@ impl Catalogue {
             // whose name comes first keeps it.
             known = parsed(self.known().await?);
             let vni = vni_of(&config);
-            known.retain(|(name, _)| *name != network);
+            known.retain(|(name, _)| name != network);
             let clash =
-                known.iter().any(|(name, other)| vni.is_some() && vni_of(other) == vni && *name < network);
+                known.iter().any(|(name, other)| vni.is_some() && vni_of(other) == vni && name < network);
             if !clash {
                 tracing::info!(%network, config = document, "network defined");
-                return Ok((network, Some(document)));
+                return Ok(Some(document));
             }
-            self.store.network(&network).remove().await.map_err(|error| Refusal::of(&error))?;
+            self.store.network(network).remove().await.map_err(|error| Refusal::of(&error))?;
         }
         Err(Refusal(format!(
             "network {network}: other hosts are defining networks at the same time; try again"

@@ -93,6 +93,11 @@ pub(crate) struct Wish {
 }
 
 impl Wish {
+    /// A network as it is; the default one, if none is named.
+    pub(crate) fn of(network: Option<NetworkName>) -> Self {
+        Self { network, ..Self::default() }
+    }
+
     /// Reads what a RequestPool carries.
     pub(crate) fn read(subnet: &str, options: &BTreeMap<String, String>) -> Result<Self, WishError> {
         let mut wish = Self::default();

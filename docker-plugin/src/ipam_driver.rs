@@ -117,16 +117,18 @@ async fn request_pool(plugin: Arc<Plugin>, request: wire::RequestPool) -> Result
     Ok(wire::Pool { pool_id, pool: part.subnet, data: BTreeMap::new() })
 }
 
-/// What follows `--ip-range` must be a part of this node's subnet, which differs from host to host.
+/// What follows `--ip-range` must be a part of this node's subnet, which differs from host to host, or hold all of it.
 fn range_within(sub_pool: &str, part: &Part) -> Result<Option<Prefix>, Refusal> {
     if sub_pool.is_empty() {
         return Ok(None);
     }
     let range: Prefix =
         sub_pool.parse().map_err(|error| Refusal(format!("--ip-range {sub_pool}: {error}")))?;
-    match part.subnet.covers(&range) {
-        true => Ok(Some(range)),
-        false => Err(Refusal(format!(
+    match range {
+        // All of the subnet, as a whole flannel network says it.
+        _ if range.covers(&part.subnet) => Ok(None),
+        _ if part.subnet.covers(&range) => Ok(Some(range)),
+        _ => Err(Refusal(format!(
             "--ip-range {range} is not inside {}, this host's subnet of {}: leave it out, or give a part of that subnet",
             part.subnet, part.cidr
         ))),
@@ -168,7 +170,7 @@ fn nameservers(resolv_conf: &str) -> impl Iterator<Item = IpAddr> {
 async fn release_pool(plugin: Arc<Plugin>, request: wire::ReleasePool) -> Result<Nothing, Refusal> {
     // An engine that no longer wants something never hears that we did not have it.
     if let Ok(pool) = request.pool_id.parse::<PoolId>() {
-        plugin.networks().let_go(&pool.network)?;
+        plugin.networks().give_back(&pool.network)?;
     }
     Ok(Nothing {})
 }

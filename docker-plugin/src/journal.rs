@@ -6,7 +6,7 @@
 //! loses nothing that an engine believes. Files are replaced whole; a file that cannot be read is set aside, not trusted.
 //! **Addresses** are not here: the ledger that CNI shares holds them, and outlives us as these files do.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::net::IpAddr;
@@ -22,6 +22,8 @@ use flannel_core::words::addr::{InterfaceAddress, Mac, Prefix};
 use flannel_core::words::name::{LinkName, NetworkName};
 use flannel_core::words::units::Mtu;
 
+use crate::answer::Refusal;
+use crate::options::NetworkOptions;
 use crate::wire::CreateNetwork;
 
 /// Shape of the records; a newer one is not guessed at.
@@ -35,6 +37,8 @@ pub(crate) enum Ipam {
     Flannel,
     /// The engine's own, with this node's subnet as `--subnet`.
     Engine,
+    /// Nobody before CreateEndpoint, which answers with one (`--ipam-driver null`).
+    Null,
 }
 
 /// A Docker network.
@@ -55,6 +59,9 @@ pub(crate) struct NetworkRecord {
     pub(crate) mtu: Mtu,
     /// Who hands out addresses.
     pub(crate) ipam: Ipam,
+    /// What the request says with `-o` and `--internal`.
+    #[serde(default)]
+    pub(crate) options: NetworkOptions,
     /// As the engine sent it.
     pub(crate) request: CreateNetwork,
 }
@@ -117,6 +124,17 @@ impl EndpointRecord {
 impl NetworkRecord {
     /// The shape of records written now.
     pub(crate) const VERSION: u32 = VERSION;
+
+    /// What must not be handed out (`--aux-address`).
+    pub(crate) fn auxiliary_addresses(&self) -> Result<BTreeSet<IpAddr>, Refusal> {
+        let given = self.request.ipv4_data.iter().flat_map(|pool| &pool.aux_addresses);
+        given
+            .map(|(name, cidr)| {
+                let address = cidr.parse::<InterfaceAddress>().map(|address| address.address());
+                address.map_err(|error| Refusal(format!("--aux-address {name}={cidr}: {error}")))
+            })
+            .collect()
+    }
 }
 
 fn now() -> u64 {
@@ -133,22 +151,41 @@ pub(crate) struct PoolRecord {
     pub(crate) subnet: Option<Prefix>,
     /// The config document, if it was made for that request.
     pub(crate) defined: Option<String>,
-    /// When it was asked for, seconds since 1970; 0 once the engine has given the pool back.
+    /// When it was asked for last, seconds since 1970.
     pub(crate) requested: u64,
+    /// How many requests no CreateNetwork has followed yet, and no ReleasePool.
+    #[serde(default = "one")]
+    pub(crate) outstanding: u32,
+}
+
+fn one() -> u32 {
+    1
 }
 
 impl PoolRecord {
     /// An engine follows RequestPool by CreateNetwork within milliseconds; after this it has died in between.
     const FRESH_MAX: u64 = 120;
 
-    /// A request of now.
-    pub(crate) fn new(network: &NetworkName, subnet: Option<Prefix>, defined: Option<String>) -> Self {
-        Self { version: VERSION, network: network.clone(), subnet, defined, requested: now() }
+    /// Of a network that nobody has asked for yet.
+    pub(crate) fn new(network: &NetworkName) -> Self {
+        let network = network.clone();
+        Self { version: VERSION, network, subnet: None, defined: None, requested: 0, outstanding: 0 }
+    }
+
+    /// An engine asks for it, now.
+    pub(crate) fn ask(&mut self) {
+        let earlier = if self.is_fresh() { self.outstanding } else { 0 };
+        (self.requested, self.outstanding) = (now(), earlier.saturating_add(1));
+    }
+
+    /// A network was made of what was asked for, or the engine gave it back.
+    pub(crate) fn follow(&mut self) {
+        self.outstanding = self.outstanding.saturating_sub(1);
     }
 
     /// Whether CreateNetwork may still come.
     pub(crate) fn is_fresh(&self) -> bool {
-        now().saturating_sub(self.requested) < Self::FRESH_MAX
+        self.outstanding > 0 && now().saturating_sub(self.requested) < Self::FRESH_MAX
     }
 }
 
@@ -268,24 +305,46 @@ impl<Record: Serialize + DeserializeOwned + Clone> Shelf<Record> {
 
     /// Writes a record, durably, and then remembers it.
     pub(crate) fn put(&self, id: &str, record: Record) -> Result<(), JournalError> {
-        let path = self.path(id)?;
-        let text = serde_json::to_vec_pretty(&record)
-            .map_err(|source| JournalError::Json { id: id.to_owned(), source })?;
-        let failed = |action| {
-            let path = path.clone();
-            move |source| JournalError::Io { action, path, source }
-        };
-        let mut records = self.lock();
-        whole_file::write(&path, &text, 0o600).map_err(failed("write"))?;
-        records.insert(id.to_owned(), record);
-        Ok(())
+        self.write(&mut self.lock(), id, record)
     }
 
     /// Changes a record that is there, durably; nothing happens if it is not.
     pub(crate) fn update(&self, id: &str, change: impl FnOnce(&mut Record)) -> Result<(), JournalError> {
-        let Some(mut record) = self.get(id) else { return Ok(()) };
+        let mut records = self.lock();
+        let Some(mut record) = records.get(id).cloned() else { return Ok(()) };
         change(&mut record);
-        self.put(id, record)
+        self.write(&mut records, id, record)
+    }
+
+    /// Changes a record, durably; one that is not there is `made` first.
+    pub(crate) fn upsert(
+        &self,
+        id: &str,
+        made: impl FnOnce() -> Record,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<(), JournalError> {
+        let mut records = self.lock();
+        let mut record = records.get(id).cloned().unwrap_or_else(made);
+        change(&mut record);
+        self.write(&mut records, id, record)
+    }
+
+    fn write(
+        &self,
+        records: &mut BTreeMap<String, Record>,
+        id: &str,
+        record: Record,
+    ) -> Result<(), JournalError> {
+        let path = self.path(id)?;
+        let text = serde_json::to_vec_pretty(&record)
+            .map_err(|source| JournalError::Json { id: id.to_owned(), source })?;
+        whole_file::write(&path, &text, 0o600).map_err(|source| JournalError::Io {
+            action: "write",
+            path,
+            source,
+        })?;
+        records.insert(id.to_owned(), record);
+        Ok(())
     }
 
     /// Forgets a record, durably; one that is not there is forgotten already.

@@ -14,12 +14,14 @@ mod ipam_driver;
 mod journal;
 mod network_driver;
 mod networks;
+mod options;
 mod plugin;
 mod server;
 mod settings;
 mod socket;
 mod status;
 mod suspects;
+mod turns;
 mod veth;
 mod wire;
 

@@ -7,21 +7,23 @@
 //! **When the last user goes** — everything of the network leaves the host: bridge, tunnel, rules, ledger, lease; and the
 //! definition, if this plugin made it and no other host holds a lease.
 
+mod bridge;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{OwnedMutexGuard, watch};
 use tokio::time::{Instant, timeout_at};
 
 use flannel_core::run::agent::{Agent, Leased, Status};
 use flannel_core::run::health::Counters;
 use flannel_core::run::store::Store;
 use flannel_core::run::{retire, setup};
-use flannel_core::touch::ledger::{Ledger, Retired};
-use flannel_core::touch::marker::{self, bridge_marker, settle_bridge};
+use flannel_core::touch::ledger::{Entry, Ledger, Retired};
 use flannel_core::words::addr::{Family, Prefix};
 use flannel_core::words::name::{LinkName, NetworkName};
 use flannel_core::words::units::Mtu;
@@ -32,7 +34,8 @@ use crate::definition::Wish;
 use crate::journal::{Journal, PoolRecord};
 use crate::settings::Settings;
 use crate::status::NetworkStatus;
-use crate::veth;
+
+use self::bridge::remove_bridge;
 
 /// How long a call may wait for a store and for a lease, together: an engine's user sees an error within 5 s.
 const PATIENCE: Duration = Duration::from_millis(3500);
@@ -108,8 +111,10 @@ pub(crate) struct Networks {
     catalogue: Catalogue,
     counters: Counters,
     served: Mutex<BTreeMap<NetworkName, Served>>,
-    /// One change of what runs at a time.
-    lifecycle: tokio::sync::Mutex<()>,
+    /// One change of what runs at a time, for each network: none waits for another's store.
+    turns: Mutex<BTreeMap<NetworkName, Arc<tokio::sync::Mutex<()>>>>,
+    /// Nothing is started any more.
+    stopping: AtomicBool,
 }
 
 impl Networks {
@@ -127,12 +132,22 @@ impl Networks {
             catalogue,
             counters,
             served: Mutex::default(),
-            lifecycle: tokio::sync::Mutex::default(),
+            turns: Mutex::default(),
+            stopping: AtomicBool::new(false),
         }
     }
 
     fn served(&self) -> MutexGuard<'_, BTreeMap<NetworkName, Served>> {
         self.served.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The right to start, stop, define or retire a network.
+    async fn turn(&self, network: &NetworkName) -> OwnedMutexGuard<()> {
+        let turn = {
+            let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(turns.entry(network.clone()).or_default())
+        };
+        turn.lock_owned().await
     }
 
     /// Starts what ran before, and the cluster's default network; takes away what was being taken away.
@@ -158,7 +173,7 @@ impl Networks {
 
     /// Ends every agent. The data path stays: containers go on while the plugin is away.
     pub(crate) async fn stop(&self) {
-        let _one = self.lifecycle.lock().await;
+        self.stopping.store(true, Ordering::Relaxed);
         let served = std::mem::take(&mut *self.served());
         for (_, served) in served {
             served.agent.stop().await;
@@ -177,14 +192,14 @@ impl Networks {
     /// Whether a Docker network or a container is on it.
     fn has_users(&self, network: &NetworkName) -> bool {
         let docker = self.journal.networks().find(|_, record| record.network == *network).is_some();
-        docker || self.addresses_held(network)
+        docker || self.addresses_held(network, |_| true)
     }
 
-    fn addresses_held(&self, network: &NetworkName) -> bool {
+    fn addresses_held(&self, network: &NetworkName, counts: impl Fn(&Entry) -> bool) -> bool {
         let file = self.settings.subnet_file(network);
         let ledger = Ledger::find(&file, &self.settings.ledger_dir, network.ledger());
         let entries = ledger.and_then(|ledger| ledger.map_or(Ok(Vec::new()), |ledger| ledger.look()));
-        let held = entries.map(|entries| !entries.is_empty());
+        let held = entries.map(|entries| entries.iter().any(counts));
         held.unwrap_or_else(|error| {
             // In doubt it is in use: taking a network from under containers is the worse mistake.
             tracing::warn!(%network, "{}", Refusal::of(&error));
@@ -203,16 +218,13 @@ impl Networks {
         })?;
         match self.lease(&network, deadline).await {
             Ok(part) => {
-                self.note_pool(&network, Some(part.subnet), None)?;
+                let here = |record: &mut PoolRecord| record.subnet = Some(part.subnet);
+                self.journal.pools().update(network.as_str(), here).map_err(|e| Refusal::of(&e))?;
                 Ok(part)
             }
             Err(refusal) => {
                 // Nobody has it, so nothing of it stays; a definition that was made for it goes too.
-                self.journal
-                    .pools()
-                    .update(network.as_str(), |record| record.requested = 0)
-                    .map_err(|e| Refusal::of(&e))?;
-                self.let_go_later(&network);
+                self.withdraw(&network)?;
                 Err(refusal)
             }
         }
@@ -221,28 +233,30 @@ impl Networks {
     /// The network of a wish, running. What is defined and asked for cannot be taken away in between, so that
     /// `docker network rm` and `create` may follow each other closely.
     async fn bring_up(self: &Arc<Self>, wish: &Wish) -> Result<NetworkName, Refusal> {
-        let _one = self.lifecycle.lock().await;
-        let (network, defined) = match self.local(wish) {
-            Some(network) => (network, None),
-            None => self.catalogue.settle(wish).await?,
+        let network = match self.local(wish) {
+            Some(network) => network,
+            None => self.catalogue.named(wish).await?,
         };
-        let subnet = self.journal.pools().get(network.as_str()).and_then(|record| record.subnet);
-        self.note_pool(&network, subnet, defined)?;
-        self.serve_locked(&network, true).await?;
+        let _turn = self.turn(&network).await;
+        let defined = match self.local(wish).is_some_and(|local| local == network) {
+            true => None,
+            false => self.catalogue.settle(wish, &network).await?,
+        };
+        // What the engine does next may come after a restart of ours.
+        let ask = |record: &mut PoolRecord| {
+            record.defined = defined.or_else(|| record.defined.take());
+            record.ask();
+        };
+        let asked = self.journal.pools().upsert(network.as_str(), || PoolRecord::new(&network), ask);
+        asked.map_err(|error| Refusal::of(&error))?;
+        self.serve_in_turn(&network, true).await?;
         Ok(network)
     }
 
-    /// Books that a pool was asked for: what the engine does next may come after a restart of ours.
-    fn note_pool(
-        &self,
-        network: &NetworkName,
-        subnet: Option<Prefix>,
-        defined: Option<String>,
-    ) -> Result<(), Refusal> {
-        let earlier = self.journal.pools().get(network.as_str());
-        let defined = defined.or_else(|| earlier.and_then(|record| record.defined));
-        let record = PoolRecord::new(network, subnet, defined);
-        self.journal.pools().put(network.as_str(), record).map_err(|error| Refusal::of(&error))
+    /// One request for the network's pool has been followed up.
+    fn followed(&self, network: &NetworkName) -> Result<(), Refusal> {
+        let noted = self.journal.pools().update(network.as_str(), PoolRecord::follow);
+        noted.map_err(|error| Refusal::of(&error))
     }
 
     /// The wish answered from what runs here: no store is asked.
@@ -293,38 +307,30 @@ impl Networks {
 
     // --- what runs ---------------------------------------------------------------------------------------------------
 
-    /// The bridge of a network that a Docker network was made on, which keeps it.
-    pub(crate) async fn keep_bridge(self: &Arc<Self>, network: &NetworkName) -> Result<LinkName, Refusal> {
-        self.serve(network, true).await?;
-        let bridge = self.served().get(network).and_then(|served| served.bridge);
-        bridge.ok_or_else(|| Refusal(format!("network {network} is not served")))
-    }
-
     /// Runs a network's agent, with or without a bridge.
     async fn serve(self: &Arc<Self>, network: &NetworkName, bridged: bool) -> Result<(), Refusal> {
-        // No waiting for another network's store.
         if self.runs(network, bridged) {
             return Ok(());
         }
-        let _one = self.lifecycle.lock().await;
-        self.serve_locked(network, bridged).await
+        let _turn = self.turn(network).await;
+        self.serve_in_turn(network, bridged).await
     }
 
     fn runs(&self, network: &NetworkName, bridged: bool) -> bool {
         self.served().get(network).is_some_and(|served| served.bridge.is_some() == bridged)
     }
 
-    async fn serve_locked(self: &Arc<Self>, network: &NetworkName, bridged: bool) -> Result<(), Refusal> {
+    async fn serve_in_turn(self: &Arc<Self>, network: &NetworkName, bridged: bool) -> Result<(), Refusal> {
         if self.runs(network, bridged) {
             return Ok(());
         }
         let bridge = match bridged {
-            true => {
-                let file = self.settings.subnet_file(network);
-                Some(settle_bridge(&file, None, network.bridge()).map_err(|error| Refusal::of(&error))?)
-            }
+            true => Some(self.settled_bridge(network)?),
             false => None,
         };
+        if self.stopping.load(Ordering::Relaxed) {
+            return Err("the plugin is stopping".into());
+        }
         let before = self.served().remove(network);
         if let Some(before) = before {
             before.agent.stop().await;
@@ -370,11 +376,29 @@ impl Networks {
         }
     }
 
-    /// An engine no longer wants the network's pool, or a network of it; when it was the last use, everything goes,
-    /// after the engine has its answer.
-    pub(crate) fn let_go(self: &Arc<Self>, network: &NetworkName) -> Result<(), Refusal> {
-        let noted = self.journal.pools().update(network.as_str(), |record| record.requested = 0);
-        noted.map_err(|error| Refusal::of(&error))?;
+    /// A Docker network stands on the network now, so it has a pool record whoever's IPAM it came by.
+    pub(crate) fn taken_up(&self, part: &Part) -> Result<(), Refusal> {
+        let follow = |record: &mut PoolRecord| {
+            record.subnet = Some(part.subnet);
+            record.follow();
+        };
+        let made = || PoolRecord::new(&part.network);
+        let noted = self.journal.pools().upsert(part.network.as_str(), made, follow);
+        noted.map_err(|error| Refusal::of(&error))
+    }
+
+    /// An engine gives back a pool that it asked for. While a Docker network stands on the network, the pool is that one's and
+    /// DeleteNetwork follows; a request for another Docker network may be under way at the same time.
+    pub(crate) fn give_back(self: &Arc<Self>, network: &NetworkName) -> Result<(), Refusal> {
+        match self.journal.networks().find(|_, record| record.network == *network).is_none() {
+            true => self.withdraw(network),
+            false => Ok(()),
+        }
+    }
+
+    /// A request for the network's pool came to nothing.
+    pub(crate) fn withdraw(self: &Arc<Self>, network: &NetworkName) -> Result<(), Refusal> {
+        self.followed(network)?;
         self.let_go_later(network);
         Ok(())
     }
@@ -388,7 +412,7 @@ impl Networks {
         }
     }
 
-    fn let_go_later(self: &Arc<Self>, network: &NetworkName) {
+    pub(crate) fn let_go_later(self: &Arc<Self>, network: &NetworkName) {
         let (networks, network) = (Arc::clone(self), network.clone());
         // Only a running plugin gets here; at its start the sweep repeats what a stop interrupted.
         tokio::runtime::Handle::current().spawn(async move {
@@ -399,7 +423,7 @@ impl Networks {
     }
 
     async fn retire_unused(self: &Arc<Self>, network: &NetworkName) -> Result<(), Refusal> {
-        let _one = self.lifecycle.lock().await;
+        let _turn = self.turn(network).await;
         // Said by another call that came first.
         let known = self.journal.pools().get(network.as_str()).is_some();
         if !known || self.asked_for(network) || self.has_users(network) {
@@ -414,7 +438,7 @@ impl Networks {
             let file = self.settings.subnet_file(network);
             // The agent that keeps no bridge does not know of one.
             let taken_down = blocking(move || remove_ledger(&file).and_then(|()| remove_bridge(&file))).await;
-            self.serve_locked(network, false).await?;
+            self.serve_in_turn(network, false).await?;
             taken_down?;
         } else {
             if let Some(served) = served {
@@ -426,7 +450,7 @@ impl Networks {
             if let Err(error) = left {
                 if self.has_users(network) {
                     // A container of CNI came in this very moment.
-                    self.serve_locked(network, true).await?;
+                    self.serve_in_turn(network, true).await?;
                 }
                 return Err(Refusal(format!("{error:#}")));
             }
@@ -484,10 +508,11 @@ impl Networks {
         self.served().get(network).and_then(|served| served.part(network)).map(|part| part.mtu)
     }
 
-    /// The CIDR to name in a command: the default network's, or any.
-    pub(crate) fn first_cidr(&self) -> Option<Prefix> {
+    /// The CIDR to name in a command for somebody who asked for this one: that of the network it lies in or holds, else any.
+    pub(crate) fn cidr_near(&self, asked: Prefix) -> Option<Prefix> {
         let served = self.served();
-        served.iter().find_map(|(name, served)| served.part(name)).map(|part| part.cidr)
+        let cidrs = || served.iter().filter_map(|(name, served)| Some(served.part(name)?.cidr));
+        cidrs().find(|cidr| cidr.overlaps(&asked)).or_else(|| cidrs().next())
     }
 
     /// What is leased here, for texts.
@@ -511,14 +536,4 @@ fn remove_ledger(subnet_file: &Path) -> Result<(), Refusal> {
         Retired::Absent | Retired::Gone => Ok(()),
         Retired::InUse(held) => Err(Refusal(format!("its ledger holds {} addresses again", held.len()))),
     }
-}
-
-/// Removes the bridge that the marker beside a subnet file names, and the marker.
-fn remove_bridge(subnet_file: &Path) -> Result<(), Refusal> {
-    let marker = bridge_marker(subnet_file);
-    let named = marker::read(&marker).map_err(|error| Refusal::of(&error))?;
-    if let Some(bridge) = named.and_then(|name| LinkName::new(name.to_str()?).ok()) {
-        veth::remove_bridge(bridge)?;
-    }
-    marker::withdraw(&marker).map_err(|error| Refusal::of(&error))
 }

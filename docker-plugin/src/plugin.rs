@@ -2,10 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex};
 
-use flannel_core::words::addr::{InterfaceAddress, Prefix};
+use flannel_core::words::addr::{InterfaceAddress, Mac, Prefix};
 use flannel_core::words::name::{LinkName, NetworkName};
 use flannel_core::words::node::HostRoute;
 
@@ -13,30 +12,29 @@ use crate::addresses::Addresses;
 use crate::answer::{Refusal, blocking};
 use crate::ipam_driver::PoolId;
 use crate::journal::{EndpointRecord, Ipam, Journal, NetworkRecord, Stage};
-use crate::networks::Networks;
+use crate::networks::{Networks, Part};
 use crate::settings::Settings;
 use crate::status::Status;
 use crate::suspects::Suspects;
-use crate::{definition, veth};
+use crate::turns::Turns;
+use crate::{definition, veth, wire};
 
-/// An endpoint that is created and never joined belongs to an engine that died in between.
-const NEVER_JOINED_MAX: Duration = Duration::from_secs(600);
+mod sweep;
 
 /// The plugin.
 pub(crate) struct Plugin {
     settings: Arc<Settings>,
     journal: Arc<Journal>,
     networks: Arc<Networks>,
+    /// By endpoint.
+    turns: Turns,
+    /// Endpoints whose container looks dead.
     suspects: Mutex<Suspects>,
 }
 
 impl Plugin {
     pub(crate) fn new(settings: Arc<Settings>, journal: Arc<Journal>, networks: Arc<Networks>) -> Self {
-        Self { settings, journal, networks, suspects: Mutex::default() }
-    }
-
-    pub(crate) fn journal(&self) -> &Journal {
-        &self.journal
+        Self { settings, journal, networks, turns: Turns::default(), suspects: Mutex::default() }
     }
 
     pub(crate) fn networks(&self) -> &Arc<Networks> {
@@ -65,25 +63,6 @@ impl Plugin {
         })
     }
 
-    /// Forgets a Docker network; one that is not known is forgotten already. What only it used leaves the host.
-    pub(crate) async fn forget_network(self: &Arc<Self>, id: String) -> Result<(), Refusal> {
-        let plugin = Arc::clone(self);
-        let forgotten = blocking(move || {
-            let gone = plugin.journal.networks().remove(&id).map_err(|error| Refusal::of(&error))?;
-            Ok(gone.map(|record| (id, record.network)))
-        });
-        let Some((id, network)) = forgotten.await? else { return Ok(()) };
-        tracing::info!(docker_network = %id, %network, "network removed");
-        self.networks.let_go(&network)
-    }
-
-    /// Docker networks that no endpoint is on.
-    pub(crate) fn networks_without_endpoints(&self) -> BTreeSet<String> {
-        let networks = self.journal.networks().all().into_iter().map(|(id, _)| id);
-        let used = self.journal.endpoints().all().into_iter().map(|(_, record)| record.docker_network);
-        &networks.collect::<BTreeSet<_>>() - &used.collect()
-    }
-
     /// Routes of this host's main table.
     pub(crate) fn host_routes(&self) -> Result<Vec<HostRoute>, Refusal> {
         veth::host_routes()
@@ -95,21 +74,97 @@ impl Plugin {
             .map_err(|error| Refusal::of(&error))
     }
 
-    /// Whether a Docker network of this flannel network keeps the address as an auxiliary one.
-    fn keeps(&self, network: &NetworkName, address: IpAddr) -> bool {
-        let names = |cidr: &String| cidr.split('/').next().and_then(|ip| ip.parse().ok()) == Some(address);
-        let auxiliary = |record: &NetworkRecord| {
-            record.request.ipv4_data.iter().any(|pool| pool.aux_addresses.values().any(names))
-        };
-        self.journal.networks().find(|_, record| record.network == *network && auxiliary(record)).is_some()
+    fn addresses_if_any(&self, network: &NetworkName, subnet: Prefix) -> Result<Option<Addresses>, Refusal> {
+        let file = self.settings.subnet_file(network);
+        Addresses::find(&file, &self.settings.ledger_dir, network, subnet)
+            .map_err(|error| Refusal::of(&error))
     }
+
+    // --- Docker networks ---------------------------------------------------------------------------------------------
+
+    /// Whether a Docker network is there already, as this request says. One that was made otherwise and has no endpoints is
+    /// one that its engine removed while nobody listened: a swarm makes its networks again under the same id.
+    pub(crate) fn is_created(&self, request: &wire::CreateNetwork) -> Result<bool, Refusal> {
+        let id = &request.network_id;
+        match self.journal.networks().get(id) {
+            Some(known) if known.request == *request => Ok(true),
+            Some(known) if self.endpoints_of(id).next().is_some() => Err(Refusal(format!(
+                "network {id} exists already on subnet {} of {}, was made with other options, and has endpoints: remove it with docker network rm and create it again",
+                known.pool, known.cidr
+            ))),
+            Some(_) | None => Ok(false),
+        }
+    }
+
+    fn endpoints_of(&self, docker_network: &str) -> impl Iterator<Item = String> {
+        let all = self.journal.endpoints().all().into_iter();
+        all.filter(move |(_, endpoint)| {
+            endpoint.docker_network == docker_network && endpoint.stage != Stage::Deleted
+        })
+        .map(|(id, _)| id)
+    }
+
+    /// Records a Docker network; its auxiliary addresses are nobody else's from now on.
+    pub(crate) fn create_network(&self, part: &Part, record: NetworkRecord) -> Result<(), Refusal> {
+        let id = record.request.network_id.clone();
+        let _turn = self.turns.take(&id);
+        self.keep_auxiliary(&id, &record)?;
+        self.journal.networks().put(&id, record).map_err(|error| Refusal::of(&error))?;
+        self.networks.taken_up(part)
+    }
+
+    fn keep_auxiliary(&self, id: &str, record: &NetworkRecord) -> Result<(), Refusal> {
+        let kept = record.auxiliary_addresses()?;
+        let addresses = match kept.is_empty() {
+            // No ledger is made for nothing.
+            true => self.addresses_if_any(&record.network, record.pool)?,
+            false => Some(self.addresses(&record.network, record.pool)?),
+        };
+        addresses.map_or(Ok(()), |addresses| addresses.keep(id, &kept)).map_err(|error| Refusal::of(&error))
+    }
+
+    /// Docker networks that no endpoint is on.
+    pub(crate) fn networks_without_endpoints(&self) -> BTreeSet<String> {
+        let networks = self.journal.networks().all().into_iter().map(|(id, _)| id);
+        let used = self.journal.endpoints().all().into_iter().map(|(_, record)| record.docker_network);
+        &networks.collect::<BTreeSet<_>>() - &used.collect()
+    }
+
+    /// Forgets a Docker network and what is left of it here: endpoints, auxiliary addresses and, if nobody else uses that, the
+    /// flannel network, after the answer. One that is not known is forgotten already.
+    pub(crate) async fn forget_network(self: &Arc<Self>, id: String) -> Result<(), Refusal> {
+        let plugin = Arc::clone(self);
+        let forgotten = blocking(move || plugin.forget(&id)).await?;
+        if let Some(network) = forgotten {
+            self.networks.let_go_later(&network);
+        }
+        Ok(())
+    }
+
+    fn forget(self: &Arc<Self>, id: &str) -> Result<Option<NetworkName>, Refusal> {
+        let _turn = self.turns.take(id);
+        let Some(record) = self.journal.networks().get(id) else { return Ok(None) };
+        for endpoint in self.endpoints_of(id) {
+            if self.mark_deleted(&endpoint)? {
+                self.unplug_later(endpoint, true);
+            }
+        }
+        if let Some(addresses) = self.addresses_if_any(&record.network, record.pool)? {
+            addresses.keep(id, &BTreeSet::new()).map_err(|error| Refusal::of(&error))?;
+        }
+        self.journal.networks().remove(id).map_err(|error| Refusal::of(&error))?;
+        tracing::info!(docker_network = %id, network = %record.network, "network removed");
+        Ok(Some(record.network))
+    }
+
+    // --- addresses ---------------------------------------------------------------------------------------------------
 
     /// Claims an address of a pool.
     pub(crate) fn claim(&self, pool: &PoolId, wanted: Option<IpAddr>) -> Result<InterfaceAddress, Refusal> {
         let addresses = self.addresses(&pool.network, pool.subnet)?;
         let claimed = match wanted {
             None => addresses.claim_any(pool.range),
-            Some(address) => addresses.claim(address, |address| self.keeps(&pool.network, address)),
+            Some(address) => addresses.claim(address),
         };
         claimed.map_err(|error| Refusal::of(&error))
     }
@@ -125,8 +180,16 @@ impl Plugin {
         addresses.release(address, may).map_err(|error| Refusal::of(&error))
     }
 
-    /// Books an endpoint: its address becomes its own, and both are on disk.
+    // --- endpoints ---------------------------------------------------------------------------------------------------
+
+    /// Books an endpoint with the address that an IPAM driver chose: it becomes its own, and both are on disk. Booked already
+    /// in the same way is booked.
     pub(crate) fn book(&self, id: &str, record: EndpointRecord) -> Result<(), Refusal> {
+        let _turn = self.turns.take(id);
+        if let Some(known) = self.live_endpoint(id) {
+            return agrees(id, &known, &record);
+        }
+        self.finish_deleting(id, false)?;
         let addresses = self.addresses(&record.network, record.address.prefix())?;
         let usurps = |holder: &str| match self.journal.endpoints().get(holder).map(|found| found.stage) {
             Some(Stage::Joined) => false,
@@ -135,21 +198,78 @@ impl Plugin {
         };
         let address = record.address.address();
         addresses.confirm(address, id, usurps).map_err(|error| Refusal::of(&error))?;
-        self.journal.endpoints().put(id, record).map_err(|error| Refusal::of(&error))
+        self.record_endpoint(&addresses, id, record)
+    }
+
+    /// Books an endpoint without an IPAM driver: `wanted`, or any address, becomes its own.
+    pub(crate) fn book_any(
+        &self,
+        id: &str,
+        (docker_network, network): (&str, &NetworkRecord),
+        wanted: Option<IpAddr>,
+        mac: Option<Mac>,
+    ) -> Result<EndpointRecord, Refusal> {
+        let _turn = self.turns.take(id);
+        let record = |address: InterfaceAddress| {
+            let mac = mac.unwrap_or_else(|| Mac::for_address(address.address()));
+            EndpointRecord::new(docker_network, network, address, mac)
+        };
+        if let Some(known) = self.live_endpoint(id) {
+            let same = wanted.is_none_or(|wanted| wanted == known.address.address());
+            let asked = if same { record(known.address) } else { return Err(other_address(id, &known)) };
+            return agrees(id, &known, &asked).map(|()| known);
+        }
+        self.finish_deleting(id, false)?;
+        let addresses = self.addresses(&network.network, network.pool)?;
+        let record = record(addresses.claim_for(id, wanted).map_err(|error| Refusal::of(&error))?);
+        self.record_endpoint(&addresses, id, record.clone())?;
+        Ok(record)
+    }
+
+    fn live_endpoint(&self, id: &str) -> Option<EndpointRecord> {
+        self.journal.endpoints().get(id).filter(|known| known.stage != Stage::Deleted)
+    }
+
+    /// What a failed CreateEndpoint took is given back before it is answered: no engine deletes what it did not get.
+    fn record_endpoint(
+        &self,
+        addresses: &Addresses,
+        id: &str,
+        record: EndpointRecord,
+    ) -> Result<(), Refusal> {
+        let address = record.address.address();
+        self.journal.endpoints().put(id, record).map_err(|error| {
+            let undone = addresses.release(address, |holder| holder == id);
+            match undone {
+                Ok(()) => Refusal::of(&error),
+                Err(undo) => Refusal(format!(
+                    "{}; and giving {address} back failed too: {}",
+                    Refusal::of(&error),
+                    Refusal::of(&undo)
+                )),
+            }
+        })
     }
 
     /// Makes the endpoint's veth pair; the answer is the end that the engine takes.
-    pub(crate) fn plug_in(
-        &self,
-        id: &str,
-        endpoint: EndpointRecord,
-        network: &NetworkRecord,
-    ) -> Result<LinkName, Refusal> {
-        // The backend may have changed since the network was created.
-        let mtu = self.networks.mtu(&network.network).unwrap_or(network.mtu);
+    pub(crate) fn plug_in(&self, id: &str, network: &NetworkRecord) -> Result<LinkName, Refusal> {
+        let _turn = self.turns.take(id);
+        let Some(endpoint) = self.live_endpoint(id) else {
+            return Err(Refusal(format!("endpoint {id} is unknown: it was never created, or is deleted")));
+        };
         let gateway = InterfaceAddress::new(network.gateway, network.pool.len());
-        let gateway = gateway.map_err(|error| Refusal::of(&error))?;
-        let made = veth::attach(id, &network.network, (network.bridge, gateway), endpoint.mac, mtu)?;
+        // The backend may have changed since the network was created.
+        let fits = self.networks.mtu(&network.network).unwrap_or(network.mtu);
+        let port = veth::Port {
+            network: network.network.clone(),
+            // After a reboot somebody else may have named the bridge first.
+            bridge: self.networks.bridge(&network.network).unwrap_or(network.bridge),
+            gateway: gateway.map_err(|error| Refusal::of(&error))?,
+            mac: endpoint.mac,
+            mtu: network.options.mtu.map_or(fits, |wanted| wanted.min(fits)),
+            bridge_mtu: fits,
+        };
+        let made = veth::attach(id, &port)?;
         let joined = EndpointRecord { stage: Stage::Joined, ..endpoint };
         if let Err(error) = self.journal.endpoints().put(id, joined) {
             // Undone before the answer: after a failed Join the engine deletes the endpoint, but only if it can.
@@ -167,23 +287,36 @@ impl Plugin {
         Ok(true)
     }
 
-    /// Takes a deleted endpoint's veth pair away, after the engine has its answer.
-    pub(crate) fn unplug_later(self: &Arc<Self>, id: String) {
+    /// Takes a deleted endpoint's veth pair away, after the engine has its answer. `forgotten` as in [`Self::unplug`].
+    pub(crate) fn unplug_later(self: &Arc<Self>, id: String, forgotten: bool) {
         let plugin = Arc::clone(self);
         tokio::task::spawn_blocking(move || {
-            if let Err(Refusal(text)) = plugin.unplug(&id, false) {
+            let network = plugin.journal.endpoints().get(&id).map(|record| record.network);
+            match (plugin.unplug(&id, forgotten), network) {
+                // Its address may have been the last use of the network: DeleteNetwork does not wait for us.
+                (Ok(()), Some(network)) => plugin.networks.let_go_later(&network),
+                (Ok(()), None) => {}
                 // The record stays, so the next start or sweep tries again.
-                tracing::warn!(endpoint = %id, "not cleaned up yet: {text}");
+                (Err(Refusal(text)), _) => tracing::warn!(endpoint = %id, "not cleaned up yet: {text}"),
             }
         });
     }
 
     /// `forgotten`: the engine will not ask us to take the address back.
     fn unplug(&self, id: &str, forgotten: bool) -> Result<(), Refusal> {
-        let Some(record) = self.journal.endpoints().get(id) else { return Ok(()) };
+        let _turn = self.turns.take(id);
+        self.finish_deleting(id, forgotten)
+    }
+
+    /// Takes away what is left of an endpoint that is marked as deleted; nothing happens to any other.
+    fn finish_deleting(&self, id: &str, forgotten: bool) -> Result<(), Refusal> {
+        let Some(record) = self.journal.endpoints().get(id).filter(|found| found.stage == Stage::Deleted)
+        else {
+            return Ok(());
+        };
         veth::detach(id, &record.network)?;
-        // Our own IPAM driver is asked to take the address back; an engine's own IPAM never tells us.
-        if forgotten || record.ipam == Ipam::Engine {
+        // Our own IPAM driver is asked to take the address back; nobody asks where the engine had none or its own.
+        if forgotten || record.ipam != Ipam::Flannel {
             let addresses = self.addresses(&record.network, record.address.prefix())?;
             let released = addresses.release(record.address.address(), |holder| holder == id);
             released.map_err(|error| Refusal::of(&error))?;
@@ -191,61 +324,17 @@ impl Plugin {
         self.journal.endpoints().remove(id).map_err(|error| Refusal::of(&error))?;
         Ok(())
     }
+}
 
-    /// Endpoints whose container ended while we were away: the veth pair is gone with the container's namespace, or both ends
-    /// are back here, where an engine leaves them. It does not tell us again.
-    fn reap(&self) {
-        let links = match veth::existing() {
-            Ok(links) => links,
-            Err(Refusal(text)) => return tracing::warn!("the kernel's links are not known: {text}"),
-        };
-        let dead = |id: &str, record: &EndpointRecord| {
-            let (host, container) = veth::ends(id, &record.network);
-            record.stage == Stage::Joined && (!links.contains(&host) || links.contains(&container))
-        };
-        let endpoints = self.journal.endpoints().all().into_iter();
-        let dead = endpoints.filter(|(id, record)| dead(id, record)).map(|(id, _)| id).collect();
-        let confirmed =
-            self.suspects.lock().unwrap_or_else(PoisonError::into_inner).look(dead, Instant::now());
-        for id in confirmed {
-            match self.unplug(&id, true) {
-                Ok(()) => tracing::info!(endpoint = %id, "its container has ended: cleaned up"),
-                Err(Refusal(text)) => tracing::warn!(endpoint = %id, "not cleaned up yet: {text}"),
-            }
-        }
-    }
+/// Whether an endpoint that is there is the one asked for.
+fn agrees(id: &str, known: &EndpointRecord, asked: &EndpointRecord) -> Result<(), Refusal> {
+    let same = known.docker_network == asked.docker_network && known.mac == asked.mac;
+    if same && known.address == asked.address { Ok(()) } else { Err(other_address(id, known)) }
+}
 
-    /// What a crash of ours or of an engine's left: endpoints that were being deleted, endpoints that never joined,
-    /// claims that nobody confirmed, networks that nobody uses any more.
-    pub(crate) fn sweep(&self) {
-        self.reap();
-        for (id, record) in self.journal.endpoints().all() {
-            let abandoned =
-                record.stage == Stage::Created && Duration::from_secs(record.age()) > NEVER_JOINED_MAX;
-            if record.stage == Stage::Deleted || abandoned {
-                match self.unplug(&id, abandoned) {
-                    Ok(()) => tracing::info!(endpoint = %id, "cleaned up"),
-                    Err(Refusal(text)) => tracing::warn!(endpoint = %id, "not cleaned up yet: {text}"),
-                }
-            }
-        }
-        for (network, subnet) in self.networks.subnets_here() {
-            let file = self.settings.subnet_file(&network);
-            let swept =
-                Addresses::find(&file, &self.settings.ledger_dir, &network, subnet).and_then(|found| {
-                    let lives = |endpoint: &str| self.journal.endpoints().get(endpoint).is_some();
-                    let keeps = |address| self.keeps(&network, address);
-                    found.map_or(Ok(Vec::new()), |addresses| addresses.sweep(keeps, lives))
-                });
-            match swept {
-                Ok(freed) => {
-                    for address in freed {
-                        tracing::info!(%network, %address, "reclaimed: no endpoint came for it");
-                    }
-                }
-                Err(error) => tracing::warn!(%network, "ledger not swept: {}", Refusal::of(&error)),
-            }
-        }
-        self.networks.let_go_of_stale();
-    }
+fn other_address(id: &str, known: &EndpointRecord) -> Refusal {
+    Refusal(format!(
+        "endpoint {id} exists already with address {} and MAC {}: an engine that wants another one deletes it first",
+        known.address, known.mac
+    ))
 }

@@ -8,8 +8,10 @@ use std::collections::BTreeSet;
 use flannel_core::act::attach::{AttachError, Shared, connect, disconnect};
 use flannel_core::decide::bridge::BridgeSpec;
 use flannel_core::decide::endpoint::{Birth, EndpointSpec};
+use flannel_core::touch::world::World as _;
 use flannel_core::touch::world::kernel::Kernel;
 use flannel_core::words::addr::{InterfaceAddress, Mac};
+use flannel_core::words::fact::Key;
 use flannel_core::words::name::{Attachment, LinkName, NetworkName};
 use flannel_core::words::node::HostRoute;
 use flannel_core::words::territory::Territory;
@@ -18,35 +20,55 @@ use flannel_core::words::units::Mtu;
 use crate::addresses::owner;
 use crate::answer::Refusal;
 
+/// What an endpoint's pair is made with.
+pub(crate) struct Port {
+    pub(crate) network: NetworkName,
+    pub(crate) bridge: LinkName,
+    /// The bridge's address.
+    pub(crate) gateway: InterfaceAddress,
+    pub(crate) mac: Mac,
+    /// Largest packet of the container.
+    pub(crate) mtu: Mtu,
+    /// Largest packet of the network.
+    pub(crate) bridge_mtu: Mtu,
+}
+
 /// Makes the pair, and the bridge if it is not there yet. The answer is the end that the engine takes; a pair that is there
 /// already stays as it is.
-pub(crate) fn attach(
-    endpoint_id: &str,
-    network: &NetworkName,
-    (bridge, gateway): (LinkName, InterfaceAddress),
-    mac: Mac,
-    mtu: Mtu,
-) -> Result<LinkName, Refusal> {
+pub(crate) fn attach(endpoint_id: &str, port: &Port) -> Result<LinkName, Refusal> {
     let mut kernel = Kernel::open().map_err(|error| Refusal::of(&error))?;
     let spec = EndpointSpec {
-        host_link: owner(endpoint_id).host_link(network.as_str()),
-        container_link: container_link(endpoint_id, network),
+        host_link: owner(endpoint_id).host_link(port.network.as_str()),
+        container_link: container_link(endpoint_id, &port.network),
         birth: Birth::OnHost,
-        bridge,
+        bridge: port.bridge,
         hairpin: false,
-        mtu: Some(mtu),
-        mac: Some(mac),
+        mtu: Some(port.mtu),
+        mac: Some(port.mac),
         // Addresses and routes are the engine's to set, inside the container.
         addresses: Vec::new(),
         gateways: Vec::new(),
         routes: Vec::new(),
     };
-    let bridge = BridgeSpec { name: bridge, gateways: vec![gateway], mtu, alias: None };
+    let gateways = vec![port.gateway];
+    let bridge = BridgeSpec { name: port.bridge, gateways, mtu: port.bridge_mtu, alias: None };
     // The rules of the network are the agent's.
     let shared = Shared { bridge, rules: Vec::new(), force_address: false };
     match connect(&mut kernel, None, &shared, &spec) {
         Ok(_) | Err(AttachError::Exists { .. }) => Ok(spec.container_link),
         Err(error) => Err(Refusal::of(&error)),
+    }
+}
+
+/// Refuses a name that an interface of this host has.
+pub(crate) fn refuse_taken(name: LinkName) -> Result<(), Refusal> {
+    let territory = Territory { links: BTreeSet::from([name]), ..Territory::default() };
+    let seen = Kernel::open().and_then(|mut kernel| kernel.observe(&territory));
+    match seen.map_err(|error| Refusal::of(&error))?.get(&Key::Link(name)) {
+        None => Ok(()),
+        Some(_) => Err(Refusal(format!(
+            "an interface {name} exists on this host and is not this network's: choose another name for the bridge, or remove it (ip link delete {name})"
+        ))),
     }
 }
 

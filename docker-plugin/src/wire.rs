@@ -184,8 +184,10 @@ pub(crate) struct CreatedEndpoint {
 /// The part of an interface that we chose.
 #[derive(Serialize, Debug)]
 pub(crate) struct ChosenInterface {
-    #[serde(rename = "MacAddress")]
-    pub(crate) mac_address: Mac,
+    #[serde(rename = "Address", skip_serializing_if = "Option::is_none")]
+    pub(crate) address: Option<InterfaceAddress>,
+    #[serde(rename = "MacAddress", skip_serializing_if = "Option::is_none")]
+    pub(crate) mac_address: Option<Mac>,
 }
 
 /// Every request that names an endpoint and needs no more: DeleteEndpoint, Leave, EndpointOperInfo, Revoke….
@@ -212,7 +214,8 @@ pub(crate) struct Join {
 pub(crate) struct Joined {
     pub(crate) interface_name: InterfaceName,
     /// Without a mask.
-    pub(crate) gateway: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) gateway: Option<String>,
     pub(crate) static_routes: Vec<StaticRoute>,
 }
 
@@ -221,7 +224,7 @@ pub(crate) struct Joined {
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct InterfaceName {
     pub(crate) src_name: String,
-    pub(crate) dst_prefix: &'static str,
+    pub(crate) dst_prefix: String,
 }
 
 /// A route the engine adds inside the sandbox.

@@ -106,13 +106,31 @@ impl Pool {
     /// The next free address after `last`, round and round: an address that was given back rests for as long as others are free.
     /// Takes at most one step for each address taken, however large the subnet is.
     pub fn next(&self, last: Option<IpAddr>, taken: &BTreeSet<IpAddr>) -> Result<IpAddr, PoolError> {
-        let span = self.span();
-        let start = last.and_then(|last| self.position(last)).map_or(0, |position| position % span);
-        (start..span)
-            .chain(0..start)
-            .filter_map(|position| self.subnet.nth(position + 1))
-            .find(|address| *address != self.gateway.address() && !taken.contains(address))
+        self.next_among((1, self.span()), last, taken)
             .ok_or_else(|| PoolError::Exhausted { subnet: self.subnet, capacity: self.capacity() })
+    }
+
+    /// The same within a part of the subnet; none if all of that is taken, or if it is no part of it.
+    pub fn next_in(&self, part: Prefix, last: Option<IpAddr>, taken: &BTreeSet<IpAddr>) -> Option<IpAddr> {
+        let first = self.subnet.covers(&part).then(|| self.offset(part.base())).flatten()?;
+        let bits = u32::from(part.family().bits() - part.len());
+        let end = first.saturating_add(1u128.checked_shl(bits).unwrap_or(u128::MAX) - 1);
+        self.next_among((first.max(1), end.min(self.span())), last, taken)
+    }
+
+    /// By positions, both ends included.
+    fn next_among(
+        &self,
+        (first, end): (u128, u128),
+        last: Option<IpAddr>,
+        taken: &BTreeSet<IpAddr>,
+    ) -> Option<IpAddr> {
+        let last = last.and_then(|last| self.offset(last)).filter(|last| (first..end).contains(last));
+        let start = last.map_or(first, |last| last + 1);
+        (start..=end)
+            .chain(first..start)
+            .filter_map(|position| self.subnet.nth(position))
+            .find(|address| *address != self.gateway.address() && !taken.contains(address))
     }
 
     /// Addresses that an interface may have, the gateway among them.
@@ -127,12 +145,16 @@ impl Pool {
 
     /// Place of an address among those an interface may have, counted from 1.
     fn position(&self, address: IpAddr) -> Option<u128> {
-        let offset = match (address, self.subnet.base()) {
-            (IpAddr::V4(a), IpAddr::V4(b)) => u128::from(a.to_bits().checked_sub(b.to_bits())?),
-            (IpAddr::V6(a), IpAddr::V6(b)) => a.to_bits().checked_sub(b.to_bits())?,
-            _ => return None,
-        };
-        (1..=self.span()).contains(&offset).then_some(offset)
+        self.offset(address).filter(|offset| (1..=self.span()).contains(offset))
+    }
+
+    /// How far an address lies behind the first one of the subnet.
+    fn offset(&self, address: IpAddr) -> Option<u128> {
+        match (address, self.subnet.base()) {
+            (IpAddr::V4(a), IpAddr::V4(b)) => a.to_bits().checked_sub(b.to_bits()).map(u128::from),
+            (IpAddr::V6(a), IpAddr::V6(b)) => a.to_bits().checked_sub(b.to_bits()),
+            _ => None,
+        }
     }
 }
 
@@ -179,6 +201,39 @@ mod tests {
         let large = pool("fd00:0:0:1::/64");
         assert_eq!(next(&large, Some("fd00:0:0:1:ffff:ffff:ffff:ffff"), &["fd00:0:0:1::2"]), "fd00:0:0:1::3");
         assert_eq!(large.capacity(), (1 << 64) - 2);
+    }
+
+    #[test]
+    fn a_part_is_searched_alone_however_large_it_is() {
+        let pool = pool("10.5.1.0/28");
+        let next = |part: &str, last: Option<&str>, taken: &[&str]| {
+            let taken = taken.iter().map(|address| ip(address)).collect();
+            pool.next_in(part.parse().unwrap(), last.map(ip), &taken).map(|address| address.to_string())
+        };
+        let found = |address: &str| Some(address.to_owned());
+        assert_eq!(next("10.5.1.4/30", None, &[]), found("10.5.1.4"));
+        assert_eq!(next("10.5.1.4/30", Some("10.5.1.4"), &["10.5.1.4"]), found("10.5.1.5"));
+        assert_eq!(next("10.5.1.4/30", Some("10.5.1.7"), &["10.5.1.4"]), found("10.5.1.5"));
+        assert_eq!(next("10.5.1.4/30", Some("10.5.1.9"), &[]), found("10.5.1.4"));
+        assert_eq!(
+            next("10.5.1.0/30", None, &["10.5.1.2"]),
+            found("10.5.1.3"),
+            "gateway and base are nobody's"
+        );
+        assert_eq!(
+            next("10.5.1.12/30", Some("10.5.1.14"), &[]),
+            found("10.5.1.12"),
+            "nor the broadcast address"
+        );
+        assert_eq!(next("10.5.1.8/31", None, &["10.5.1.8", "10.5.1.9"]), None);
+        assert_eq!(next("10.5.2.0/30", None, &[]), None);
+        assert_eq!(next("10.5.1.0/24", None, &[]), None);
+        let large = self::pool("fd00:0:0:1::/64");
+        let part = "fd00:0:0:1:8000::/65".parse().unwrap();
+        let last = Some(ip("fd00:0:0:1:ffff:ffff:ffff:fffe"));
+        assert_eq!(large.next_in(part, last, &BTreeSet::new()), Some(ip("fd00:0:0:1:ffff:ffff:ffff:ffff")));
+        let last = Some(ip("fd00:0:0:1:ffff:ffff:ffff:ffff"));
+        assert_eq!(large.next_in(part, last, &BTreeSet::new()), Some(ip("fd00:0:0:1:8000::")));
     }
 
     #[test]

@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 use flannel_core::words::addr::{InterfaceAddress, Mac};
 
 use crate::answer::{Nothing, Refusal, blocking};
-use crate::journal::{EndpointRecord, Stage};
+use crate::journal::{EndpointRecord, Ipam};
+use crate::options::{EndpointOptions, Publish};
 use crate::plugin::Plugin;
 use crate::wire;
 
@@ -18,50 +19,72 @@ pub(super) async fn create_endpoint(
     plugin: Arc<Plugin>,
     request: wire::CreateEndpoint,
 ) -> Result<wire::CreatedEndpoint, Refusal> {
-    if let Some(option) = request.options.keys().find(|option| !option.starts_with("com.docker.")) {
-        return Err(Refusal(format!("--driver-opt {option}: flannel endpoints have no options yet")));
-    }
+    let options = EndpointOptions::read(&request.options).map_err(|error| Refusal::of(&error))?;
     if !request.interface.address_ipv6.is_empty() {
         return Err("IPv6 addresses are not built yet for flannel networks".into());
     }
     let network = plugin.docker_network(&request.network_id)?;
     plugin.networks().still_ours(&network.network, network.pool)?;
-    let address: InterfaceAddress = request
-        .interface
-        .address
-        .parse()
-        .map_err(|error| Refusal(format!("address {:?}: {error}", request.interface.address)))?;
-    let given = &request.interface.mac_address;
-    let mac: Option<Mac> = (!given.is_empty())
-        .then(|| given.parse())
-        .transpose()
-        .map_err(|error| Refusal(format!("--mac-address: {error}")))?;
-    let chosen = Mac::for_address(address.address());
-    let record = EndpointRecord::new(&request.network_id, &network, address, mac.unwrap_or(chosen));
-    let id = request.endpoint_id;
-    blocking(move || plugin.book(&id, record)).await?;
+    let mac = given_mac(&request.interface.mac_address)?;
+    let (id, given) = (request.endpoint_id, request.interface.address);
     // An engine takes the answer for a change of what it chose, so only our own choice is in it.
-    let interface = mac.is_none().then_some(wire::ChosenInterface { mac_address: chosen });
+    let interface = if given.is_empty() && network.ipam == Ipam::Null {
+        let docker_network = request.network_id;
+        let booked =
+            blocking(move || plugin.book_any(&id, (&docker_network, &network), options.address, mac)).await?;
+        let mac_address = mac.is_none().then_some(booked.mac);
+        Some(wire::ChosenInterface { address: Some(booked.address), mac_address })
+    } else {
+        let address: InterfaceAddress =
+            given.parse().map_err(|error| Refusal(format!("address {given:?}: {error}")))?;
+        if let Some(wanted) = options.address.filter(|wanted| *wanted != address.address()) {
+            return Err(Refusal(format!(
+                "--driver-opt flannel.ip={wanted}: the addresses of this network come from its IPAM driver; use --ip {wanted}"
+            )));
+        }
+        let chosen = Mac::for_address(address.address());
+        let record = EndpointRecord::new(&request.network_id, &network, address, mac.unwrap_or(chosen));
+        blocking(move || plugin.book(&id, record)).await?;
+        let chosen = wire::ChosenInterface { address: None, mac_address: Some(chosen) };
+        mac.is_none().then_some(chosen)
+    };
     Ok(wire::CreatedEndpoint { interface })
+}
+
+/// What follows `--mac-address`.
+fn given_mac(text: &str) -> Result<Option<Mac>, Refusal> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let mac: Mac = text.parse().map_err(|error| Refusal(format!("--mac-address: {error}")))?;
+    // What the kernel refuses for an interface (include/linux/etherdevice.h is_valid_ether_addr).
+    match mac.0 {
+        [first, ..] if first & 1 == 1 => Err(Refusal(format!(
+            "--mac-address {mac}: the address of a group of interfaces cannot be one's own: the first byte must be even"
+        ))),
+        [0, 0, 0, 0, 0, 0] => Err(Refusal(format!("--mac-address {mac}: an interface cannot have it"))),
+        _ => Ok(Some(mac)),
+    }
 }
 
 pub(super) async fn join(plugin: Arc<Plugin>, request: wire::Join) -> Result<wire::Joined, Refusal> {
     let network = plugin.docker_network(&request.network_id)?;
-    let id = request.endpoint_id;
-    let Some(endpoint) = plugin.journal().endpoints().get(&id).filter(|found| found.stage != Stage::Deleted)
-    else {
-        return Err(Refusal(format!("endpoint {id} is unknown: it was never created, or is deleted")));
-    };
-    let (gateway, cidr) = (network.gateway, network.cidr);
-    let src_name = blocking(move || plugin.plug_in(&id, endpoint, &network)).await?;
+    let (id, of) = (request.endpoint_id, network.clone());
+    let src_name = blocking(move || plugin.plug_in(&id, &of)).await?;
+    let gateway = network.gateway.to_string();
+    // Without a gateway of ours an engine gives the container its own (docker_gwbridge), unless the network is internal.
+    let leads_out = network.options.publish == Publish::Driver && !network.options.internal;
     Ok(wire::Joined {
-        interface_name: wire::InterfaceName { src_name: src_name.to_string(), dst_prefix: "eth" },
-        gateway: gateway.to_string(),
+        interface_name: wire::InterfaceName {
+            src_name: src_name.to_string(),
+            dst_prefix: network.options.interface_prefix().to_owned(),
+        },
+        gateway: leads_out.then(|| gateway.clone()),
         // Another network of the container may own its default route; the other hosts are reached all the same.
         static_routes: vec![wire::StaticRoute {
-            destination: cidr,
+            destination: network.cidr,
             route_type: 0,
-            next_hop: gateway.to_string(),
+            next_hop: gateway,
         }],
     })
 }
@@ -88,7 +111,7 @@ pub(super) async fn delete_endpoint(
     let mark = Arc::clone(&plugin);
     let marked = blocking(move || mark.mark_deleted(&id).map(|known| known.then_some(id))).await?;
     if let Some(id) = marked {
-        plugin.unplug_later(id);
+        plugin.unplug_later(id, false);
     }
     Ok(Nothing {})
 }

@@ -7,9 +7,11 @@ use serde_json::Value;
 use flannel_core::words::addr::{InterfaceAddress, Prefix};
 
 use crate::answer::{Nothing, Refusal, blocking};
+use crate::definition::Wish;
 use crate::ipam_driver::{GLOBAL_SPACE, LOCAL_SPACE};
 use crate::journal::{Ipam, NetworkRecord};
 use crate::networks::Part;
+use crate::options::NetworkOptions;
 use crate::plugin::Plugin;
 use crate::wire;
 
@@ -17,36 +19,64 @@ pub(super) async fn create_network(
     plugin: Arc<Plugin>,
     request: wire::CreateNetwork,
 ) -> Result<Nothing, Refusal> {
-    refuse_what_is_not_built(&request)?;
+    let options = NetworkOptions::read(&request.options).map_err(|error| Refusal::of(&error))?;
+    refuse_what_is_not_built(&request, &options)?;
+    if plugin.is_created(&request)? {
+        return Ok(Nothing {});
+    }
     let [pool] = request.ipv4_data.as_slice() else {
         return Err(Refusal(format!(
             "a flannel network has one pool, {} were given: use one --subnet",
             request.ipv4_data.len()
         )));
     };
-    let (part, ipam) = part_behind(&plugin, pool).await?;
+    let (part, ipam) = part_behind(&plugin, pool, &options).await?;
+    let asked_here = asks_itself(ipam, &options);
+    let created = create_on(&plugin, &part, ipam, options, request).await;
+    if created.is_err() && asked_here {
+        plugin.networks().withdraw(&part.network)?;
+    }
+    created
+}
+
+async fn create_on(
+    plugin: &Arc<Plugin>,
+    part: &Part,
+    ipam: Ipam,
+    options: NetworkOptions,
+    request: wire::CreateNetwork,
+) -> Result<Nothing, Refusal> {
+    if let Some(mtu) = options.mtu.filter(|mtu| *mtu > part.mtu) {
+        return Err(Refusal(format!(
+            "-o com.docker.network.driver.mtu={mtu}: at most {} fit through flannel network {} on this host",
+            part.mtu, part.network
+        )));
+    }
+    let bridge = plugin.networks().keep_bridge(&part.network, options.bridge).await?;
     let record = NetworkRecord {
         version: NetworkRecord::VERSION,
         network: part.network.clone(),
         cidr: part.cidr,
         pool: part.subnet,
         gateway: part.gateway,
-        bridge: plugin.networks().keep_bridge(&part.network).await?,
+        bridge,
         mtu: part.mtu,
         ipam,
+        options,
         request,
     };
+    let (plugin, part) = (Arc::clone(plugin), part.clone());
     blocking(move || {
-        let id = record.request.network_id.clone();
+        let id = &record.request.network_id;
         tracing::info!(docker_network = %id, network = %record.network, subnet = %record.pool, "network created");
-        plugin.journal().networks().put(&id, record).map_err(|error| Refusal::of(&error))?;
-        Ok(Nothing {})
+        plugin.create_network(&part, record)
     })
-    .await
+    .await?;
+    Ok(Nothing {})
 }
 
 /// Nothing that a user typed is ignored silently.
-fn refuse_what_is_not_built(request: &wire::CreateNetwork) -> Result<(), Refusal> {
+fn refuse_what_is_not_built(request: &wire::CreateNetwork, options: &NetworkOptions) -> Result<(), Refusal> {
     let switch = |key: &str| request.options.get(key).and_then(Value::as_bool);
     if switch("com.docker.network.enable_ipv6") == Some(true) || !request.ipv6_data.is_empty() {
         return Err("--ipv6 is not built yet for flannel networks: leave it out".into());
@@ -54,36 +84,80 @@ fn refuse_what_is_not_built(request: &wire::CreateNetwork) -> Result<(), Refusal
     if switch("com.docker.network.enable_ipv4") == Some(false) {
         return Err("--ipv4=false is not built yet for flannel networks: leave it out".into());
     }
-    if switch("com.docker.network.internal") == Some(true) {
-        return Err("--internal is not built yet for flannel networks: leave it out".into());
-    }
-    let options = request.options.get("com.docker.network.generic").and_then(Value::as_object);
-    match options.and_then(|options| options.keys().next()) {
-        Some(option) => Err(Refusal(format!(
-            "-o {option}: flannel networks have no driver options yet; what defines the flannel network is given with --ipam-opt (network=, backend=, vni=, subnet-len=, …)"
-        ))),
-        None => Ok(()),
-    }
+    let not_built = |asked: bool, what: &str| match asked {
+        true => Err(Refusal(format!("{what} is not built yet for flannel networks: leave it out"))),
+        false => Ok(()),
+    };
+    not_built(options.internal, "--internal")?;
+    not_built(options.isolated, "-o com.docker.network.bridge.enable_icc=false")?;
+    not_built(options.masquerade.is_some(), "-o com.docker.network.bridge.enable_ip_masquerade")?;
+    not_built(options.host_binding.is_some(), "-o com.docker.network.bridge.host_binding_ipv4")
 }
 
 /// This node's part of the flannel network that the pool belongs to, and who hands its addresses out.
-async fn part_behind(plugin: &Arc<Plugin>, pool: &wire::PoolData) -> Result<(Part, Ipam), Refusal> {
+async fn part_behind(
+    plugin: &Arc<Plugin>,
+    pool: &wire::PoolData,
+    options: &NetworkOptions,
+) -> Result<(Part, Ipam), Refusal> {
+    let named = || Wish::of(options.network.clone());
     if pool.address_space == "null" {
-        return Err(Refusal(format!(
-            "--ipam-driver null is not built yet for flannel networks; type: {}",
-            plugin.create_command(None)
-        )));
+        return Ok((plugin.networks().part_for(&named()).await?, Ipam::Null));
     }
     let ours = [LOCAL_SPACE, GLOBAL_SPACE].contains(&pool.address_space.as_str());
+    let ipam = if ours { Ipam::Flannel } else { Ipam::Engine };
     let subnet: Prefix =
         pool.pool.parse().map_err(|error| Refusal(format!("the pool {:?}: {error}", pool.pool)))?;
-    let Some(part) = plugin.networks().part_with(subnet).await? else {
-        return Err(Refusal(format!(
-            "subnet {subnet} is not this host's part of a flannel network{}; type: {}",
-            plugin.networks().parts_text(),
-            plugin.create_command(plugin.networks().first_cidr())
-        )));
+    let part = match asks_itself(ipam, options) {
+        true => Some(plugin.networks().part_for(&named()).await?),
+        false => plugin.networks().part_with(subnet).await?,
     };
+    let checked = match part {
+        None => Err(not_here(plugin, subnet)),
+        Some(part) => check_part(plugin, pool, (&part, subnet), options).map(|()| part),
+    };
+    if checked.is_err()
+        && asks_itself(ipam, options)
+        && let Some(network) = &options.network
+    {
+        plugin.networks().withdraw(network)?;
+    }
+    checked.map(|part| (part, ipam))
+}
+
+/// Whether no RequestPool came before: then the network may not run yet, and nobody gives the pool back.
+fn asks_itself(ipam: Ipam, options: &NetworkOptions) -> bool {
+    match ipam {
+        Ipam::Flannel => false,
+        Ipam::Engine => options.network.is_some(),
+        Ipam::Null => true,
+    }
+}
+
+fn not_here(plugin: &Plugin, subnet: Prefix) -> Refusal {
+    Refusal(format!(
+        "subnet {subnet} is not this host's part of a flannel network{}; type: {}",
+        plugin.networks().parts_text(),
+        plugin.create_command(plugin.networks().cidr_near(subnet))
+    ))
+}
+
+/// Whether the engine means the part that is here.
+fn check_part(
+    plugin: &Plugin,
+    pool: &wire::PoolData,
+    (part, subnet): (&Part, Prefix),
+    options: &NetworkOptions,
+) -> Result<(), Refusal> {
+    if part.subnet != subnet {
+        return Err(not_here(plugin, subnet));
+    }
+    if let Some(other) = options.network.as_ref().filter(|network| **network != part.network) {
+        return Err(Refusal(format!(
+            "-o flannel.network={other}: subnet {subnet} is of flannel network {}: leave the option out, or name {other} with --ipam-opt network={other}",
+            part.network
+        )));
+    }
     let gateway = pool.gateway.as_deref().map(str::parse::<InterfaceAddress>).transpose();
     match gateway {
         Ok(Some(gateway)) if gateway.address() != part.gateway => Err(Refusal(format!(
@@ -92,7 +166,7 @@ async fn part_behind(plugin: &Arc<Plugin>, pool: &wire::PoolData) -> Result<(Par
             part.subnet,
             part.gateway
         ))),
-        Ok(Some(_) | None) => Ok((part, if ours { Ipam::Flannel } else { Ipam::Engine })),
+        Ok(Some(_) | None) => Ok(()),
         Err(error) => Err(Refusal(format!("the gateway: {error}"))),
     }
 }

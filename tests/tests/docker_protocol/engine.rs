@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use flannel_tests::{Daemon, Host, eventually, secs};
@@ -39,7 +39,7 @@ impl<'a> Plugin<'a> {
             .with_context(|| self.daemon.tail())
     }
 
-    fn socket(&self) -> PathBuf {
+    pub(super) fn socket(&self) -> PathBuf {
         self.host.path(SOCKET)
     }
 
@@ -51,25 +51,11 @@ impl<'a> Plugin<'a> {
 
     /// One request, with the headers of engine 20.10: an empty Host and no Content-Type.
     pub(super) fn post(&self, method: &str, body: &str) -> Result<Answer> {
-        self.send(&format!(
-            "POST /{method} HTTP/1.1\r\nHost: \r\nUser-Agent: Go-http-client/1.1\r\nContent-Length: {}\r\n\
-             Accept: application/vnd.docker.plugins.v1.2+json\r\nConnection: close\r\n\r\n{body}",
-            body.len()
-        ))
+        post_to(&self.socket(), method, body)
     }
 
     pub(super) fn send(&self, request: &str) -> Result<Answer> {
-        let mut stream = UnixStream::connect(self.socket())?;
-        stream.set_read_timeout(Some(secs(10)))?;
-        stream.write_all(request.as_bytes())?;
-        let mut said = String::new();
-        stream.read_to_string(&mut said)?;
-        let (head, body) = said.split_once("\r\n\r\n").with_context(|| format!("no answer in {said:?}"))?;
-        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
-        Ok(Answer {
-            status: status.with_context(|| format!("no status in {head:?}"))?,
-            body: body.to_owned(),
-        })
+        send_to(&self.socket(), request)
     }
 
     /// A call that must succeed.
@@ -191,6 +177,27 @@ impl<'a> Plugin<'a> {
         ensure!(files.is_empty(), "files are left:\n{files}\n{}", self.daemon.tail());
         Ok(())
     }
+}
+
+/// As [`Plugin::post`], for a thread of its own.
+pub(super) fn post_to(socket: &Path, method: &str, body: &str) -> Result<Answer> {
+    let request = format!(
+        "POST /{method} HTTP/1.1\r\nHost: \r\nUser-Agent: Go-http-client/1.1\r\nContent-Length: {}\r\n\
+         Accept: application/vnd.docker.plugins.v1.2+json\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    );
+    send_to(socket, &request)
+}
+
+fn send_to(socket: &Path, request: &str) -> Result<Answer> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(secs(10)))?;
+    stream.write_all(request.as_bytes())?;
+    let mut said = String::new();
+    stream.read_to_string(&mut said)?;
+    let (head, body) = said.split_once("\r\n\r\n").with_context(|| format!("no answer in {said:?}"))?;
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+    Ok(Answer { status: status.with_context(|| format!("no status in {head:?}"))?, body: body.to_owned() })
 }
 
 fn spawn(host: &Host, flags: &[&str]) -> Result<Daemon> {

@@ -3,6 +3,7 @@
 
 mod engine;
 mod input;
+mod networks;
 
 use std::time::{Duration, Instant};
 
@@ -323,8 +324,18 @@ fn wrong_use_is_refused_with_what_to_type() {
             ),
             (
                 create,
-                network_request(&id("wrong"), "null", "0.0.0.0/0", "0.0.0.0/0"),
-                "--ipam-driver null is not built yet",
+                with("com.docker.network.generic", json!({"flannel.network": "web"})),
+                "is of flannel network default",
+            ),
+            (
+                create,
+                with("com.docker.network.generic", json!({"com.docker.network.driver.mtu": "1451"})),
+                "at most 1450 fit",
+            ),
+            (
+                create,
+                with("com.docker.network.generic", json!({"com.docker.network.bridge.name": "fl-b"})),
+                "has the bridge cni0 on this host",
             ),
             (create, with("com.docker.network.internal", json!(true)), "--internal is not built yet"),
             (create, with("com.docker.network.enable_ipv6", json!(true)), "--ipv6 is not built yet"),

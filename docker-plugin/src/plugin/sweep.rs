@@ -1,0 +1,87 @@
+//! What crashes of ours and of engines left behind, found and taken away while the plugin runs.
+//!
+//! **What no engine says again** — an engine killed inside RequestAddress or CreateEndpoint never asks for the address or the
+//! endpoint back; one that could not reach us while a container ended believes that it did.
+
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use super::Plugin;
+use crate::addresses::Addresses;
+use crate::answer::Refusal;
+use crate::journal::{EndpointRecord, Stage};
+use crate::veth;
+
+/// An endpoint that is created and never joined belongs to an engine that died in between.
+const NEVER_JOINED_MAX: Duration = Duration::from_secs(600);
+
+impl Plugin {
+    /// Endpoints that were being deleted, that never joined, or whose container has ended; claims that nobody confirmed;
+    /// networks that nobody uses any more.
+    pub(crate) fn sweep(&self) {
+        self.reap();
+        for (id, record) in self.journal.endpoints().all() {
+            let abandoned =
+                record.stage == Stage::Created && Duration::from_secs(record.age()) > NEVER_JOINED_MAX;
+            if record.stage == Stage::Deleted || abandoned {
+                match self.mark_deleted(&id).and_then(|_| self.unplug(&id, abandoned)) {
+                    Ok(()) => tracing::info!(endpoint = %id, "cleaned up"),
+                    Err(Refusal(text)) => tracing::warn!(endpoint = %id, "not cleaned up yet: {text}"),
+                }
+            }
+        }
+        self.sweep_ledgers();
+        self.networks.let_go_of_stale();
+    }
+
+    fn sweep_ledgers(&self) {
+        for (id, _) in self.journal.networks().all() {
+            let _turn = self.turns.take(&id);
+            let Some(record) = self.journal.networks().get(&id) else { continue };
+            if let Err(Refusal(text)) = self.keep_auxiliary(&id, &record) {
+                tracing::warn!(docker_network = %id, "auxiliary addresses: {text}");
+            }
+        }
+        for (network, subnet) in self.networks.subnets_here() {
+            let lives = |holder: &str| {
+                let networks = self.journal.networks();
+                self.journal.endpoints().get(holder).is_some() || networks.get(holder).is_some()
+            };
+            let sweep = |addresses: Addresses| addresses.sweep(lives).map_err(|error| Refusal::of(&error));
+            let swept = self
+                .addresses_if_any(&network, subnet)
+                .and_then(|addresses| addresses.map_or(Ok(Vec::new()), sweep));
+            match swept {
+                Ok(freed) => {
+                    for address in freed {
+                        tracing::info!(%network, %address, "reclaimed: no endpoint came for it");
+                    }
+                }
+                Err(Refusal(text)) => tracing::warn!(%network, "ledger not swept: {text}"),
+            }
+        }
+    }
+
+    /// Endpoints whose container ended while we were away: the veth pair is gone with the container's namespace, or both ends
+    /// are back here, where an engine leaves them. It does not tell us again.
+    fn reap(&self) {
+        let links = match veth::existing() {
+            Ok(links) => links,
+            Err(Refusal(text)) => return tracing::warn!("the kernel's links are not known: {text}"),
+        };
+        let dead = |id: &str, record: &EndpointRecord| {
+            let (host, container) = veth::ends(id, &record.network);
+            record.stage == Stage::Joined && (!links.contains(&host) || links.contains(&container))
+        };
+        let endpoints = self.journal.endpoints().all().into_iter();
+        let dead = endpoints.filter(|(id, record)| dead(id, record)).map(|(id, _)| id).collect();
+        let confirmed =
+            self.suspects.lock().unwrap_or_else(PoisonError::into_inner).look(dead, Instant::now());
+        for id in confirmed {
+            match self.mark_deleted(&id).and_then(|_| self.unplug(&id, true)) {
+                Ok(()) => tracing::info!(endpoint = %id, "its container has ended: cleaned up"),
+                Err(Refusal(text)) => tracing::warn!(endpoint = %id, "not cleaned up yet: {text}"),
+            }
+        }
+    }
+}
