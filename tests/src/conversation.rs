@@ -45,9 +45,24 @@ pub struct Call {
     pub status: u16,
     /// The answer's body; null if there was none.
     pub answer: Value,
-    /// From the request's last byte to the answer's first, milliseconds.
+    /// When the request was there, milliseconds since the proxy's start.
+    #[serde(default, skip_serializing)]
+    pub at: f64,
+    /// From then to the answer's last byte, milliseconds.
     #[serde(default, skip_serializing)]
     pub ms: f64,
+}
+
+/// How long a plugin kept its engine waiting, milliseconds: time in which at least one call was under way.
+pub fn time_under_way(calls: &[Call]) -> f64 {
+    let mut spans: Vec<(f64, f64)> = calls.iter().map(|call| (call.at, call.at + call.ms)).collect();
+    spans.sort_by(|one, other| one.0.total_cmp(&other.0));
+    let (mut total, mut until) = (0.0, f64::MIN);
+    for (start, end) in spans {
+        total += (end - start.max(until)).max(0.0);
+        until = until.max(end);
+    }
+    total
 }
 
 /// Where in a call a trap springs.
@@ -84,6 +99,7 @@ pub struct Proxy {
 
 struct Shared {
     plugin: PathBuf,
+    start: Instant,
     calls: Mutex<Vec<Call>>,
     trap: Mutex<Option<Trap>>,
     /// A trap that has sprung; says where.
@@ -103,6 +119,7 @@ impl Proxy {
             .with_context(|| format!("could not listen on {}", socket.display()))?;
         let shared = Arc::new(Shared {
             plugin: host.path(HIDDEN_SOCKET),
+            start: Instant::now(),
             calls: Mutex::default(),
             trap: Mutex::default(),
             sprung: Mutex::default(),
@@ -206,6 +223,7 @@ impl Shared {
             request: request.json(),
             status: 0,
             answer: Value::Null,
+            at: start.duration_since(self.start).as_secs_f64() * 1000.0,
             ms: 0.0,
         };
         let when = trap.as_ref().map(|trap| trap.when);
@@ -353,5 +371,20 @@ mod tests {
         let second = Message::read(&mut other, &mut left, || true).unwrap().unwrap();
         assert_eq!((second.method().as_str(), second.json()), ("C.D", Value::Null));
         assert!(Message::read(&mut other, &mut left, || true).unwrap().is_none());
+    }
+
+    #[test]
+    fn calls_that_overlap_are_waited_for_once() {
+        let call = |at: f64, ms: f64| Call {
+            method: String::new(),
+            request: Value::Null,
+            status: 200,
+            answer: Value::Null,
+            at,
+            ms,
+        };
+        let calls = [call(20.0, 1.0), call(0.0, 10.0), call(5.0, 3.0), call(8.0, 4.0)];
+        assert!((time_under_way(&calls) - 13.0).abs() < 1e-9);
+        assert!(time_under_way(&[]).abs() < 1e-9);
     }
 }
