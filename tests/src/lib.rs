@@ -74,7 +74,7 @@ pub use engine::Container;
 pub use host::{BIN_DIR, Host, Place, SHARED_DIR};
 pub use image::{IMAGE, IMAGE_REFERENCE};
 pub use lab::{Lab, LabPlan, ids, in_lab, sweep};
-pub use managed::{MANAGED, MANAGED_NEEDS};
+pub use managed::{MANAGED, MANAGED_DIR, MANAGED_NEEDS};
 pub use nix::sys::signal::Signal;
 pub use probe::{
     HttpServer, PingCount, PingStream, eventually, http_get, largest_packet, ping, ping_within, secs,

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::host::{BIN_DIR, Host, SHARED_DIR};
+use crate::host::{BIN_DIR, Host};
 use crate::lab::Lab;
 
 /// The managed plugin's name, which is its driver's name as well.
@@ -11,16 +11,13 @@ pub const MANAGED: &str = "flannel:latest";
 /// Programs of the machine that making it takes.
 pub const MANAGED_NEEDS: &[&str] = &["ldd", "strip"];
 
-/// Where [`Lab::build_managed_plugin`] puts it.
-fn directory() -> String {
-    format!("{SHARED_DIR}/managed-plugin")
-}
+/// Where [`Lab::build_managed_plugin`] puts it, as every host sees it.
+pub const MANAGED_DIR: &str = "/run/lab/shared/managed-plugin";
 
 impl Lab {
-    /// Makes the plugin's directory, once for all hosts: config.json and rootfs, as every host sees them below
-    /// [`SHARED_DIR`]. A binary that is not static gets its libraries.
+    /// Makes the plugin's directory, [`MANAGED_DIR`], once for all hosts: config.json and rootfs. A binary that is not static gets its libraries.
     pub fn build_managed_plugin(&self) -> Result<()> {
-        let dir = directory();
+        let dir = MANAGED_DIR;
         let host = self.host(1);
         host.sh(&format!("mkdir -p {dir}/rootfs"))?;
         host.write(&format!("{dir}/config.json"), include_bytes!("../../config.json"))?;
@@ -37,7 +34,7 @@ impl Lab {
 impl Host {
     /// Gives dockerd the plugin that [`Lab::build_managed_plugin`] made, with these settings (`NAME=value`), disabled.
     pub fn create_managed_plugin(&self, settings: &[&str]) -> Result<()> {
-        self.docker(&["plugin", "create", MANAGED, &directory()])?;
+        self.docker(&["plugin", "create", MANAGED, MANAGED_DIR])?;
         if !settings.is_empty() {
             self.docker(&[&["plugin", "set", MANAGED], settings].concat())?;
         }

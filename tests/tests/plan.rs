@@ -388,6 +388,15 @@ fn host_gw_behind_nat_plans_nothing_and_says_why() {
 }
 
 #[test]
+fn vxlan_behind_nat_sends_from_an_address_that_this_host_has() {
+    let mut case = Case::new(VXLAN, "10.100.5.0-24").peer("10.100.9.0-24", &vxlan_peer(2));
+    case.own.value.public_ip = "203.0.113.7".parse().unwrap();
+    let device = case.plan().facts.iter().map(|fact| fact.to_string()).find(|fact| fact.contains("vxlan"));
+    let device = device.unwrap();
+    assert!(device.contains("192.168.100.1") && !device.contains("203.0.113.7"), "{device}");
+}
+
+#[test]
 fn an_mtu_that_cannot_be_had_is_said() {
     let config = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan","MTU":9000}}"#;
     let mut case = Case::new(config, "10.100.5.0-24");

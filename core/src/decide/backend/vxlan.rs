@@ -97,10 +97,12 @@ impl Vxlan {
     }
 
     fn plan_family(&self, scene: &Scene<'_>, family: Family, draft: &mut Draft) {
-        let (Some(own), Some(local)) = (scene.own.subnets.of(family), scene.own.value.public(family)) else {
+        let (Some(own), Some(public)) = (scene.own.subnets.of(family), scene.own.value.public(family)) else {
             draft.find(Code::UPLINK_ABSENT, format!("no public address for {}", scene.own.subnets));
             return;
         };
+        // Behind NAT the public address is not this host's, and the kernel sends nothing from an address it does not have.
+        let local = scene.node.uplink.address(family).unwrap_or(public);
         let device = match self.name(family) {
             Ok(device) => device,
             Err(error) => {
