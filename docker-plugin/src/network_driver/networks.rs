@@ -161,7 +161,7 @@ fn check_part(
     let gateway = pool.gateway.as_deref().map(str::parse::<InterfaceAddress>).transpose();
     match gateway {
         Ok(Some(gateway)) if gateway.address() != part.gateway => Err(Refusal(format!(
-            "gateway {}: the gateway of this host's subnet {} is {}",
+            "gateway {}: the gateway of this host's subnet {} is {}; type --gateway {2}",
             gateway.address(),
             part.subnet,
             part.gateway
