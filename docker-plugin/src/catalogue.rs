@@ -1,14 +1,21 @@
 //! The networks that the store knows, and how a wish becomes one of them.
 
+use std::path::PathBuf;
+
+use serde_json::json;
+
 use flannel_core::decide::plan::overlap;
 use flannel_core::run::store::{Created, Store};
-use flannel_core::words::addr::Prefix;
+use flannel_core::run::{cache, retire};
+use flannel_core::touch::subnet_env::SubnetEnv;
+use flannel_core::words::addr::{Family, Prefix};
 use flannel_core::words::config::NetworkConfig;
 use flannel_core::words::name::NetworkName;
 use flannel_core::words::units::Vni;
 
 use crate::answer::{Refusal, blocking};
 use crate::definition::{FALLBACK_CIDR, Wish, free_vni, vni_of};
+use crate::settings::Settings;
 use crate::veth;
 
 /// How often two hosts that define networks at the same moment may collide on a VNI.
@@ -19,11 +26,41 @@ pub(crate) struct Catalogue {
     store: Store,
     /// Whether it is this machine's alone; then a default network needs no definition by hand.
     embedded: bool,
+    /// What tells about the default network, also when that is another agent's and not in this store.
+    subnet_file: PathBuf,
 }
 
 impl Catalogue {
-    pub(crate) fn new(store: Store, embedded: bool) -> Self {
-        Self { store, embedded }
+    pub(crate) fn new(store: Store, settings: &Settings) -> Self {
+        let subnet_file = settings.subnet_file(&NetworkName::default_network());
+        Self { store, embedded: settings.embedded_store().is_some(), subnet_file }
+    }
+
+    /// Whether a network can only be another agent's: a store of this machine alone has no config of it, so that whoever
+    /// serves it (k3s, a flanneld) has it from elsewhere.
+    pub(crate) async fn is_foreign(&self, network: &NetworkName) -> Result<bool, Refusal> {
+        if !self.embedded || !network.is_default() {
+            return Ok(false);
+        }
+        let config = self.store.network(network).config().await;
+        config.map(|config| config.is_none()).map_err(|error| Refusal::of(&error))
+    }
+
+    /// Whether what is left of a network that no agent of ours runs for is another agent's.
+    pub(crate) async fn is_anothers(
+        &self,
+        network: &NetworkName,
+        settings: &Settings,
+    ) -> Result<bool, Refusal> {
+        let earlier = cache::read(&settings.common.state_dir, network).and_then(|last| last.own);
+        if earlier.is_none() && self.is_foreign(network).await? {
+            return Ok(true);
+        }
+        let (file, network) = (settings.subnet_file(network), network.clone());
+        blocking(move || {
+            retire::served_by_another(&file, &network).map_err(|error| Refusal(format!("{error:#}")))
+        })
+        .await
     }
 
     /// The network that a wish means: by its name, or by the CIDR that the store has under some name.
@@ -113,7 +150,23 @@ impl Catalogue {
     }
 
     async fn known(&self) -> Result<Vec<(NetworkName, String)>, Refusal> {
-        self.store.networks().await.map_err(|error| Refusal(error.finding().to_string()))
+        let known = self.store.networks().await;
+        let mut known = known.map_err(|error| Refusal(error.finding().to_string()))?;
+        let default = NetworkName::default_network();
+        if self.embedded && !known.iter().any(|(name, _)| *name == default) {
+            known.extend(self.foreign().map(|document| (default, document)));
+        }
+        Ok(known)
+    }
+
+    /// What is known of a default network that another agent of this host serves, as a config document. Its backend is not,
+    /// and no concern of ours.
+    fn foreign(&self) -> Option<String> {
+        let env = SubnetEnv::read(&self.subnet_file).ok()?;
+        let (cidr, own) = (env.network(Family::V4)?, env.subnet(Family::V4)?);
+        let document =
+            json!({"Network": cidr.to_string(), "SubnetLen": own.len(), "Backend": {"Type": "alloc"}});
+        Some(document.to_string())
     }
 
     /// The network that has this CIDR, or the name that a new one gets.

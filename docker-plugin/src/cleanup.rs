@@ -22,7 +22,7 @@ pub(crate) async fn everything(settings: &Settings, store: &Store, journal: &Jou
     let mut networks: BTreeSet<NetworkName> = BTreeSet::from([NetworkName::default_network()]);
     networks.extend(journal.networks().all().into_iter().map(|(_, record)| record.network));
     networks.extend(journal.pools().all().into_iter().map(|(_, record)| record.network));
-    let catalogue = Catalogue::new(store.clone(), settings.embedded_store().is_some());
+    let catalogue = Catalogue::new(store.clone(), settings);
     for (id, endpoint) in journal.endpoints().all() {
         veth::detach(&id, &endpoint.network)?;
         networks.insert(endpoint.network);
@@ -30,9 +30,12 @@ pub(crate) async fn everything(settings: &Settings, store: &Store, journal: &Jou
     for network in networks {
         let file = settings.subnet_file(&network);
         Addresses::give_back_all(&file, &settings.ledger_dir, &network)?;
-        retire::everything(&settings.common, store.network(&network))
-            .await
-            .with_context(|| format!("network {network}"))?;
+        let anothers = catalogue.is_anothers(&network, settings).await;
+        let left = match anothers.map_err(|Refusal(text)| anyhow::anyhow!(text))? {
+            true => retire::reader(&file, &network),
+            false => retire::everything(&settings.common, store.network(&network)).await,
+        };
+        left.with_context(|| format!("network {network}"))?;
         let defined = journal.pools().get(network.as_str()).and_then(|record| record.defined);
         let undefined = catalogue.undefine(&network, defined.as_deref()).await;
         if let Err(Refusal(text)) = undefined {

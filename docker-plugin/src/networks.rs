@@ -25,6 +25,7 @@ use flannel_core::run::store::Store;
 use flannel_core::run::{retire, setup};
 use flannel_core::touch::ledger::{Entry, Ledger, Retired};
 use flannel_core::words::addr::{Family, Prefix};
+use flannel_core::words::code::Code;
 use flannel_core::words::name::{LinkName, NetworkName};
 use flannel_core::words::units::Mtu;
 
@@ -83,6 +84,12 @@ impl Served {
 }
 
 impl Served {
+    fn reads_along(&self) -> bool {
+        let status = self.status.borrow();
+        let waits = status.waiting.as_ref().is_some_and(|finding| finding.code == Code::AGENT_HELD);
+        waits || status.lease.as_ref().is_some_and(|lease| lease.holder.is_some())
+    }
+
     fn state(&self, network: &NetworkName) -> NetworkStatus {
         let status = self.status.borrow();
         let lease = status.lease.as_ref();
@@ -124,7 +131,7 @@ impl Networks {
         store: Store,
         counters: Counters,
     ) -> Self {
-        let catalogue = Catalogue::new(store.clone(), settings.embedded_store().is_some());
+        let catalogue = Catalogue::new(store.clone(), &settings);
         Self {
             settings,
             journal,
@@ -216,7 +223,7 @@ impl Networks {
         let network = timeout_at(deadline, self.bring_up(wish)).await.unwrap_or_else(|_| {
             Err(Refusal(format!("the store did not answer within {} s", PATIENCE.as_secs_f32())))
         })?;
-        match self.lease(&network, deadline).await {
+        match self.lease(&network, deadline).await.and_then(|part| as_asked(part, wish)) {
             Ok(part) => {
                 let here = |record: &mut PoolRecord| record.subnet = Some(part.subnet);
                 self.journal.pools().update(network.as_str(), here).map_err(|e| Refusal::of(&e))?;
@@ -331,6 +338,7 @@ impl Networks {
         if self.stopping.load(Ordering::Relaxed) {
             return Err("the plugin is stopping".into());
         }
+        let reads_only = self.catalogue.is_foreign(network).await?;
         let before = self.served().remove(network);
         if let Some(before) = before {
             before.agent.stop().await;
@@ -345,6 +353,7 @@ impl Networks {
         )
         .map_err(|error| Refusal(format!("{error:#}")))?;
         settings.bridge = bridge;
+        settings.reads_only = reads_only;
         let agent = Agent::spawn(settings);
         let status = agent.status();
         self.served()
@@ -431,11 +440,17 @@ impl Networks {
         }
         // The agent first: it looks into the ledger as long as it runs.
         let served = self.served().remove(network);
-        if self.always_runs(network) {
+        let file = self.settings.subnet_file(network);
+        let anothers = match &served {
+            Some(served) => served.reads_along(),
+            None => self.catalogue.is_anothers(network, &self.settings).await?,
+        };
+        if anothers {
+            self.read_no_more(network, served).await?;
+        } else if self.always_runs(network) {
             if let Some(served) = served {
                 served.agent.stop().await;
             }
-            let file = self.settings.subnet_file(network);
             // The agent that keeps no bridge does not know of one.
             let taken_down = blocking(move || remove_ledger(&file).and_then(|()| remove_bridge(&file))).await;
             self.serve_in_turn(network, false).await?;
@@ -460,6 +475,26 @@ impl Networks {
         self.journal.pools().remove(network.as_str()).map_err(|error| Refusal::of(&error))?;
         tracing::info!(%network, "no Docker network uses it any more");
         Ok(())
+    }
+
+    /// Takes away what was made here for a network that another agent serves.
+    async fn read_no_more(
+        self: &Arc<Self>,
+        network: &NetworkName,
+        served: Option<Served>,
+    ) -> Result<(), Refusal> {
+        if let Some(served) = served {
+            served.agent.retire().await.map_err(Refusal)?;
+        }
+        self.isolate();
+        let (file, name) = (self.settings.subnet_file(network), network.clone());
+        let removed =
+            blocking(move || retire::reader(&file, &name).map_err(|error| Refusal(format!("{error:#}"))))
+                .await;
+        if self.always_runs(network) {
+            self.serve_in_turn(network, false).await?;
+        }
+        removed
     }
 
     // --- what is known here ------------------------------------------------------------------------------------------
@@ -527,6 +562,17 @@ impl Networks {
             true => String::new(),
             false => format!(" (here: {})", parts.join(", ")),
         }
+    }
+}
+
+/// A network that another agent serves here may be another one than the store has under its name.
+fn as_asked(part: Part, wish: &Wish) -> Result<Part, Refusal> {
+    match wish.cidr {
+        Some(cidr) if cidr != part.cidr => Err(Refusal(format!(
+            "--subnet {cidr}: another agent serves flannel network {} on this host, and there it is {}; use --subnet {} to join that, or --ipam-opt network=NAME for a network of another name",
+            part.network, part.cidr, part.cidr
+        ))),
+        Some(_) | None => Ok(part),
     }
 }
 

@@ -4,11 +4,13 @@
 //! shown with one that knows nothing of our lock is skipped without it.
 
 use std::env;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use flannel_tests::flanneld::{SubnetEnv, leases, put_config};
 use flannel_tests::{
-    Daemon, Host, HttpServer, Lab, LabPlan, eventually, http_get, in_lab, ping, ping_within, secs, seen_as,
+    Container, Daemon, Host, HttpServer, IMAGE, Lab, LabPlan, PingStream, eventually, http_get, in_lab, ping,
+    ping_within, secs, seen_as,
 };
 
 const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
@@ -98,6 +100,133 @@ fn containers_reach_each_other_beside_another_agent_over_vxlan() {
 }
 
 #[test]
+fn a_plugin_without_a_store_of_its_cluster_joins_the_nodes_network() {
+    containers_reach_each_other("reader-no-etcd", VXLAN, false);
+}
+
+#[test]
 fn containers_reach_each_other_beside_another_agent_over_host_gw() {
     containers_reach_each_other("reader-host-gw", HOST_GW, true);
+}
+
+/// An owner and a plugin beside it on the first host, a plugin on the second, a container on each.
+fn two_containers(lab: &Lab) -> Result<(Daemon, Daemon, Container, Container)> {
+    put_config(lab, VXLAN)?;
+    let (h1, h2) = (lab.host(1), lab.host(2));
+    let endpoints = format!("--etcd-endpoints={}", lab.etcd_endpoint());
+    let owner = start_owner(lab, h1, &["--ip-masq"])?;
+    let plugin = start_plugin(h1, &[&endpoints])?;
+    start_plugin(h2, &[&endpoints])?;
+    start_engine(h1)?;
+    start_engine(h2)?;
+    h1.docker(CREATE)?;
+    h2.docker(CREATE)?;
+    let c1 = h1.docker_run("c1", &["--network", "web"])?;
+    let c2 = h2.docker_run("c2", &["--network", "web"])?;
+    ping_within(secs(10), &c1, c2.ip()?)?;
+    Ok((owner, plugin, c1, c2))
+}
+
+#[test]
+fn an_owner_that_is_killed_and_comes_back_costs_no_packet() {
+    in_lab(plan("reader-restart"), |lab| {
+        let (owner, plugin, c1, c2) = two_containers(lab)?;
+        let h1 = lab.host(1);
+        let stream = PingStream::start(&c1, c2.ip()?, Duration::from_millis(50))?;
+        owner.crash()?;
+        let ended = || {
+            ensure!(plugin.log().contains("unless it comes back"), "{}", plugin.tail());
+            Ok(())
+        };
+        eventually("the plugin sees that it is gone", secs(10), ended)?;
+        // Containers come and go meanwhile.
+        h1.docker(&["run", "--rm", "--network", "web", IMAGE, "ping", "-c", "1", "-W", "3", &c2.ip()?])?;
+        let _owner = start_owner(lab, h1, &["--ip-masq"])?;
+        let back = || {
+            ensure!(plugin.log().contains("served again"), "{}", plugin.tail());
+            Ok(())
+        };
+        eventually("the plugin sees that it is back", secs(10), back)?;
+        let count = stream.stop_after(61)?;
+        ensure!(count.lost() == 0, "{count:?}\n{}", plugin.tail());
+        ensure!(leases(lab)?.len() == 2, "{:?}", leases(lab)?);
+        Ok(())
+    });
+}
+
+#[test]
+fn an_owner_that_has_ended_for_good_is_succeeded() {
+    in_lab(plan("reader-take-over"), |lab| {
+        let (owner, plugin, c1, c2) = two_containers(lab)?;
+        let h1 = lab.host(1);
+        let before = h1.read("/run/flannel/subnet.env")?;
+        let stream = PingStream::start(&c1, c2.ip()?, Duration::from_millis(100))?;
+        owner.stop(secs(20))?;
+        let taken = || {
+            let holder = h1.read("/run/flannel/default.agent")?;
+            ensure!(holder.starts_with("flannel-docker-plugin"), "held by {holder:?}\n{}", plugin.tail());
+            let log = plugin.log();
+            let leased = log.contains("reusing") && log.contains("Wrote subnet file");
+            ensure!(leased, "{}", plugin.tail());
+            Ok(())
+        };
+        eventually("the plugin takes over", secs(120), taken)?;
+        ensure!(h1.read("/run/flannel/subnet.env")? == before, "another subnet:\n{}", plugin.tail());
+        ensure!(leases(lab)?.len() == 2, "{:?}", leases(lab)?);
+        // A reader's rules are gone, and the data path is kept as it was.
+        ensure!(!h1.out(&["nft", "list", "tables"])?.contains("flannel_reader"));
+        let count = stream.stop_after(31)?;
+        ensure!(count.lost() == 0, "{count:?}\n{}", plugin.tail());
+        h1.out(&["ip", "link", "del", "flannel.1"])?;
+        eventually("the tunnel is repaired", secs(20), || ping(&c1, c2.ip()?))
+    });
+}
+
+#[test]
+fn what_the_plugin_removes_is_its_own() {
+    in_lab(plan("reader-removal"), |lab| {
+        put_config(lab, VXLAN)?;
+        let host = lab.host(1);
+        let owner = start_owner(lab, host, &["--ip-masq=false"])?;
+        // An engine's own rules are its own affair.
+        let _engine = start_engine(host)?;
+        let env = host.read("/run/flannel/subnet.env")?;
+        let before = host.network_state()?;
+        for with_etcd in [true, false] {
+            let endpoints = format!("--etcd-endpoints={}", lab.etcd_endpoint());
+            let endpoints: &[&str] = if with_etcd { &[&endpoints] } else { &[] };
+            let plugin = start_plugin(host, endpoints)?;
+            host.docker(CREATE).with_context(|| plugin.tail())?;
+            host.docker_run("c1", &["--network", "web"])?;
+            // Nobody else masquerades here.
+            let rules = host.out(&["nft", "list", "ruleset"])?;
+            ensure!(rules.contains("table inet flannel_reader"), "{rules}");
+            host.docker(&["rm", "-f", "c1"])?;
+            host.docker(&["network", "rm", "web"])?;
+            as_before(host, &before, &plugin)?;
+            ensure!(host.read("/run/flannel/subnet.env")? == env);
+
+            // And what a plugin left behind that ended before its networks were removed.
+            host.docker(CREATE)?;
+            host.docker_run("c1", &["--network", "web"])?;
+            plugin.stop(secs(20))?;
+            host.out(&[&["flannel-docker-plugin", "--cleanup"], endpoints].concat())?;
+            as_before(host, &before, &plugin)?;
+            ensure!(host.read("/run/flannel/subnet.env")? == env);
+            ensure!(leases(lab)?.len() == 1 && owner.alive(), "{:?}", leases(lab)?);
+            let plugin = start_plugin(host, endpoints)?;
+            host.docker(&["rm", "-f", "c1"])?;
+            host.docker(&["network", "rm", "web"])?;
+            plugin.stop(secs(20))?;
+        }
+        Ok(())
+    });
+}
+
+fn as_before(host: &Host, before: &str, plugin: &Daemon) -> Result<()> {
+    eventually("the kernel is as before", secs(15), || {
+        let now = host.network_state()?;
+        ensure!(now == *before, "{now}\n--- before\n{before}\n{}", plugin.tail());
+        Ok(())
+    })
 }

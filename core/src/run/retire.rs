@@ -15,6 +15,7 @@ use crate::decide::bridge::masquerade_table;
 use crate::decide::{self, plan, publish};
 use crate::touch::ledger::{DEFAULT_ROOT, Ledger, Retired};
 use crate::touch::marker;
+use crate::touch::other_agents::OtherAgent;
 use crate::touch::subnet_env::SubnetEnv;
 use crate::touch::world::kernel::Kernel;
 use crate::words::addr::{InterfaceAddress, Mac, Prefix};
@@ -56,6 +57,12 @@ pub async fn everything(flags: &CommonFlags, store: NetworkStore) -> anyhow::Res
         let _ = fs::remove_dir(directory);
     }
     Ok(())
+}
+
+/// Whether another agent serves a network on this host: then only what a reader made is anybody's to remove.
+pub fn served_by_another(subnet_file: &Path, network: &NetworkName) -> anyhow::Result<bool> {
+    let door = hold::Door::open(subnet_file, network)?;
+    Ok(door.holder()?.is_some() || OtherAgent::find(subnet_file, door.file()).is_some())
 }
 
 /// What a reader made on this host for a network that another agent serves: its rules, and the bridge and the ledger
