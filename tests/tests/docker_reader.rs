@@ -9,8 +9,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use flannel_tests::flanneld::{SubnetEnv, leases, put_config};
 use flannel_tests::{
-    Container, Daemon, Host, HttpServer, IMAGE, Lab, LabPlan, PingStream, eventually, http_get, in_lab, ping,
-    ping_within, secs, seen_as,
+    BIN_DIR, Container, Daemon, Host, HttpServer, IMAGE, Lab, LabPlan, PingStream, Place, eventually,
+    http_get, in_lab, ping, ping_within, secs, seen_as,
 };
 
 const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
@@ -180,6 +180,93 @@ fn an_owner_that_has_ended_for_good_is_succeeded() {
         h1.out(&["ip", "link", "del", "flannel.1"])?;
         eventually("the tunnel is repaired", secs(20), || ping(&c1, c2.ip()?))
     });
+}
+
+#[test]
+fn containers_of_docker_and_of_cni_share_a_node() {
+    in_lab(plan("reader-cni"), |lab| {
+        let (_owner, plugin, c1, c2) = two_containers(lab)?;
+        let host = lab.host(1);
+        let pods = [Pod::start(host, "pod1")?, Pod::start(host, "pod2")?];
+        let second = host.docker_run("second", &["--network", "web"])?;
+        let mut addresses = vec![c1.ip()?, second.ip()?];
+        for pod in &pods {
+            addresses.push(pod.ip()?);
+            ping_within(secs(5), pod, c1.ip()?)?;
+            ping_within(secs(5), pod, c2.ip()?)?;
+            ping(&second, pod.ip()?)?;
+            ping(&c2, pod.ip()?)?;
+        }
+        addresses.sort();
+        addresses.dedup();
+        ensure!(addresses.len() == 4, "given out twice: {addresses:?}");
+        let ports = host.out(&["ip", "-o", "link", "show", "master", "cni0"])?;
+        ensure!(ports.lines().count() == 4, "{ports}");
+
+        // Docker goes, the pods stay.
+        host.docker(&["rm", "-f", "c1", "second"])?;
+        host.docker(&["network", "rm", "web"])?;
+        let removed = || {
+            ensure!(!host.out(&["nft", "list", "tables"])?.contains("flannel_reader"), "{}", plugin.tail());
+            let held = host.sh("ls /var/lib/cni/networks/cbr0 | grep -c '^10\\.'")?;
+            ensure!(held == "2", "{held} addresses are held for two pods");
+            Ok(())
+        };
+        eventually("Docker's part is gone", secs(15), removed)?;
+        ping(&pods[0], pods[1].ip()?)?;
+        ping(&pods[0], c2.ip()?)?;
+        pods.iter().try_for_each(Pod::stop)
+    });
+}
+
+/// A container of CNI: a network namespace that our plugin has attached, as kube-flannel's configuration tells it to.
+struct Pod {
+    host: Host,
+    name: &'static str,
+}
+
+impl Pod {
+    fn start(host: &Host, name: &'static str) -> Result<Self> {
+        host.out(&["ip", "netns", "add", name])?;
+        let pod = Self { host: host.clone(), name };
+        pod.cni("ADD")?;
+        Ok(pod)
+    }
+
+    fn stop(&self) -> Result<()> {
+        self.cni("DEL")?;
+        self.host.out(&["ip", "netns", "del", self.name]).map(drop)
+    }
+
+    fn cni(&self, command: &str) -> Result<String> {
+        let name = self.name;
+        self.host.sh(&format!(
+            "echo '{{\"cniVersion\":\"1.0.0\",\"name\":\"cbr0\",\"type\":\"flannel\"}}' | \
+             CNI_COMMAND={command} CNI_CONTAINERID={name} CNI_NETNS=/run/netns/{name} CNI_IFNAME=eth0 \
+             CNI_PATH={BIN_DIR} flannel"
+        ))
+    }
+
+    fn ip(&self) -> Result<String> {
+        let shown = Place::out(self, &["ip", "-4", "-o", "addr", "show", "dev", "eth0"])?;
+        let cidr = shown.split_whitespace().nth(3).context(shown.clone())?;
+        Ok(cidr.split('/').next().unwrap_or_default().to_owned())
+    }
+}
+
+impl Place for Pod {
+    fn name(&self) -> String {
+        format!("{} on {}", self.name, self.host.name())
+    }
+
+    fn host(&self) -> &Host {
+        &self.host
+    }
+
+    fn enter(&self, argv: &[&str]) -> std::process::Command {
+        let net = format!("--net=/run/netns/{}", self.name);
+        self.host.enter(&[&["nsenter", &net, "--"], argv].concat())
+    }
 }
 
 #[test]
