@@ -53,6 +53,15 @@ impl Plugin {
         format!("docker network create -d {name} --ipam-driver {name} --subnet {cidr} NAME")
     }
 
+    /// The commands that work in a swarm.
+    pub(crate) fn swarm_commands(&self, cidr: Option<Prefix>) -> String {
+        let name = &self.settings.driver_name;
+        let cidr = cidr.map_or_else(|| definition::FALLBACK_CIDR.to_owned(), |cidr| cidr.to_string());
+        format!(
+            "on every node: docker network create --config-only --ipam-driver {name} --subnet {cidr} NAME-config; then on a manager: docker network create -d {name} --scope swarm --config-from NAME-config --attachable NAME"
+        )
+    }
+
     /// A Docker network as it was created.
     pub(crate) fn docker_network(&self, id: &str) -> Result<NetworkRecord, Refusal> {
         self.journal.networks().get(id).ok_or_else(|| {

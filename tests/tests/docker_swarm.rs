@@ -201,13 +201,36 @@ fn services_and_attached_containers_find_each_other_from_every_node() {
         })?;
         finds(&one_each(lab, &moved), NAMES, &moved)?;
 
-        // A second network on the same subnets; its service has a task on every node.
-        swarm_network(manager, "cfg", "two")?;
-        service(manager, "each", &["--network", "two", "--mode", "global"])?;
+        // More networks on the same subnets at once, one by the plugin's own command and one without an IPAM driver; their
+        // services have a task on every node.
+        for host in [h2, h3, manager] {
+            host.out(&["flannel-docker-plugin", "network", "create", "--swarm", "two"])?;
+            host.docker(&["network", "create", "--config-only", "--ipam-driver", "null", "three-config"])?;
+        }
+        swarm_network(manager, "three-config", "three")?;
         manager.docker(&["node", "update", "--availability", "active", h3.name()])?;
+        service(manager, "each", &["--network", "two", "--mode", "global"])?;
+        service(manager, "other", &["--network", "three", "--mode", "global"])?;
         let each = settled(lab, "each", &[1, 1, 1])?;
         finds(&each, &["each", "tasks.each"], &each)?;
-        ensure!(addresses(&each)?.is_disjoint(&addresses(&moved)?));
+        let other = settled(lab, "other", &[1, 1, 1])?;
+        finds(&other, &["other", "tasks.other"], &other)?;
+        let all = addresses(&[each.clone(), other, moved].concat())?;
+        ensure!(all.len() == 9, "{all:?} for nine tasks");
+        manager.docker(&["service", "rm", "other"])?;
+
+        // What cannot work says what does.
+        let create = ["network", "create", "-d", MANAGED, "--scope", "swarm", "wrong"];
+        manager.docker(&create)?;
+        service(manager, "wrong", &["--network", "wrong"])?;
+        eventually("the task is rejected with what to type", secs(30), || {
+            let said =
+                manager.docker(&["service", "ps", "--no-trunc", "-f", "desired-state=shutdown", "wrong"])?;
+            ensure!(said.contains("--scope swarm --config-from NAME-config"), "{said}");
+            Ok(())
+        })?;
+        manager.docker(&["service", "rm", "wrong"])?;
+
         // A node's engine stops, and its plugin with it, first a worker's and then the manager's.
         for node in [1, 0] {
             let host = &lab.hosts()[node];
@@ -224,9 +247,11 @@ fn services_and_attached_containers_find_each_other_from_every_node() {
         manager.docker(&["service", "rm", "web", "each"])?;
         settled(lab, "web", &[0, 0, 0])?;
         settled(lab, "each", &[0, 0, 0])?;
-        eventually("the networks can be removed", secs(30), || {
-            manager.docker(&["network", "rm", "web", "two"])
-        })?;
+        for name in ["web", "two", "three", "wrong"] {
+            eventually(format!("{name} can be removed"), secs(30), || {
+                manager.docker(&["network", "rm", name])
+            })?;
+        }
         for (host, before) in lab.hosts().iter().zip(&before) {
             eventually(format!("nothing is left on {}", host.name()), secs(20), || {
                 let now = ours(host)?;

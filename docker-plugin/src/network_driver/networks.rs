@@ -30,7 +30,11 @@ pub(super) async fn create_network(
             request.ipv4_data.len()
         )));
     };
-    let (part, ipam) = part_behind(&plugin, pool, &options).await?;
+    let behind = part_behind(&plugin, pool, &options).await;
+    let (part, ipam) = behind.map_err(|refusal| match lacks_config(&request, pool) {
+        true => without_config(&plugin, pool),
+        false => refusal,
+    })?;
     let asked_here = asks_itself(ipam, &options);
     let created = create_on(&plugin, &part, ipam, options, request).await;
     if created.is_err() && asked_here {
@@ -123,6 +127,23 @@ async fn part_behind(
         plugin.networks().withdraw(network)?;
     }
     checked.map(|part| (part, ipam))
+}
+
+/// Whether this is a swarm's network that was created without `--config-from`: engines drop its `--ipam-driver` and its
+/// `--subnet`, and every node takes a pool of its own choice.
+fn lacks_config(request: &wire::CreateNetwork, pool: &wire::PoolData) -> bool {
+    /// Of a network that one engine made; a swarm's ids are shorter.
+    const LOCAL_ID: usize = 64;
+    let engines_own = ![LOCAL_SPACE, GLOBAL_SPACE, "null"].contains(&pool.address_space.as_str());
+    engines_own && request.network_id.len() < LOCAL_ID
+}
+
+fn without_config(plugin: &Plugin, pool: &wire::PoolData) -> Refusal {
+    let cidr = pool.pool.parse().ok().and_then(|pool| plugin.networks().cidr_near(pool));
+    Refusal(format!(
+        "a swarm's network takes each node's addresses from a config-only network there, and this one was created without --config-from: remove it, then type {}",
+        plugin.swarm_commands(cidr)
+    ))
 }
 
 /// Whether no RequestPool came before: then the network may not run yet, and nobody gives the pool back.
