@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use flannel_core::touch::whole_file;
 use flannel_core::words::addr::{InterfaceAddress, Mac, Prefix};
+use flannel_core::words::exposure::PublishedPort;
 use flannel_core::words::name::{LinkName, NetworkName};
 use flannel_core::words::units::Mtu;
 
@@ -91,6 +92,9 @@ pub(crate) struct EndpointRecord {
     pub(crate) stage: Stage,
     /// Who handed the address out.
     pub(crate) ipam: Ipam,
+    /// Ports of this host that lead to it.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub(crate) ports: BTreeSet<PublishedPort>,
     /// When it was created, seconds since 1970.
     pub(crate) created: u64,
 }
@@ -111,6 +115,7 @@ impl EndpointRecord {
             mac,
             stage: Stage::Created,
             ipam: record.ipam,
+            ports: BTreeSet::new(),
             created: now(),
         }
     }
@@ -295,6 +300,11 @@ impl<Record: Serialize + DeserializeOwned + Clone> Shelf<Record> {
         self.lock().iter().map(|(id, record)| (id.clone(), record.clone())).collect()
     }
 
+    /// Shows every record.
+    pub(crate) fn each(&self, mut see: impl FnMut(&str, &Record)) {
+        self.lock().iter().for_each(|(id, record)| see(id, record));
+    }
+
     /// The first record for which something holds.
     pub(crate) fn find(&self, mut holds: impl FnMut(&str, &Record) -> bool) -> Option<(String, Record)> {
         self.lock()
@@ -406,6 +416,7 @@ mod tests {
             mac: "0a:58:0a:64:05:02".parse().unwrap(),
             stage: Stage::Created,
             ipam: Ipam::Flannel,
+            ports: BTreeSet::new(),
             created: 7,
         }
     }

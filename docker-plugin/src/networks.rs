@@ -26,12 +26,14 @@ use flannel_core::run::{retire, setup};
 use flannel_core::touch::ledger::{Entry, Ledger, Retired};
 use flannel_core::words::addr::{Family, Prefix};
 use flannel_core::words::code::Code;
+use flannel_core::words::exposure::Exposure;
 use flannel_core::words::name::{LinkName, NetworkName};
 use flannel_core::words::units::Mtu;
 
 use crate::answer::{Refusal, blocking};
 use crate::catalogue::Catalogue;
 use crate::definition::Wish;
+use crate::exposure;
 use crate::journal::{Journal, PoolRecord};
 use crate::settings::Settings;
 use crate::status::NetworkStatus;
@@ -75,6 +77,8 @@ struct Served {
     status: watch::Receiver<Status>,
     bridge: Option<LinkName>,
     isolated_from: watch::Sender<BTreeSet<Prefix>>,
+    /// What its agent was told last of its endpoints.
+    exposure: Option<Exposure>,
 }
 
 impl Served {
@@ -354,10 +358,15 @@ impl Networks {
         .map_err(|error| Refusal(format!("{error:#}")))?;
         settings.bridge = bridge;
         settings.reads_only = reads_only;
+        settings.exposure = Some(exposure::of(&self.journal, network));
         let agent = Agent::spawn(settings);
         let status = agent.status();
-        self.served()
-            .insert(network.clone(), Served { agent, status: status.clone(), bridge, isolated_from });
+        self.served().insert(
+            network.clone(),
+            Served { agent, status: status.clone(), bridge, isolated_from, exposure: None },
+        );
+        // What was recorded while it was being started.
+        drop(self.expose(network));
         self.isolate();
         tokio::spawn(Arc::clone(self).follow(status));
         Ok(())
@@ -367,6 +376,46 @@ impl Networks {
     async fn follow(self: Arc<Self>, mut status: watch::Receiver<Status>) {
         while status.changed().await.is_ok() {
             self.isolate();
+        }
+    }
+
+    /// Tells a network's agent what is particular about its endpoints now. Resolves when the kernel has it, at once if no agent
+    /// runs: one that starts later reads it by itself.
+    pub(crate) fn expose(
+        &self,
+        network: &NetworkName,
+    ) -> impl Future<Output = Result<(), String>> + Send + use<> {
+        // Read under the lock: of two calls the one that is sent last has read what both have recorded.
+        let mut served = self.served();
+        let told = served.get_mut(network).map(|served| {
+            let exposure = exposure::of(&self.journal, network);
+            served.exposure = Some(exposure.clone());
+            served.agent.expose(exposure)
+        });
+        drop(served);
+        async move {
+            match told {
+                Some(told) => told.await,
+                None => Ok(()),
+            }
+        }
+    }
+
+    /// The same for every network whose endpoints are not as its agent was told last.
+    pub(crate) fn expose_changes(&self) {
+        let names: Vec<NetworkName> = {
+            let served = self.served();
+            let changed = |name: &NetworkName, served: &Served| {
+                served.exposure.as_ref() != Some(&exposure::of(&self.journal, name))
+            };
+            served
+                .iter()
+                .filter(|(name, served)| changed(name, served))
+                .map(|(name, _)| name.clone())
+                .collect()
+        };
+        for name in names {
+            drop(self.expose(&name));
         }
     }
 

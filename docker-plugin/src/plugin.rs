@@ -13,12 +13,14 @@ use crate::answer::{Refusal, blocking};
 use crate::ipam_driver::PoolId;
 use crate::journal::{EndpointRecord, Ipam, Journal, NetworkRecord, Stage};
 use crate::networks::{Networks, Part};
+use crate::ports::Ports;
 use crate::settings::Settings;
 use crate::status::Status;
 use crate::suspects::Suspects;
 use crate::turns::Turns;
-use crate::{definition, veth, wire};
+use crate::{definition, port_socket, veth, wire};
 
+mod publish;
 mod sweep;
 
 /// The plugin.
@@ -30,11 +32,16 @@ pub(crate) struct Plugin {
     turns: Turns,
     /// Endpoints whose container looks dead.
     suspects: Mutex<Suspects>,
+    ports: Ports,
 }
 
 impl Plugin {
     pub(crate) fn new(settings: Arc<Settings>, journal: Arc<Journal>, networks: Arc<Networks>) -> Self {
-        Self { settings, journal, networks, turns: Turns::default(), suspects: Mutex::default() }
+        port_socket::raise_limit();
+        let ports = Ports::default();
+        journal.endpoints().each(|id, record| ports.restore(id, &record.network, &record.ports));
+        let (turns, suspects) = (Turns::default(), Mutex::default());
+        Self { settings, journal, networks, turns, suspects, ports }
     }
 
     pub(crate) fn networks(&self) -> &Arc<Networks> {
@@ -291,8 +298,10 @@ impl Plugin {
     /// Records that the engine has deleted an endpoint; false if it is not known.
     pub(crate) fn mark_deleted(&self, id: &str) -> Result<bool, Refusal> {
         let Some(record) = self.journal.endpoints().get(id) else { return Ok(false) };
-        let deleted = EndpointRecord { stage: Stage::Deleted, ..record };
+        let deleted = EndpointRecord { stage: Stage::Deleted, ports: BTreeSet::new(), ..record };
         self.journal.endpoints().put(id, deleted).map_err(|error| Refusal::of(&error))?;
+        self.ports.release(id);
+        self.networks.expose_changes();
         Ok(true)
     }
 
@@ -331,6 +340,7 @@ impl Plugin {
             released.map_err(|error| Refusal::of(&error))?;
         }
         self.journal.endpoints().remove(id).map_err(|error| Refusal::of(&error))?;
+        self.ports.release(id);
         Ok(())
     }
 }

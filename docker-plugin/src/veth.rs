@@ -42,7 +42,8 @@ pub(crate) fn attach(endpoint_id: &str, port: &Port) -> Result<LinkName, Refusal
         container_link: container_link(endpoint_id, &port.network),
         birth: Birth::OnHost,
         bridge: port.bridge,
-        hairpin: false,
+        // With bridge-nf-call-iptables a packet to a port that the container itself publishes turns round on the bridge.
+        hairpin: true,
         mtu: Some(port.mtu),
         mac: Some(port.mac),
         // Addresses and routes are the engine's to set, inside the container.

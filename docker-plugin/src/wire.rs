@@ -248,23 +248,30 @@ pub(crate) struct ProgramExternalConnectivity {
     pub(crate) options: Options,
 }
 
-/// One published port, as `com.docker.network.portmap` holds it.
-#[derive(Deserialize, Debug)]
-#[serde(rename_all = "PascalCase")]
-pub(crate) struct PublishedPort {
+/// One `-p`, as `com.docker.network.portmap` holds it. A range on both sides comes split, one entry per port.
+#[derive(Deserialize, Clone, PartialEq, Eq, Debug)]
+pub(crate) struct PortBinding {
     /// IP protocol number: 6 TCP, 17 UDP, 132 SCTP.
+    #[serde(rename = "Proto")]
     pub(crate) proto: u8,
     /// In the container.
+    #[serde(rename = "Port")]
     pub(crate) port: u16,
+    /// On which address of the host; empty means all, or the network's default.
+    #[serde(rename = "HostIP", default)]
+    pub(crate) host_ip: String,
     /// On the host; 0 means any.
-    #[serde(default)]
+    #[serde(rename = "HostPort", default)]
     pub(crate) host_port: u16,
+    /// The last of those that will do, if there are several.
+    #[serde(rename = "HostPortEnd", default)]
+    pub(crate) host_port_end: u16,
 }
 
-/// The ports that `-p` asks for. A map entry of another shape counts as none.
-pub(crate) fn published_ports(options: &Options) -> Vec<PublishedPort> {
+/// The ports that `-p` and `-P` ask for.
+pub(crate) fn port_bindings(options: &Options) -> Result<Vec<PortBinding>, serde_json::Error> {
     let entry = options.get("com.docker.network.portmap").cloned().unwrap_or(Value::Null);
-    serde_json::from_value::<Option<Vec<PublishedPort>>>(entry).ok().flatten().unwrap_or_default()
+    Ok(serde_json::from_value::<Option<Vec<PortBinding>>>(entry)?.unwrap_or_default())
 }
 
 #[cfg(test)]
@@ -301,7 +308,11 @@ mod tests {
             r#"{"com.docker.network.portmap":[{"Proto":6,"IP":"","Port":80,"HostIP":"","HostPort":8080,"HostPortEnd":8080}]}"#,
         )
         .unwrap();
-        assert_eq!(published_ports(&options)[0].host_port, 8080);
-        assert!(published_ports(&Options::new()).is_empty());
+        let wanted =
+            PortBinding { proto: 6, port: 80, host_ip: "".into(), host_port: 8080, host_port_end: 8080 };
+        assert_eq!(port_bindings(&options).unwrap(), [wanted]);
+        assert_eq!(port_bindings(&Options::new()).unwrap(), []);
+        let odd = Options::from([("com.docker.network.portmap".into(), Value::from("80"))]);
+        assert!(port_bindings(&odd).is_err());
     }
 }

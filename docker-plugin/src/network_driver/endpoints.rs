@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use flannel_core::words::addr::{InterfaceAddress, Mac};
 
 use crate::answer::{Nothing, Refusal, blocking};
+use crate::exposure;
 use crate::journal::{EndpointRecord, Ipam};
 use crate::options::{EndpointOptions, Publish};
 use crate::plugin::Plugin;
@@ -70,7 +71,14 @@ fn given_mac(text: &str) -> Result<Option<Mac>, Refusal> {
 pub(super) async fn join(plugin: Arc<Plugin>, request: wire::Join) -> Result<wire::Joined, Refusal> {
     let network = plugin.docker_network(&request.network_id)?;
     let (id, of) = (request.endpoint_id, network.clone());
-    let src_name = blocking(move || plugin.plug_in(&id, &of)).await?;
+    let plugs = Arc::clone(&plugin);
+    let src_name = blocking(move || plugs.plug_in(&id, &of)).await?;
+    if exposure::is_particular(&network) {
+        // Before the container can send anything.
+        plugin.expose(&network.network).await.map_err(|cause| {
+            Refusal(format!("what the network's options keep apart could not be kept apart: {cause}"))
+        })?;
+    }
     let gateway = network.gateway.to_string();
     // Without a gateway of ours an engine gives the container its own (docker_gwbridge), unless the network is internal.
     let leads_out = network.options.publish == Publish::Driver && !network.options.internal;

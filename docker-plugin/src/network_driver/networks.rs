@@ -94,8 +94,7 @@ fn refuse_what_is_not_built(request: &wire::CreateNetwork, options: &NetworkOpti
     };
     not_built(options.internal, "--internal")?;
     not_built(options.isolated, "-o com.docker.network.bridge.enable_icc=false")?;
-    not_built(options.masquerade.is_some(), "-o com.docker.network.bridge.enable_ip_masquerade")?;
-    not_built(options.host_binding.is_some(), "-o com.docker.network.bridge.host_binding_ipv4")
+    not_built(options.masquerade.is_some(), "-o com.docker.network.bridge.enable_ip_masquerade")
 }
 
 /// This node's part of the flannel network that the pool belongs to, and who hands its addresses out.

@@ -31,6 +31,8 @@ impl Plugin {
             }
         }
         self.sweep_ledgers();
+        self.ports.retain(|endpoint| self.journal.endpoints().get(endpoint).is_some());
+        self.networks.expose_changes();
         self.networks.let_go_of_stale();
     }
 
