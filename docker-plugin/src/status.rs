@@ -62,6 +62,9 @@ pub(crate) struct EndpointStatus {
     pub(crate) mac: String,
     /// `created`, `joined` or `deleted`.
     pub(crate) stage: String,
+    /// Ports of this host that lead to it, like `0.0.0.0:8080->10.100.5.2:80/tcp`.
+    #[serde(default)]
+    pub(crate) ports: Vec<String>,
     /// The host's end of its veth pair.
     pub(crate) link: String,
     /// Whether the kernel has that link; none if it could not be asked.
@@ -82,6 +85,7 @@ impl Status {
                 address: record.address.to_string(),
                 mac: record.mac.to_string(),
                 stage: stage(record.stage).to_owned(),
+                ports: record.ports.iter().map(ToString::to_string).collect(),
                 link_exists: links.as_ref().ok().map(|links| links.contains(&link)),
                 link: link.to_string(),
                 id,

@@ -221,9 +221,10 @@ fn table(status: &Status, engine: &[EngineNetwork]) -> String {
             endpoint.mac.clone(),
             short(&endpoint.id).to_owned(),
             endpoint.stage.clone(),
+            if endpoint.ports.is_empty() { none() } else { endpoint.ports.join(",") },
         ]
     });
-    columns(&mut text, ["CONTAINER", "NETWORK", "ADDRESS", "MAC", "ENDPOINT", "STATE"], endpoints);
+    columns(&mut text, ["CONTAINER", "NETWORK", "ADDRESS", "MAC", "ENDPOINT", "STATE", "PORTS"], endpoints);
     text
 }
 
@@ -285,6 +286,7 @@ mod tests {
                 address: "10.100.5.2/24".into(),
                 mac: "0a:58:0a:64:05:02".into(),
                 stage: "joined".into(),
+                ports: vec!["0.0.0.0:8080->10.100.5.2:80/tcp".into()],
                 link: "veth1".into(),
                 link_exists: Some(true),
             }],
@@ -308,6 +310,7 @@ mod tests {
         let text = table(&status, &engine);
         assert!(text.contains("default           10.100.0.0/16   10.100.5.0/24   vxlan"), "{text}");
         assert!(text.contains("web1        web       10.100.5.2/24"), "{text}");
+        assert!(text.contains("joined   0.0.0.0:8080->10.100.5.2:80/tcp"), "{text}");
     }
 
     #[test]

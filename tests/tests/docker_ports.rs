@@ -1,0 +1,231 @@
+//! Published ports under real engines: who reaches them, by which address, and what they survive.
+
+use anyhow::{Context, Result, ensure};
+use flannel_tests::{
+    Container, Daemon, Host, HttpServer, IMAGE, Lab, LabPlan, Place, eventually, http_get, in_lab, secs,
+    seen_as, tcp_opens,
+};
+
+const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
+const CREATE: &[&str] =
+    &["network", "create", "-d", "flannel", "--ipam-driver", "flannel", "--subnet", "10.100.0.0/16", "web"];
+const CREATE_OTHER: &[&str] = &[
+    "network",
+    "create",
+    "-d",
+    "flannel",
+    "--ipam-driver",
+    "flannel",
+    "--subnet",
+    "10.200.0.0/16",
+    "--ipam-opt",
+    "network=other",
+    "other",
+];
+
+/// As Debian installs hosts: forwarding is off until the engine switches it on, and then FORWARD drops.
+fn plan(name: &str, hosts: usize) -> LabPlan {
+    Lab::new(name).hosts(hosts).ip_forward(false).needs(&["dockerd", "docker", "busybox"])
+}
+
+fn start_plugin(host: &Host, flags: &[&str]) -> Result<Daemon> {
+    let daemon = host.spawn("flannel-docker-plugin", &[&["flannel-docker-plugin"], flags].concat(), &[])?;
+    eventually("the plugin's socket", secs(5), || host.exists("/run/docker/plugins/flannel.sock"))
+        .with_context(|| daemon.tail())?;
+    Ok(daemon)
+}
+
+/// A plugin on the lab's etcd, an engine with the image, and the network.
+fn start_all(lab: &Lab, host: &Host) -> Result<(Daemon, Daemon)> {
+    let plugin = start_plugin(host, &[&format!("--etcd-endpoints={}", lab.etcd_endpoint())])?;
+    let dockerd = host.start_dockerd(&[])?;
+    host.load_image()?;
+    host.docker(CREATE)?;
+    Ok((plugin, dockerd))
+}
+
+/// What somebody at `from` gets at a published port within a few seconds.
+fn served(from: &dyn Place, at: &str, text: &str) -> Result<()> {
+    eventually(format!("{} reaches http://{at}/", from.name()), secs(5), || {
+        let said = http_get(from, &format!("http://{at}/"))?;
+        ensure!(said == text, "{said:?} instead of {text:?}");
+        Ok(())
+    })
+}
+
+/// A container with published ports and a web server in it.
+fn serve(host: &Host, name: &str, args: &[&str], port: u16) -> Result<(Container, HttpServer)> {
+    let container = host.docker_run(name, &[&["--network", "web"], args].concat())?;
+    let server = HttpServer::start(&container, port, name)?;
+    Ok((container, server))
+}
+
+#[test]
+fn a_published_port_is_reached_from_everywhere() {
+    in_lab(plan("ports-reach", 2).etcd().outside(), |lab| {
+        lab.etcdctl(&["put", "/coreos.com/network/config", VXLAN])?;
+        let (h1, h2) = (lab.host(1), lab.host(2));
+        let _one = start_all(lab, h1)?;
+        let _two = start_all(lab, h2)?;
+        ensure!(h1.sh("iptables -S FORWARD | head -1")? == "-P FORWARD DROP");
+        ensure!(h1.sh("cat /proc/sys/net/bridge/bridge-nf-call-iptables")? == "1");
+        let (c1, _server) = serve(h1, "c1", &["-p", "8080:80"], 80)?;
+        let neighbor = h1.docker_run("n1", &["--network", "web"])?;
+        let far = h2.docker_run("c2", &["--network", "web"])?;
+        let on_host = format!("{}:8080", h1.ip());
+        let gateway = c1.sh("ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p'")?;
+
+        served(lab.outside(), &on_host, "c1")?;
+        served(h2, &on_host, "c1")?;
+        served(&far, &on_host, "c1")?;
+        served(h1, &on_host, "c1")?;
+        served(h1, "127.0.0.1:8080", "c1")?;
+        served(h1, "127.1.2.3:8080", "c1")?;
+        served(h1, &format!("{gateway}:8080"), "c1")?;
+        for place in [&c1, &neighbor] {
+            served(place, &on_host, "c1")?;
+            served(place, &format!("{gateway}:8080"), "c1")?;
+        }
+
+        // The container sees who calls, wherever the answer comes back through this host by itself.
+        ensure!(seen_as(lab.outside(), h1.ip(), 8080)? == "198.51.100.2");
+        ensure!(seen_as(h2, h1.ip(), 8080)? == h2.ip().to_string());
+        ensure!(seen_as(h1, h1.ip(), 8080)? == h1.ip().to_string());
+        ensure!(seen_as(h1, "127.0.0.1", 8080)? == gateway);
+        ensure!(seen_as(&neighbor, h1.ip(), 8080)? == gateway);
+        // What is not published is not reached.
+        ensure!(tcp_opens(lab.outside(), h1.ip(), 80).is_err());
+        // Without bridges in iptables the way of a packet is another one.
+        h1.sh("echo 0 > /proc/sys/net/bridge/bridge-nf-call-iptables")?;
+        for place in [&c1, &neighbor] {
+            served(place, &on_host, "c1")?;
+        }
+        // Nobody beside the host reaches what listens on 127.0.0.1 only.
+        let _private = HttpServer::start(h1, 9999, "private")?;
+        h2.sh(&format!(
+            "ip route add 127.0.0.9/32 via {} dev eth0; sysctl -qw net.ipv4.conf.eth0.route_localnet=1",
+            h1.ip()
+        ))?;
+        ensure!(tcp_opens(h2, "127.0.0.9", 9999).is_err());
+
+        // The port goes with the container, and so does what it needed.
+        h1.docker(&["rm", "-f", "c1"])?;
+        eventually("nothing is published", secs(5), || {
+            let tables = h1.out(&["nft", "list", "tables"])?;
+            ensure!(!tables.contains("endpoints"), "{tables}");
+            let localnet = h1.out(&["cat", "/proc/sys/net/ipv4/conf/cni0/route_localnet"])?;
+            ensure!(localnet == "0", "route_localnet is {localnet}");
+            Ok(())
+        })?;
+        ensure!(tcp_opens(h2, h1.ip(), 8080).is_err());
+        Ok(())
+    });
+}
+
+#[test]
+fn ports_are_bound_as_docker_binds_them() {
+    in_lab(plan("ports-bound", 2), |lab| {
+        let (h1, h2) = (lab.host(1), lab.host(2));
+        let _plugin = start_plugin(h1, &[])?;
+        let _dockerd = h1.start_dockerd(&[])?;
+        h1.load_image()?;
+        h1.docker(CREATE)?;
+        h1.docker(CREATE_OTHER)?;
+        let ip = h1.ip().to_string();
+
+        // One address only, a range, whatever is exposed.
+        let _local = serve(h1, "local", &["-p", "127.0.0.1:8081:80"], 80)?;
+        served(h1, "127.0.0.1:8081", "local")?;
+        ensure!(tcp_opens(h2, &ip, 8081).is_err() && tcp_opens(h1, &ip, 8081).is_err());
+        let _one = serve(h1, "one", &["-p", &format!("{ip}:8082:80")], 80)?;
+        served(h2, &format!("{ip}:8082"), "one")?;
+        ensure!(tcp_opens(h1, "127.0.0.1", 8082).is_err());
+        let (ranged, _server) = serve(h1, "ranged", &["-p", "9000-9002:9000-9002"], 9002)?;
+        served(h2, &format!("{ip}:9002"), "ranged")?;
+        let _exposed = serve(h1, "exposed", &["-P", "--expose", "80"], 80)?;
+        let end = format!("->{}:80/tcp", h1.docker_ip("exposed", "web")?);
+        let all = published(h1)?;
+        let port = all.iter().find_map(|line| line.strip_suffix(&end)).context(all.join(" "))?;
+        let port = port.rsplit(':').next().context("no port")?;
+        served(h2, &format!("{ip}:{port}"), "exposed")?;
+
+        // Another network's container, which does not reach the container itself.
+        let other = h1.docker_run("other", &["--network", "other"])?;
+        ensure!(tcp_opens(&other, ranged.ip()?, 9002).is_err());
+        served(&other, &format!("{ip}:9002"), "ranged")?;
+
+        // Clashes name who is in the way.
+        let clash = h1.try_docker(&["run", "--rm", "--network", "other", "-p", "9001:80", IMAGE, "true"])?;
+        for part in
+            ["Bind for 0.0.0.0:9001 failed: port is already allocated", &ranged.ip()?, "network default"]
+        {
+            ensure!(!clash.ok() && clash.stderr.contains(part), "{clash}\nnot: {part}");
+        }
+        let _listener = HttpServer::start(h1, 8090, "the host")?;
+        let clash = h1.try_docker(&["run", "--rm", "--network", "web", "-p", "8090:80", IMAGE, "true"])?;
+        ensure!(!clash.ok() && clash.stderr.contains("a program of this host uses tcp port 8090"), "{clash}");
+        served(h1, "127.0.0.1:8090", "the host")?;
+        // And the other way round: what is published is nobody else's.
+        let taken = h1.run(&["timeout", "2", "busybox", "nc", "-l", "-p", "9001"])?;
+        ensure!(!taken.ok() && taken.stderr.contains("in use"), "{taken}");
+        let away =
+            h1.try_docker(&["run", "--rm", "--network", "web", "-p", "192.0.2.1:80:80", IMAGE, "true"])?;
+        ensure!(!away.ok() && away.stderr.contains("192.0.2.1:80"), "{away}");
+        // A refused container leaves its port to the next one.
+        h1.docker(&["rm", "-f", "ranged"])?;
+        h1.docker(&["run", "--rm", "--network", "other", "-p", "9001:80", IMAGE, "true"])?;
+        Ok(())
+    });
+}
+
+/// What the plugin says is published on a host.
+fn published(host: &Host) -> Result<Vec<String>> {
+    let text = host.sh("flannel-docker-plugin status")?;
+    Ok(text.split([' ', ',', '\n']).filter(|word| word.contains("->")).map(str::to_owned).collect())
+}
+
+#[test]
+fn published_ports_survive_what_happens_to_the_host() {
+    in_lab(plan("ports-survive", 2).etcd(), |lab| {
+        lab.etcdctl(&["put", "/coreos.com/network/config", VXLAN])?;
+        let (h1, h2) = (lab.host(1), lab.host(2));
+        let (plugin, dockerd) = start_all(lab, h1)?;
+        let publish = ["--restart=always", "-p", "8080:80"];
+        let command = ["--network", "web", "--entrypoint", "busybox"];
+        let server = ["httpd", "-f", "-p", "80", "-h", "/etc"];
+        let mut run = vec!["run", "-d", "--name", "c1"];
+        run.extend(publish.iter().chain(&command));
+        run.push(IMAGE);
+        run.extend(server);
+        h1.docker(&run)?;
+        let at = format!("http://{}:8080/group", h1.ip());
+        let reached = |what: &str| {
+            eventually(format!("the port is reached after {what}"), secs(30), || {
+                let said = http_get(h2, &at)?;
+                ensure!(said.starts_with("root:"), "{said:?}");
+                Ok(())
+            })
+        };
+        reached("its start")?;
+
+        h1.out(&["nft", "flush", "ruleset"])?;
+        reached("nft flush ruleset")?;
+
+        plugin.crash()?;
+        reached("the plugin's end")?;
+        let endpoints = format!("--etcd-endpoints={}", lab.etcd_endpoint());
+        let plugin = start_plugin(h1, &[&endpoints])?;
+        reached("the plugin's restart")?;
+        let clash = h1.try_docker(&["run", "--rm", "--network", "web", "-p", "8080:80", IMAGE, "true"])?;
+        ensure!(!clash.ok() && clash.stderr.contains("already allocated"), "{clash}\n{}", plugin.tail());
+
+        dockerd.stop(secs(30))?;
+        ensure!(tcp_opens(h2, h1.ip(), 8080).is_err(), "the container is gone and its port is not");
+        let dockerd = h1.start_dockerd(&[])?;
+        reached("the engine's restart")?;
+        dockerd.crash()?;
+        let _dockerd = h1.start_dockerd(&[])?;
+        reached("the engine's crash")?;
+        Ok(())
+    });
+}
