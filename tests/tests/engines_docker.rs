@@ -370,8 +370,8 @@ fn wrong_use_is_answered_with_what_to_type() {
             (&[&flannel[..], &["--ipv6", "wrong"]].concat(), "IPv6 is not built yet"),
             (&[&flannel[..], &["-o", "mtu=1400", "wrong"]].concat(), "-o mtu: "),
             (
-                &["run", "--rm", "--network", "web", "-p", "8080:80", IMAGE, "true"],
-                "leave -p 8080:80/tcp out",
+                &["run", "--rm", "--network", "web", "-p", "192.0.2.1:80:80", IMAGE, "true"],
+                "Bind for 192.0.2.1:80",
             ),
             (&["run", "--rm", "--network", "web", "--ip", "10.100.0.1", IMAGE, "true"], "10.100.0.1"),
         ];

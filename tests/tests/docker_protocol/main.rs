@@ -357,7 +357,7 @@ fn wrong_use_is_refused_with_what_to_type() {
             (
                 "NetworkDriver.ProgramExternalConnectivity",
                 program_request(NETWORK, ENDPOINT, port),
-                "leave -p 8080:80/tcp out",
+                "is unknown: it was never created",
             ),
             (
                 "NetworkDriver.CreateEndpoint",
