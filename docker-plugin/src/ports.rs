@@ -4,6 +4,7 @@
 //! not what is there.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -47,22 +48,13 @@ pub(crate) enum PortError {
     },
     /// Another endpoint has it.
     #[error(
-        "Bind for {at} failed: port is already allocated: {protocol} {published} leads to container address {address} on flannel network {network} (endpoint {short}): stop that container, or publish another port of this host",
-        short = endpoint.get(..12).unwrap_or(endpoint)
+        "Bind for {at} failed: port is already allocated: {holder}: stop that container, or publish another port of this host"
     )]
     Held {
         /// What was wanted.
         at: SocketAddr,
-        /// Protocol.
-        protocol: Transport,
-        /// What the holder has.
-        published: SocketAddr,
-        /// Where it leads.
-        address: IpAddr,
-        /// The holder's network.
-        network: NetworkName,
-        /// The holder.
-        endpoint: String,
+        /// Who has it.
+        holder: Box<Holder>,
     },
     /// A program of this host has it.
     #[error(
@@ -97,6 +89,26 @@ pub(crate) enum PortError {
     },
 }
 
+/// Who has a port.
+#[derive(Debug)]
+pub(crate) struct Holder {
+    port: PublishedPort,
+    network: NetworkName,
+    endpoint: String,
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { port, network, endpoint } = self;
+        let (at, short) = (at(port), endpoint.get(..12).unwrap_or(endpoint));
+        let (protocol, address) = (port.protocol, port.address);
+        write!(
+            f,
+            "{at}/{protocol} leads to container {address} on flannel network {network} (endpoint {short})"
+        )
+    }
+}
+
 impl PortError {
     /// Whether another port may do.
     fn concerns_one_port(&self) -> bool {
@@ -122,8 +134,8 @@ struct Claim {
     endpoint: String,
     network: NetworkName,
     port: PublishedPort,
-    /// None where none was to be had: at a start that is no reason to break what works.
-    _socket: Option<OwnedFd>,
+    /// Kept, not used. None where none was to be had: at a start that is no reason to break what works.
+    socket: Option<OwnedFd>,
 }
 
 #[derive(Default)]
@@ -154,7 +166,7 @@ impl Ports {
                 None
             });
             let (endpoint, network) = (endpoint.to_owned(), network.clone());
-            held.put(Claim { endpoint, network, port: *port, _socket: socket });
+            held.put(Claim { endpoint, network, port: *port, socket });
         }
     }
 
@@ -295,17 +307,12 @@ impl Held {
         let (at, protocol) = (at(&port), port.protocol);
         let others = self.by_port.get(&(protocol, port.host_port));
         if let Some(holder) = others.into_iter().flatten().find(|claim| claim.port.clashes(&port)) {
-            return Err(PortError::Held {
-                at,
-                protocol,
-                published: self::at(&holder.port),
-                address: holder.port.address,
-                network: holder.network.clone(),
-                endpoint: holder.endpoint.clone(),
-            });
+            let (network, endpoint) = (holder.network.clone(), holder.endpoint.clone());
+            let holder = Box::new(Holder { port: holder.port, network, endpoint });
+            return Err(PortError::Held { at, holder });
         }
         let same = |claim: &&Claim| claim.port.clashes(&port) && self::at(&claim.port) == at;
-        let socket = match before.iter().find(same).and_then(|claim| claim._socket.as_ref()) {
+        let socket = match before.iter().find(same).and_then(|claim| claim.socket.as_ref()) {
             Some(socket) => socket.try_clone().map(Some),
             None => keep(protocol, at),
         };
@@ -314,7 +321,7 @@ impl Held {
             _ => PortError::Bind { at, protocol, source },
         })?;
         let (endpoint, network) = (asker.endpoint.to_owned(), asker.network.clone());
-        Ok(Claim { endpoint, network, port, _socket: socket })
+        Ok(Claim { endpoint, network, port, socket })
     }
 }
 
