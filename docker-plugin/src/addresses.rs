@@ -136,19 +136,37 @@ impl Addresses {
         Ok(self.pool.admit(address)?)
     }
 
-    /// Claims exactly this address.
-    pub(crate) fn claim(&self, address: IpAddr) -> Result<InterfaceAddress, AddressError> {
+    /// Claims exactly this address; `makes_way` says of the endpoint that holds it whether it leaves it to us.
+    pub(crate) fn claim(
+        &self,
+        address: IpAddr,
+        makes_way: impl FnOnce(&str) -> bool,
+    ) -> Result<InterfaceAddress, AddressError> {
         let admitted = self.pool.admit(address)?;
-        let held = self.ledger.lock()?;
-        match held.claim(address, &pending()) {
-            Err(LedgerError::Taken { owner, .. })
-                if owner.container == PENDING && self.age(address) >= YIELDS_AFTER =>
-            {
-                held.reassign(address, &pending())?;
-            }
-            other => other?,
-        }
+        self.claim_exactly(&self.ledger.lock()?, address, &pending(), makes_way)?;
         Ok(admitted)
+    }
+
+    fn claim_exactly(
+        &self,
+        held: &HeldLedger<'_>,
+        address: IpAddr,
+        new: &Attachment,
+        makes_way: impl FnOnce(&str) -> bool,
+    ) -> Result<(), AddressError> {
+        let Err(error) = held.claim(address, new) else { return Ok(()) };
+        let LedgerError::Taken { owner, .. } = &error else { return Err(error.into()) };
+        // One that was written just now has an engine, and a call of ours, that go on with it.
+        let free = self.age(address) >= YIELDS_AFTER
+            && owner.interface != AUXILIARY
+            && owner
+                .container
+                .strip_prefix(DOCKER)
+                .is_some_and(|holder| owner.container == PENDING || makes_way(holder));
+        match free {
+            true => Ok(held.reassign(address, new)?),
+            false => Err(error.into()),
+        }
     }
 
     /// Claims an address for an endpoint that nobody asked for one before: `wanted`, else the next free one. An endpoint
@@ -157,15 +175,16 @@ impl Addresses {
         &self,
         endpoint_id: &str,
         wanted: Option<IpAddr>,
+        makes_way: impl FnOnce(&str) -> bool,
     ) -> Result<InterfaceAddress, AddressError> {
         let held = self.ledger.lock()?;
         let owner = owner(endpoint_id);
         let Some(wanted) = wanted else { return self.claim_next(&held, None, &owner) };
         let admitted = self.pool.admit(wanted)?;
-        match held.claim(wanted, &owner) {
-            Err(LedgerError::Taken { owner: holder, .. }) if holder == owner => Ok(admitted),
-            claimed => Ok(claimed.map(|()| admitted)?),
+        if held.owner(wanted)?.is_none_or(|holder| holder != owner) {
+            self.claim_exactly(&held, wanted, &owner, makes_way)?;
         }
+        Ok(admitted)
     }
 
     /// Keeps addresses from being handed out for as long as a Docker network lives: exactly these, no earlier ones. All or none.
@@ -311,9 +330,9 @@ mod tests {
         assert_eq!(addresses.claim_any(None).unwrap().address(), ip(3));
         addresses.release(ip(2), |_| true).unwrap();
         assert_eq!(addresses.claim_any(None).unwrap().address(), ip(4));
-        let error = addresses.claim(ip(4)).unwrap_err().to_string();
+        let error = addresses.claim(ip(4), |_| false).unwrap_err().to_string();
         assert!(error.contains("10.100.5.4 is already taken"), "{error}");
-        assert!(addresses.claim(ip(1)).is_err(), "the gateway");
+        assert!(addresses.claim(ip(1), |_| false).is_err(), "the gateway");
     }
 
     #[test]
@@ -350,29 +369,29 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let addresses = addresses(dir.path());
         // Asked for by our own IPAM driver's engine, or never asked for: an engine's own IPAM.
-        addresses.claim(ip(5)).unwrap();
+        addresses.claim(ip(5), |_| false).unwrap();
         for _ in 0..2 {
             addresses.keep("n1", &[ip(5), ip(6)].into()).unwrap();
         }
-        let error = addresses.claim(ip(5)).unwrap_err().to_string();
+        let error = addresses.claim(ip(5), |_| false).unwrap_err().to_string();
         assert_eq!(error, "10.100.5.5 is an auxiliary address (--aux-address) of Docker network n1");
         assert!(addresses.confirm(ip(6), "e1", |_| false).is_err());
         assert!(addresses.keep("n2", &[ip(4), ip(5)].into()).is_err());
-        assert!(addresses.claim_for("e1", Some(ip(4))).is_ok(), "nothing of what failed is left");
+        assert!(addresses.claim_for("e1", Some(ip(4)), |_| false).is_ok(), "nothing of what failed is left");
         addresses.keep("n1", &BTreeSet::new()).unwrap();
-        addresses.claim(ip(5)).unwrap();
+        addresses.claim(ip(5), |_| false).unwrap();
     }
 
     #[test]
     fn an_endpoint_without_an_ipam_driver_claims_for_itself() {
         let dir = tempfile::tempdir().unwrap();
         let addresses = addresses(dir.path());
-        assert_eq!(addresses.claim_for("e1", None).unwrap().address(), ip(2));
+        assert_eq!(addresses.claim_for("e1", None, |_| false).unwrap().address(), ip(2));
         for _ in 0..2 {
-            assert_eq!(addresses.claim_for("e2", Some(ip(7))).unwrap().address(), ip(7));
+            assert_eq!(addresses.claim_for("e2", Some(ip(7)), |_| false).unwrap().address(), ip(7));
         }
-        assert!(addresses.claim_for("e3", Some(ip(7))).is_err());
-        assert!(addresses.claim_for("e3", Some(ip(1))).is_err(), "the gateway");
+        assert!(addresses.claim_for("e3", Some(ip(7)), |_| false).is_err());
+        assert!(addresses.claim_for("e3", Some(ip(1)), |_| false).is_err(), "the gateway");
     }
 
     #[test]

@@ -180,7 +180,7 @@ impl Plugin {
         let addresses = self.addresses(&pool.network, pool.subnet)?;
         let claimed = match wanted {
             None => addresses.claim_any(pool.range),
-            Some(address) => addresses.claim(address),
+            Some(address) => addresses.claim(address, |holder| self.makes_way(holder)),
         };
         claimed.map_err(|error| Refusal::of(&error))
     }
@@ -188,12 +188,7 @@ impl Plugin {
     /// Gives an address back. That of an endpoint which never joined takes the endpoint along: its engine gave up.
     pub(crate) fn release(&self, pool: &PoolId, address: IpAddr) -> Result<(), Refusal> {
         let addresses = self.addresses(&pool.network, pool.subnet)?;
-        let may = |endpoint: &str| match self.journal.endpoints().get(endpoint).map(|found| found.stage) {
-            Some(Stage::Joined) => false,
-            Some(Stage::Created) => self.journal.endpoints().remove(endpoint).is_ok(),
-            Some(Stage::Deleted) | None => true,
-        };
-        addresses.release(address, may).map_err(|error| Refusal::of(&error))
+        addresses.release(address, |holder| self.gives_up(holder)).map_err(|error| Refusal::of(&error))
     }
 
     // --- endpoints ---------------------------------------------------------------------------------------------------
@@ -207,13 +202,10 @@ impl Plugin {
         }
         self.finish_deleting(id, false)?;
         let addresses = self.addresses(&record.network, record.address.prefix())?;
-        let usurps = |holder: &str| match self.journal.endpoints().get(holder).map(|found| found.stage) {
-            Some(Stage::Joined) => false,
-            Some(Stage::Created) => self.journal.endpoints().remove(holder).is_ok(),
-            Some(Stage::Deleted) | None => true,
-        };
         let address = record.address.address();
-        addresses.confirm(address, id, usurps).map_err(|error| Refusal::of(&error))?;
+        addresses
+            .confirm(address, id, |holder| self.gives_up(holder))
+            .map_err(|error| Refusal::of(&error))?;
         self.record_endpoint(&addresses, id, record)
     }
 
@@ -237,7 +229,11 @@ impl Plugin {
         }
         self.finish_deleting(id, false)?;
         let addresses = self.addresses(&network.network, network.pool)?;
-        let record = record(addresses.claim_for(id, wanted).map_err(|error| Refusal::of(&error))?);
+        let record = record(
+            addresses
+                .claim_for(id, wanted, |holder| self.makes_way(holder))
+                .map_err(|error| Refusal::of(&error))?,
+        );
         self.record_endpoint(&addresses, id, record.clone())?;
         Ok(record)
     }

@@ -3,8 +3,11 @@
 //! **What no engine says again** — an engine killed inside RequestAddress or CreateEndpoint never asks for the address or the
 //! endpoint back; one that could not reach us while a container ended believes that it did.
 
+use std::collections::BTreeSet;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
+
+use flannel_core::words::name::LinkName;
 
 use super::Plugin;
 use crate::addresses::Addresses;
@@ -15,7 +18,48 @@ use crate::veth;
 /// An endpoint that is created and never joined belongs to an engine that died in between.
 const NEVER_JOINED_MAX: Duration = Duration::from_secs(600);
 
+/// For so long an engine may be between CreateEndpoint and Join, or between Join and taking the veth pair.
+const BEING_MADE: Duration = Duration::from_secs(5);
+
 impl Plugin {
+    /// Whether the endpoint that holds an address leaves it to whoever asks for exactly that one: an engine that starts a
+    /// container again after a crash of its own or of ours. The endpoint is gone then.
+    pub(super) fn makes_way(&self, id: &str) -> bool {
+        let Some(record) = self.journal.endpoints().get(id) else { return true };
+        let left = match record.stage {
+            Stage::Created => Duration::from_secs(record.age()) > BEING_MADE,
+            Stage::Joined => self.has_ended(id, &record),
+            Stage::Deleted => true,
+        };
+        left && self.discard(id, &record)
+    }
+
+    /// Whether an endpoint's address may be taken back or given to another, now that an engine says so. The endpoint is gone
+    /// then.
+    pub(super) fn gives_up(&self, id: &str) -> bool {
+        let Some(record) = self.journal.endpoints().get(id) else { return true };
+        match record.stage {
+            Stage::Created => self.journal.endpoints().remove(id).is_ok(),
+            // DeleteEndpoint did not reach us.
+            Stage::Joined => self.has_ended(id, &record) && self.discard(id, &record),
+            Stage::Deleted => true,
+        }
+    }
+
+    /// Whether a joined endpoint's container has ended, and not just now begun.
+    fn has_ended(&self, id: &str, record: &EndpointRecord) -> bool {
+        let old = Duration::from_secs(record.age()) > BEING_MADE;
+        old && veth::existing().is_ok_and(|links| is_dead(id, record, &links))
+    }
+
+    fn discard(&self, id: &str, record: &EndpointRecord) -> bool {
+        let gone = veth::detach(id, &record.network).is_ok() && self.journal.endpoints().remove(id).is_ok();
+        if gone {
+            tracing::info!(endpoint = %id, address = %record.address, "made way: its engine forgot it");
+        }
+        gone
+    }
+
     /// Endpoints that were being deleted, that never joined, or whose container has ended; claims that nobody confirmed;
     /// networks that nobody uses any more.
     pub(crate) fn sweep(&self) {
@@ -71,12 +115,8 @@ impl Plugin {
             Ok(links) => links,
             Err(Refusal(text)) => return tracing::warn!("the kernel's links are not known: {text}"),
         };
-        let dead = |id: &str, record: &EndpointRecord| {
-            let (host, container) = veth::ends(id, &record.network);
-            record.stage == Stage::Joined && (!links.contains(&host) || links.contains(&container))
-        };
         let endpoints = self.journal.endpoints().all().into_iter();
-        let dead = endpoints.filter(|(id, record)| dead(id, record)).map(|(id, _)| id).collect();
+        let dead = endpoints.filter(|(id, record)| is_dead(id, record, &links)).map(|(id, _)| id).collect();
         let confirmed =
             self.suspects.lock().unwrap_or_else(PoisonError::into_inner).look(dead, Instant::now());
         for id in confirmed {
@@ -86,4 +126,10 @@ impl Plugin {
             }
         }
     }
+}
+
+/// Whether a joined endpoint's veth pair is gone with its container's namespace, or is back here as a whole.
+fn is_dead(id: &str, record: &EndpointRecord, links: &BTreeSet<LinkName>) -> bool {
+    let (host, container) = veth::ends(id, &record.network);
+    record.stage == Stage::Joined && (!links.contains(&host) || links.contains(&container))
 }

@@ -4,6 +4,7 @@
 mod engine;
 mod input;
 mod networks;
+mod traps;
 
 use std::time::{Duration, Instant};
 
