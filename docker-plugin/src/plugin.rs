@@ -48,6 +48,11 @@ impl Plugin {
         &self.networks
     }
 
+    /// Whether what leaves a network gets this host's address, unless the network says otherwise.
+    pub(crate) fn masquerades(&self) -> bool {
+        self.settings.common.ip_masq
+    }
+
     /// What is served here.
     pub(crate) fn status(&self) -> Status {
         Status::of(&self.settings, &self.journal, &self.networks)

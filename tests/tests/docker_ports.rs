@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result, ensure};
 use flannel_tests::{
-    Container, Daemon, Host, HttpServer, IMAGE, Lab, LabPlan, Place, eventually, http_get, in_lab, secs,
-    seen_as, tcp_opens,
+    Container, Daemon, Host, HttpServer, IMAGE, Lab, LabPlan, Place, eventually, http_get, in_lab,
+    ping_within, secs, seen_as, tcp_opens,
 };
 
 const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
@@ -227,5 +227,77 @@ fn published_ports_survive_what_happens_to_the_host() {
         let _dockerd = h1.start_dockerd(&[])?;
         reached("the engine's crash")?;
         Ok(())
+    });
+}
+
+/// A Docker network on the flannel network of the others, with options.
+fn create_beside(host: &Host, name: &str, options: &[&str]) -> Result<()> {
+    let start = &CREATE[..CREATE.len() - 1];
+    host.docker(&[start, options, &[name]].concat()).map(drop)
+}
+
+#[test]
+fn networks_keep_their_containers_as_their_options_say() {
+    in_lab(plan("ports-policy", 2).etcd().outside(), |lab| {
+        lab.etcdctl(&["put", "/coreos.com/network/config", VXLAN])?;
+        let (h1, h2) = (lab.host(1), lab.host(2));
+        let _one = start_all(lab, h1)?;
+        let _two = start_all(lab, h2)?;
+        create_beside(h1, "inside", &["--internal"])?;
+        create_beside(h1, "quiet", &["-o", "com.docker.network.bridge.enable_icc=false"])?;
+        create_beside(h1, "known", &["-o", "com.docker.network.bridge.enable_ip_masquerade=false"])?;
+        let run = |name: &str, network: &str, args: &[&str]| {
+            h1.docker_run(name, &[&["--network", network], args].concat())
+        };
+        let far = h2.docker_run("far", &["--network", "web"])?;
+        let near = run("near", "web", &[])?;
+        let _outside = HttpServer::start(lab.outside(), 80, "outside")?;
+        let _host = HttpServer::start(h1, 9000, "host")?;
+        let _beside = HttpServer::start(h2, 9000, "beside")?;
+        ping_within(secs(10), &near, far.ip()?)?;
+
+        // Internal: everybody of the network and the host, and nobody else, even by a route of the container's own.
+        let inside = run("inside1", "inside", &["-p", "8070:80"])?;
+        let _server = HttpServer::start(&inside, 80, "inside")?;
+        let gateway = near.sh("ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p'")?;
+        inside.sh(&format!("ip route replace default via {gateway}"))?;
+        ping_within(secs(5), &inside, far.ip()?)?;
+        served(h1, &inside.ip()?, "inside")?;
+        served(&near, &inside.ip()?, "inside")?;
+        served(&inside, &format!("{gateway}:9000"), "host")?;
+        ensure!(tcp_opens(&inside, "198.51.100.2", 80).is_err(), "an internal network has a way out");
+        ensure!(tcp_opens(&inside, h1.ip(), 9000).is_err(), "an internal network reaches the host's address");
+        ensure!(tcp_opens(&inside, h2.ip(), 9000).is_err(), "an internal network reaches another host");
+        ensure!(tcp_opens(h2, h1.ip(), 8070).is_err(), "an internal network publishes a port");
+
+        // Without inter-container communication: only what is published, and answers.
+        let (quiet, other) = (run("quiet1", "quiet", &["-p", "8071:80"])?, run("quiet2", "quiet", &[])?);
+        let _quiet = HttpServer::start(&quiet, 80, "quiet")?;
+        served(h2, &format!("{}:8071", h1.ip()), "quiet")?;
+        served(&other, &format!("{}:8071", h1.ip()), "quiet")?;
+        served(h1, &quiet.ip()?, "quiet")?;
+        for (name, from) in
+            [("a neighbor", &other), ("a container elsewhere", &far), ("another network", &near)]
+        {
+            ensure!(tcp_opens(from, quiet.ip()?, 80).is_err(), "{name} reaches it");
+        }
+        ping_within(secs(5), &quiet, far.ip()?)?;
+        served(&quiet, "198.51.100.2", "outside")?;
+
+        // Not masqueraded: whoever has a route to the network sees the container itself.
+        let known = run("known1", "known", &[])?;
+        ensure!(seen_as(&near, h2.ip(), 9000)? == h1.ip().to_string());
+        let seen = seen_as(&known, h2.ip(), 9000)?;
+        ensure!(seen == known.ip()?, "seen as {seen}");
+
+        // Nothing of all that stays.
+        for name in ["inside1", "quiet1", "quiet2", "known1"] {
+            h1.docker(&["rm", "-f", name])?;
+        }
+        eventually("no endpoint is particular", secs(5), || {
+            let tables = h1.out(&["nft", "list", "tables"])?;
+            ensure!(!tables.contains("endpoints"), "{tables}");
+            Ok(())
+        })
     });
 }

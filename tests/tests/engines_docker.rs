@@ -364,9 +364,8 @@ fn wrong_use_is_answered_with_what_to_type() {
         host.docker(CREATE)?;
         let command = "docker network create -d flannel --ipam-driver flannel --subnet 10.100.0.0/16 NAME";
         let flannel = ["network", "create", "-d", "flannel", "--ipam-driver", "flannel"];
-        let cases: [(&[&str], &str); 6] = [
+        let cases: [(&[&str], &str); 5] = [
             (&["network", "create", "-d", "flannel", "wrong"], command),
-            (&[&flannel[..], &["--internal", "wrong"]].concat(), "--internal is not built yet"),
             (&[&flannel[..], &["--ipv6", "wrong"]].concat(), "IPv6 is not built yet"),
             (&[&flannel[..], &["-o", "mtu=1400", "wrong"]].concat(), "-o mtu: "),
             (

@@ -20,7 +20,7 @@ pub(super) async fn create_network(
     request: wire::CreateNetwork,
 ) -> Result<Nothing, Refusal> {
     let options = NetworkOptions::read(&request.options).map_err(|error| Refusal::of(&error))?;
-    refuse_what_is_not_built(&request, &options)?;
+    refuse_what_is_not_built(&plugin, &request, &options)?;
     if plugin.is_created(&request)? {
         return Ok(Nothing {});
     }
@@ -80,7 +80,11 @@ async fn create_on(
 }
 
 /// Nothing that a user typed is ignored silently.
-fn refuse_what_is_not_built(request: &wire::CreateNetwork, options: &NetworkOptions) -> Result<(), Refusal> {
+fn refuse_what_is_not_built(
+    plugin: &Plugin,
+    request: &wire::CreateNetwork,
+    options: &NetworkOptions,
+) -> Result<(), Refusal> {
     let switch = |key: &str| request.options.get(key).and_then(Value::as_bool);
     if switch("com.docker.network.enable_ipv6") == Some(true) || !request.ipv6_data.is_empty() {
         return Err("--ipv6 is not built yet for flannel networks: leave it out".into());
@@ -92,9 +96,11 @@ fn refuse_what_is_not_built(request: &wire::CreateNetwork, options: &NetworkOpti
         true => Err(Refusal(format!("{what} is not built yet for flannel networks: leave it out"))),
         false => Ok(()),
     };
-    not_built(options.internal, "--internal")?;
-    not_built(options.isolated, "-o com.docker.network.bridge.enable_icc=false")?;
-    not_built(options.masquerade.is_some(), "-o com.docker.network.bridge.enable_ip_masquerade")
+    // What a whole host does not masquerade is not masqueraded for one network.
+    not_built(
+        options.masquerade == Some(true) && !plugin.masquerades(),
+        "-o com.docker.network.bridge.enable_ip_masquerade=true beside --ip-masq=false",
+    )
 }
 
 /// This node's part of the flannel network that the pool belongs to, and who hands its addresses out.

@@ -338,7 +338,6 @@ fn wrong_use_is_refused_with_what_to_type() {
                 with("com.docker.network.generic", json!({"com.docker.network.bridge.name": "fl-b"})),
                 "has the bridge cni0 on this host",
             ),
-            (create, with("com.docker.network.internal", json!(true)), "--internal is not built yet"),
             (create, with("com.docker.network.enable_ipv6", json!(true)), "--ipv6 is not built yet"),
             (create, with("com.docker.network.generic", json!({"mtu": "1400"})), "-o mtu: "),
             (create, two, "one pool, 2 were given"),
