@@ -3,11 +3,12 @@
 
 use std::collections::BTreeSet;
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use flannel_tests::{
-    Container, Daemon, Host, IMAGE, Lab, LabPlan, MANAGED, MANAGED_NEEDS, eventually, in_lab, ping_within,
-    secs,
+    Container, Daemon, Host, IMAGE, Lab, LabPlan, MANAGED, MANAGED_NEEDS, eventually, http_get, in_lab,
+    ping_within, secs,
 };
 
 const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
@@ -154,7 +155,7 @@ const NAMES: &[&str] = &["web", "tasks.web"];
 #[test]
 fn services_and_attached_containers_find_each_other_from_every_node() {
     in_lab(plan("swarm"), |lab| {
-        let mut engines = swarm(lab)?;
+        let _engines = swarm(lab)?;
         let (manager, h2, h3) = (lab.host(1), lab.host(2), lab.host(3));
         let before = everywhere(lab, ours)?;
         swarm_network(manager, "cfg", "web")?;
@@ -201,27 +202,61 @@ fn services_and_attached_containers_find_each_other_from_every_node() {
         })?;
         finds(&one_each(lab, &moved), NAMES, &moved)?;
 
-        // More networks on the same subnets at once, one by the plugin's own command and one without an IPAM driver; their
-        // services have a task on every node.
+        // Ports of tasks on the nodes that they run on.
+        manager.docker(&["node", "update", "--availability", "active", h3.name()])?;
+        let publish =
+            ["--network", "web", "--mode", "global", "--publish", "mode=host,target=80,published=8081"];
+        let create = ["service", "create", "-d", "--name", "site", "--stop-grace-period", "1s"];
+        let serve = [IMAGE, "sh", "-c", "hostname > /www/index.html; exec httpd -f -h /www"];
+        manager.docker(&[&create[..], &publish, &serve].concat())?;
+        for task in settled(lab, "site", &[1, 1, 1])? {
+            let name = task.docker_exec(&["hostname"])?;
+            let url = format!("http://{}:8081/", task.host().ip());
+            for from in lab.hosts().iter().filter(|from| from.name() != task.host().name()) {
+                eventually(format!("{url} from {}", from.name()), secs(20), || {
+                    let said = http_get(from, &url)?;
+                    ensure!(said.trim() == name, "{said} instead of {name}");
+                    Ok(())
+                })?;
+            }
+        }
+
+        manager.docker(&["service", "rm", "web", "site"])?;
+        gone(lab, &["web", "site"], &["web"])?;
+        nothing_is_left(lab, &before, secs(30))
+    });
+}
+
+#[test]
+fn networks_side_by_side_outlive_a_power_cut_and_a_restart() {
+    in_lab(plan("swarm-networks"), |lab| {
+        let mut engines = swarm(lab)?;
+        let (manager, h2, h3) = (lab.host(1), lab.host(2), lab.host(3));
+        let before = everywhere(lab, ours)?;
+        // Three networks on the same subnets at once: one by Docker's commands, one by the plugin's own, one without an IPAM
+        // driver; and an overlay, to move away from.
         for host in [h2, h3, manager] {
             host.out(&["flannel-docker-plugin", "network", "create", "--swarm", "two"])?;
             host.docker(&["network", "create", "--config-only", "--ipam-driver", "null", "three-config"])?;
         }
+        swarm_network(manager, "cfg", "web")?;
         swarm_network(manager, "three-config", "three")?;
-        manager.docker(&["node", "update", "--availability", "active", h3.name()])?;
-        service(manager, "each", &["--network", "two", "--mode", "global"])?;
-        service(manager, "other", &["--network", "three", "--mode", "global"])?;
-        let each = settled(lab, "each", &[1, 1, 1])?;
-        finds(&each, &["each", "tasks.each"], &each)?;
-        let other = settled(lab, "other", &[1, 1, 1])?;
-        finds(&other, &["other", "tasks.other"], &other)?;
-        let all = addresses(&[each.clone(), other, moved].concat())?;
-        ensure!(all.len() == 9, "{all:?} for nine tasks");
-        manager.docker(&["service", "rm", "other"])?;
+        manager.docker(&["network", "create", "-d", "overlay", "old"])?;
+        for (name, network) in [("one", "web"), ("each", "two"), ("other", "three"), ("moves", "old")] {
+            service(manager, name, &["--network", network, "--mode", "global"])?;
+        }
+        let mut all = Vec::new();
+        for (name, names) in
+            [("one", ["one", "tasks.one"]), ("each", EACH), ("other", ["other", "tasks.other"])]
+        {
+            let tasks = settled(lab, name, &[1, 1, 1])?;
+            finds(&tasks, &names, &tasks)?;
+            all.extend(tasks);
+        }
+        ensure!(addresses(&all)?.len() == 9, "{:?} for nine tasks", addresses(&all)?);
 
         // What cannot work says what does.
-        let create = ["network", "create", "-d", MANAGED, "--scope", "swarm", "wrong"];
-        manager.docker(&create)?;
+        manager.docker(&["network", "create", "-d", MANAGED, "--scope", "swarm", "wrong"])?;
         service(manager, "wrong", &["--network", "wrong"])?;
         eventually("the task is rejected with what to type", secs(30), || {
             let said =
@@ -229,52 +264,87 @@ fn services_and_attached_containers_find_each_other_from_every_node() {
             ensure!(said.contains("--scope swarm --config-from NAME-config"), "{said}");
             Ok(())
         })?;
-        manager.docker(&["service", "rm", "wrong"])?;
+        manager.docker(&["service", "rm", "wrong", "one", "other"])?;
 
-        // A node's engine stops, and its plugin with it, first a worker's and then the manager's.
-        for node in [1, 0] {
-            let host = &lab.hosts()[node];
-            let before = one_of(host, &each)?;
-            engines[node].stop(secs(60))?;
-            engines[node] = host.start_dockerd(&[])?;
-            eventually("the task is back", secs(60), || {
-                let back = settled(lab, "each", &[1, 1, 1])?;
-                ensure!(one_of(host, &back)?.pid() != before.pid());
-                finds(&back, &["each", "tasks.each"], &back)
-            })?;
-        }
+        // A worker loses its power; later the manager's engine stops, and its plugin with it.
+        lab.reboot(h2)?;
+        engines[1] = h2.start_dockerd(&[])?;
+        back_on(lab, h2, &all)?;
 
-        manager.docker(&["service", "rm", "web", "each"])?;
-        settled(lab, "web", &[0, 0, 0])?;
-        settled(lab, "each", &[0, 0, 0])?;
-        for name in ["web", "two", "three", "wrong"] {
-            eventually(format!("{name} can be removed"), secs(30), || {
-                manager.docker(&["network", "rm", name])
-            })?;
+        // From overlay to flannel as the guide says.
+        let on_overlay = settled(lab, "moves", &[1, 1, 1])?;
+        let update = ["service", "update", "-d", "--network-add", "web", "--network-rm", "old", "moves"];
+        manager.docker(&update)?;
+        let moved = eventually("the tasks are on flannel", secs(90), || {
+            let found = settled(lab, "moves", &[1, 1, 1])?;
+            ensure!(found.iter().all(|new| on_overlay.iter().all(|old| old.pid() != new.pid())));
+            Ok(found)
+        })?;
+        for task in &moved {
+            ensure!(task.ip()?.starts_with(&lease(task.host())?), "{task:?} has {}", task.ip()?);
         }
-        for (host, before) in lab.hosts().iter().zip(&before) {
-            eventually(format!("nothing is left on {}", host.name()), secs(20), || {
-                let now = ours(host)?;
-                ensure!(now == *before, "{now}\n--- before\n{before}");
-                Ok(())
-            })?;
-        }
-        Ok(())
+        finds(&moved, &["moves", "tasks.moves"], &moved)?;
+
+        engines[0].stop(secs(60))?;
+        engines[0] = manager.start_dockerd(&[])?;
+        back_on(lab, manager, &all)?;
+
+        manager.docker(&["service", "rm", "each", "moves"])?;
+        gone(lab, &["each", "moves", "one", "other"], &["web", "two", "three", "old", "wrong"])?;
+        // What a power cut made an engine forget is noticed after a while.
+        nothing_is_left(lab, &before, secs(120))
     });
+}
+
+const EACH: [&str; 2] = ["each", "tasks.each"];
+
+/// Waits until the service `each` has a new task on a host, and all find each other.
+fn back_on(lab: &Lab, host: &Host, before: &[Container]) -> Result<()> {
+    eventually(format!("a new task on {}", host.name()), secs(90), || {
+        let back = settled(lab, "each", &[1, 1, 1])?;
+        let here = back.iter().find(|task| task.host().name() == host.name()).context("none there")?;
+        ensure!(before.iter().all(|old| old.pid() != here.pid()), "still the old one");
+        finds(&back, &EACH, &back)
+    })
+}
+
+/// Waits until the tasks of removed services are gone, and removes the networks.
+fn gone(lab: &Lab, services: &[&str], networks: &[&str]) -> Result<()> {
+    for host in lab.hosts() {
+        eventually(format!("{services:?} are gone from {}", host.name()), secs(60), || {
+            for name in services {
+                let left = tasks(host, name)?;
+                ensure!(left.is_empty(), "{left:?}");
+            }
+            Ok(())
+        })?;
+    }
+    for name in networks {
+        eventually(format!("{name} can be removed"), secs(30), || {
+            lab.host(1).docker(&["network", "rm", name])
+        })?;
+    }
+    Ok(())
+}
+
+fn nothing_is_left(lab: &Lab, before: &[String], patience: Duration) -> Result<()> {
+    for (host, before) in lab.hosts().iter().zip(before) {
+        eventually(format!("nothing is left on {}", host.name()), patience, || {
+            let now = ours(host)?;
+            ensure!(now == *before, "{now}\n--- before\n{before}");
+            Ok(())
+        })?;
+    }
+    Ok(())
 }
 
 /// What there is of ours on a host: in the kernel (a swarm itself comes with bridges and rules), in the ledger, in the
 /// plugin's own directory.
 fn ours(host: &Host) -> Result<String> {
     host.sh(
-        "ip -br link | awk '$1 ~ /^(cni|fl)/ {print $1, $3}'; ip route show table all | grep -F 10.100. || true; \
+        "{ ip -br link | awk '$1 ~ /^(cni|fl)/ {print $1, $3}'; ip route show table all | grep -F 10.100. || true; \
          ip neigh show nud permanent; nft -s list ruleset | grep -F 10.100. || true; \
-         cd /var/lib; find cni docker/plugins/*/propagated-mount -type f | grep -v -e lock -e last_reserved",
+         cd /var/lib; find cni docker/plugins/*/propagated-mount -type f | grep -v -e lock -e last_reserved; } \
+         | sort",
     )
-}
-
-/// The one of these containers that is on the host.
-fn one_of(host: &Host, containers: &[Container]) -> Result<Container> {
-    let found = containers.iter().find(|c| c.host().name() == host.name()).cloned();
-    found.with_context(|| format!("none on {}", host.name()))
 }
