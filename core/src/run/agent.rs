@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
-use self::work::Work;
+use self::work::{End, Work};
 use super::settings::AgentSettings;
 use crate::words::addr::{Family, InterfaceAddress, Prefix};
 use crate::words::config::NetworkConfig;
@@ -139,13 +139,21 @@ impl Drop for Agent {
 
 async fn run(
     mut settings: AgentSettings,
-    publish: watch::Sender<Status>,
+    mut publish: watch::Sender<Status>,
     mut inbox: mpsc::UnboundedReceiver<Command>,
 ) {
-    let Some(hold) = reader::wait(&mut settings, &publish, &mut inbox).await else { return };
-    match Work::start(settings, publish, hold) {
-        Ok(work) => work.run(inbox).await,
-        Err(error) => tracing::error!("the agent cannot start: {error}"),
+    loop {
+        let Some(hold) = reader::wait(&mut settings, &publish, &mut inbox).await else { return };
+        match Work::start(settings, publish, hold) {
+            Ok(work) => match work.run(&mut inbox).await {
+                End::Over => return,
+                End::Yielded(others, status) => (settings, publish) = (*others, status),
+            },
+            Err(error) => {
+                tracing::error!("the agent cannot start: {error}");
+                return;
+            }
+        }
     }
 }
 

@@ -16,7 +16,14 @@ use crate::words::name::NetworkName;
 /// The lock, held until dropped.
 #[derive(Debug)]
 pub struct Hold {
-    _lock: Flock<File>,
+    lock: Flock<File>,
+}
+
+impl Hold {
+    /// The lock's file.
+    pub fn file(&self) -> &File {
+        &self.lock
+    }
 }
 
 /// Why the lock is not ours.
@@ -73,7 +80,7 @@ impl Door {
             Ok(mut lock) => {
                 // Only messages suffer if the name cannot be written.
                 let _ = sign(&mut lock);
-                Ok(Hold { _lock: lock })
+                Ok(Hold { lock })
             }
             Err((file, errno)) => {
                 let door = Self { network, path, file };

@@ -37,6 +37,8 @@ use crate::words::lease::{LeaseSet, OwnLease};
 use crate::words::name::{Attachment, LinkName, NetworkName};
 use crate::words::node::{Identity, Node};
 use crate::words::report::{Finding, Reason, Report};
+use crate::words::rule::TableName;
+use crate::words::territory::Territory;
 use crate::words::units::Mtu;
 
 /// What does not change while an agent runs.
@@ -133,8 +135,8 @@ enum Work {
 enum Going {
     /// All of a network with these CIDRs.
     Network(BTreeSet<Prefix>),
-    /// A reader's rules.
-    Reader,
+    /// One table of rules.
+    Table(TableName),
 }
 
 /// The way to the thread. It ends when this is dropped.
@@ -179,9 +181,9 @@ impl Reconciler {
         self.take_away(Going::Network(cidrs)).await
     }
 
-    /// Takes the rules of a reader away; its bridge stays.
-    pub(super) async fn retire_reader(&self) -> Result<Report, String> {
-        self.take_away(Going::Reader).await
+    /// Takes one table of rules away; everything else stays.
+    pub(super) async fn retire_table(&self, table: TableName) -> Result<Report, String> {
+        self.take_away(Going::Table(table)).await
     }
 
     async fn take_away(&self, going: Going) -> Result<Report, String> {
@@ -361,7 +363,7 @@ impl Thread {
                 territory.tables.extend(self.place.bridge.map(bridge::masquerade_table));
                 territory
             }
-            Going::Reader => reader::remains(&self.place.network),
+            Going::Table(table) => Territory { tables: BTreeSet::from([table]), ..Territory::default() },
         };
         converge(self.kernel()?, &territory, &Facts::default())
     }

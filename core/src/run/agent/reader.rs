@@ -388,7 +388,7 @@ impl Reader {
     }
 
     async fn take_over(self, hold: Hold) -> (Hold, Option<Exposure>) {
-        if let Err(error) = self.reconciler.retire_reader().await {
+        if let Err(error) = self.reconciler.retire_table(reader::table_name(&self.settings.network)).await {
             tracing::warn!(network = %self.settings.network, "a reader's rules may be left: {error}");
         }
         self.reconciler.end().await;
@@ -402,7 +402,7 @@ impl Reader {
             self.reconciler.expose(Exposure::default(), reply);
             answer.await.unwrap_or_else(|_| Err("the reconciler has ended".into()))?;
         }
-        let report = self.reconciler.retire_reader().await?;
+        let report = self.reconciler.retire_table(reader::table_name(&self.settings.network)).await?;
         tracing::info!(network = %self.settings.network, "reads along no more");
         match report.failed.first() {
             Some((made, cause)) => Err(format!("{cause} ({})", made.text)),

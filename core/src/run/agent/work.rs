@@ -1,6 +1,9 @@
 //! An agent at work: it follows the newest values and decides when the kernel is looked at.
 
 use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,6 +11,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
 use super::{Command, Leased, Status, WAIT, gateway};
+use crate::decide::firewall;
 use crate::run::cache::{self, LastGood};
 use crate::run::hold::{self, Hold};
 use crate::run::kernel_events::KernelEvents;
@@ -17,6 +21,7 @@ use crate::run::settings::AgentSettings;
 use crate::run::store::Snapshot;
 use crate::run::survey::{self, Survey};
 use crate::run::tenure::{Offer, Tenure, TenureState};
+use crate::touch::other_agents::OtherAgent;
 use crate::touch::subnet_env::SubnetEnv;
 use crate::words::addr::{Family, Prefix};
 use crate::words::code::Code;
@@ -27,6 +32,14 @@ use crate::words::units::Mtu;
 
 /// Notices from the kernel are gathered for so long before it is looked at.
 const SETTLE: Duration = Duration::from_millis(50);
+
+/// How an agent's work ends.
+pub(super) enum End {
+    /// With the agent.
+    Over,
+    /// Another agent serves the network now.
+    Yielded(Box<AgentSettings>, watch::Sender<Status>),
+}
 
 /// A running agent's state: the newest value of everything it was told.
 pub(super) struct Work {
@@ -52,6 +65,9 @@ pub(super) struct Work {
     leases: Arc<LeaseSet>,
     saved: LastGood,
     env: Option<SubnetEnv>,
+    /// The subnet file as we wrote it, or as somebody did whom we have looked at.
+    file: Option<u64>,
+    file_due: bool,
     /// CIDRs of earlier configs.
     former: BTreeSet<Prefix>,
     failures: u32,
@@ -106,6 +122,8 @@ impl Work {
             leases: Arc::default(),
             saved,
             env: None,
+            file: None,
+            file_due: false,
             former: BTreeSet::new(),
             failures: 0,
             next_look: Instant::now() + WAIT,
@@ -118,34 +136,67 @@ impl Work {
         })
     }
 
-    pub(super) async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Command>) {
+    pub(super) async fn run(mut self, inbox: &mut mpsc::UnboundedReceiver<Command>) -> End {
         self.restore();
         loop {
             self.follow().await;
+            if let Some(other) = self.rival().await {
+                return self.give_way(&other).await;
+            }
             // Every arm is cancel-safe; none awaits inside the select.
             tokio::select! {
-                changed = self.snapshots.changed() => if changed.is_err() { return },
-                changed = self.tenure.changed() => if changed.is_err() { return },
+                changed = self.snapshots.changed() => if changed.is_err() { return End::Over },
+                changed = self.tenure.changed() => if changed.is_err() { return End::Over },
                 Ok(()) = self.settings.isolated_from.changed() => self.look(Reason::Config, Duration::ZERO),
                 Ok(()) = self.reconciler.outcome.changed() => self.passed(),
                 () = self.kernel_notice.notified() => self.noticed(),
                 () = sleep_until(self.next_look) => self.look_now(),
                 command = inbox.recv() => match command {
                     Some(Command::Poke(reason)) => self.look(reason, Duration::ZERO),
-                    Some(Command::Expose(exposure, reply)) => self.reconciler.expose(exposure, reply),
+                    Some(Command::Expose(exposure, reply)) => {
+                        self.settings.exposure = Some(exposure.clone());
+                        self.reconciler.expose(exposure, reply);
+                    }
                     Some(Command::Retire(reply)) => {
                         let _ = reply.send(self.retire().await);
-                        return;
+                        return End::Over;
                     }
                     Some(Command::Stop(reply)) => {
                         self.reconciler.end().await;
                         let _ = reply.send(());
-                        return;
+                        return End::Over;
                     }
-                    None => return,
+                    None => return End::Over,
                 },
             }
         }
+    }
+
+    /// Another agent that knows nothing of our lock and has just written our subnet file anew: it is looked for only then.
+    async fn rival(&mut self) -> Option<OtherAgent> {
+        if !std::mem::take(&mut self.file_due) {
+            return None;
+        }
+        let now = inode(&self.settings.subnet_file)?;
+        if self.file.replace(now)? == now {
+            return None;
+        }
+        let lock = self.hold.file().try_clone().ok()?;
+        let subnet_file = self.settings.subnet_file.clone();
+        let look = move || OtherAgent::find(&subnet_file, &lock);
+        tokio::task::spawn_blocking(look).await.unwrap_or_default()
+    }
+
+    /// Leaves the network to an agent that cannot leave it to us. Lease, device and routes are as it has them, too; our rules
+    /// would stay for ever.
+    async fn give_way(self, other: &OtherAgent) -> End {
+        let network = &self.settings.network;
+        tracing::warn!(%network, "{other} serves this network too and has written {}; giving way", self.settings.subnet_file.display());
+        if let Err(error) = self.reconciler.retire_table(firewall::table_name(network)).await {
+            tracing::warn!(%network, "our rules may be left: {error}");
+        }
+        self.reconciler.end().await;
+        End::Yielded(Box::new(self.settings), self.publish)
     }
 
     /// A start without the store goes on with what was true last: local containers must not wait for it.
@@ -350,6 +401,7 @@ impl Work {
     }
 
     fn look_now(&mut self) {
+        self.file_due = true;
         let reason = self.pending.take().unwrap_or(Reason::Resync);
         let idle = if self.survey_trouble.is_some() { WAIT } else { self.settings.resync };
         self.next_look = Instant::now() + idle;
@@ -410,6 +462,7 @@ impl Work {
         match env.write(&self.settings.subnet_file) {
             Ok(()) => {
                 tracing::info!(network = %self.settings.network, "Wrote subnet file to {path}");
+                self.file = inode(&self.settings.subnet_file);
                 self.env = Some(env);
                 true
             }
@@ -442,4 +495,9 @@ impl Work {
             None => Ok(()),
         }
     }
+}
+
+/// Everybody replaces a subnet file whole, so another file is another writer's.
+fn inode(path: &Path) -> Option<u64> {
+    fs::metadata(path).ok().map(|file| file.ino())
 }
