@@ -106,6 +106,7 @@ impl Served {
                 .unwrap_or_default(),
             subnets: subnets.map(|all| all.map(|subnet| subnet.to_string()).collect()).unwrap_or_default(),
             backend: lease.and_then(|lease| Some(lease.config.as_ref()?.backend.name().to_owned())),
+            holder: lease.and_then(|lease| lease.holder.clone()),
             mtu: lease.map(|lease| lease.mtu.bytes()),
             bridge: self.bridge.map(|bridge| bridge.to_string()),
             ready: status.ready,

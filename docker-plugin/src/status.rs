@@ -32,7 +32,11 @@ pub(crate) struct NetworkStatus {
     pub(crate) cidrs: Vec<String>,
     /// This host's part.
     pub(crate) subnets: Vec<String>,
+    /// None if another agent of this host holds the lease.
     pub(crate) backend: Option<String>,
+    /// That other agent.
+    #[serde(default)]
+    pub(crate) holder: Option<String>,
     /// Largest packet of a container, bytes.
     pub(crate) mtu: Option<u32>,
     pub(crate) bridge: Option<String>,

@@ -109,6 +109,87 @@ fn containers_reach_each_other_beside_another_agent_over_host_gw() {
     containers_reach_each_other("reader-host-gw", HOST_GW, true);
 }
 
+/// Starts an agent that knows nothing of our lock: the foreign one, or a process that is called like it and has just
+/// written the file. More than that is not to be known of one.
+fn start_foreign(lab: &Lab, host: &Host) -> Result<Daemon> {
+    if env::var_os(FOREIGN).is_some() {
+        return start_owner(lab, host, &["--ip-masq"]);
+    }
+    host.sh("cp /usr/bin/sleep /run/flanneld")?;
+    let daemon = host.spawn("owner", &["/run/flanneld", "600"], &[])?;
+    host.sh("cd /run/flannel; cp subnet.env new; mv new subnet.env")?;
+    Ok(daemon)
+}
+
+#[test]
+fn an_agent_that_knows_nothing_of_the_lock_gets_the_way() {
+    in_lab(plan("reader-yields"), |lab| {
+        put_config(lab, VXLAN)?;
+        let (h1, h2) = (lab.host(1), lab.host(2));
+        let endpoints = format!("--etcd-endpoints={}", lab.etcd_endpoint());
+        let plugin = start_plugin(h1, &[&endpoints])?;
+        start_plugin(h2, &[&endpoints])?;
+        start_engine(h1)?;
+        start_engine(h2)?;
+        h1.docker(CREATE)?;
+        h2.docker(CREATE)?;
+        let c1 = h1.docker_run("c1", &["--network", "web"])?;
+        let c2 = h2.docker_run("c2", &["--network", "web"])?;
+        ping_within(secs(10), &c1, c2.ip()?)?;
+        let env = h1.read("/run/flannel/subnet.env")?;
+        let foreign = start_foreign(lab, h1)?;
+        let yields = || {
+            // Something happens on every host now and then, and is looked at.
+            h1.sh("ip link add now type bridge; ip link del now")?;
+            let log = plugin.log();
+            ensure!(log.contains("giving way") && log.contains("reading along"), "{}", plugin.tail());
+            Ok(())
+        };
+        eventually("the plugin gives way", secs(20), yields)?;
+        ensure!(h1.read("/run/flannel/subnet.env")? == env, "another subnet");
+        ensure!(leases(lab)?.len() == 2, "{:?}", leases(lab)?);
+        let status = h1.out(&["flannel-docker-plugin", "status"])?;
+        ensure!(status.contains("flanneld (process"), "{status}");
+        ping_within(secs(5), &c1, c2.ip()?)?;
+        let c3 = h1.docker_run("c3", &["--network", "web"])?;
+        ping_within(secs(5), &c3, c2.ip()?)?;
+        // Its rules are not kept beside the other one's.
+        let tables = h1.out(&["nft", "list", "tables"])?;
+        ensure!(!tables.lines().any(|table| table == "table inet flannel"), "{tables}");
+        ensure!(foreign.alive());
+        Ok(())
+    });
+}
+
+#[test]
+fn a_reader_publishes_ports() {
+    in_lab(plan("reader-ports"), |lab| {
+        let (owner, _plugin, _c1, c2) = two_containers(lab)?;
+        let (h1, h2) = (lab.host(1), lab.host(2));
+        let web = h1.docker_run("server", &["--network", "web", "-p", "8080:80"])?;
+        let _server = HttpServer::start(&web, 80, "hello from a port")?;
+        let url = format!("http://{}:8080/", h1.ip());
+        for from in [&c2 as &dyn Place, h2, h1] {
+            let said = eventually("the port answers", secs(5), || http_get(from, &url))?;
+            ensure!(said == "hello from a port", "{said}");
+        }
+        ensure!(seen_as(h2, h1.ip(), 8080)? == h2.ip().to_string());
+        // With the owner away, too.
+        owner.crash()?;
+        let second = h1.docker_run("second", &["--network", "web", "-p", "8081:80"])?;
+        let _second = HttpServer::start(&second, 80, "and another")?;
+        let url = format!("http://{}:8081/", h1.ip());
+        ensure!(eventually("the port answers", secs(5), || http_get(h2, &url))? == "and another");
+        h1.docker(&["rm", "-f", "server", "second"])?;
+        let closed = || {
+            let rules = h1.out(&["nft", "list", "ruleset"])?;
+            ensure!(!rules.contains("8080") && !rules.contains("8081"), "{rules}");
+            Ok(())
+        };
+        eventually("the ports are closed", secs(10), closed)
+    });
+}
+
 /// An owner and a plugin beside it on the first host, a plugin on the second, a container on each.
 fn two_containers(lab: &Lab) -> Result<(Daemon, Daemon, Container, Container)> {
     put_config(lab, VXLAN)?;

@@ -189,11 +189,12 @@ fn table(status: &Status, engine: &[EngineNetwork]) -> String {
     let none = || "-".to_owned();
     let networks = status.networks.iter().map(|network| {
         let state = if network.ready { "ready" } else { "not ready" };
+        let others = || network.holder.as_ref().map(|holder| format!("of {holder}"));
         [
             network.name.clone(),
             network.cidrs.join(","),
             network.subnets.join(","),
-            network.backend.clone().unwrap_or_else(none),
+            network.backend.clone().or_else(others).unwrap_or_else(none),
             network.mtu.map_or_else(none, |mtu| mtu.to_string()),
             network.bridge.clone().unwrap_or_else(none),
             state.to_owned(),
@@ -269,6 +270,7 @@ mod tests {
                 cidrs: vec!["10.100.0.0/16".into()],
                 subnets: vec!["10.100.5.0/24".into()],
                 backend: Some("vxlan".into()),
+                holder: None,
                 mtu: Some(1450),
                 bridge: Some("cni0".into()),
                 ready: true,
