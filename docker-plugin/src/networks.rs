@@ -8,6 +8,7 @@
 //! definition, if this plugin made it and no other host holds a lease.
 
 mod bridge;
+mod read_along;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -25,7 +26,6 @@ use flannel_core::run::store::Store;
 use flannel_core::run::{retire, setup};
 use flannel_core::touch::ledger::{Entry, Ledger, Retired};
 use flannel_core::words::addr::{Family, Prefix};
-use flannel_core::words::code::Code;
 use flannel_core::words::exposure::Exposure;
 use flannel_core::words::name::{LinkName, NetworkName};
 use flannel_core::words::units::Mtu;
@@ -88,12 +88,6 @@ impl Served {
 }
 
 impl Served {
-    fn reads_along(&self) -> bool {
-        let status = self.status.borrow();
-        let waits = status.waiting.as_ref().is_some_and(|finding| finding.code == Code::AGENT_HELD);
-        waits || status.lease.as_ref().is_some_and(|lease| lease.holder.is_some())
-    }
-
     fn state(&self, network: &NetworkName) -> NetworkStatus {
         let status = self.status.borrow();
         let lease = status.lease.as_ref();
@@ -228,7 +222,7 @@ impl Networks {
         let network = timeout_at(deadline, self.bring_up(wish)).await.unwrap_or_else(|_| {
             Err(Refusal(format!("the store did not answer within {} s", PATIENCE.as_secs_f32())))
         })?;
-        match self.lease(&network, deadline).await.and_then(|part| as_asked(part, wish)) {
+        match self.lease(&network, deadline).await.and_then(|part| read_along::as_asked(part, wish)) {
             Ok(part) => {
                 let here = |record: &mut PoolRecord| record.subnet = Some(part.subnet);
                 self.journal.pools().update(network.as_str(), here).map_err(|e| Refusal::of(&e))?;
@@ -527,26 +521,6 @@ impl Networks {
         Ok(())
     }
 
-    /// Takes away what was made here for a network that another agent serves.
-    async fn read_no_more(
-        self: &Arc<Self>,
-        network: &NetworkName,
-        served: Option<Served>,
-    ) -> Result<(), Refusal> {
-        if let Some(served) = served {
-            served.agent.retire().await.map_err(Refusal)?;
-        }
-        self.isolate();
-        let (file, name) = (self.settings.subnet_file(network), network.clone());
-        let removed =
-            blocking(move || retire::reader(&file, &name).map_err(|error| Refusal(format!("{error:#}"))))
-                .await;
-        if self.always_runs(network) {
-            self.serve_in_turn(network, false).await?;
-        }
-        removed
-    }
-
     // --- what is known here ------------------------------------------------------------------------------------------
 
     /// How every network that runs here stands.
@@ -612,17 +586,6 @@ impl Networks {
             true => String::new(),
             false => format!(" (here: {})", parts.join(", ")),
         }
-    }
-}
-
-/// A network that another agent serves here may be another one than the store has under its name.
-fn as_asked(part: Part, wish: &Wish) -> Result<Part, Refusal> {
-    match wish.cidr {
-        Some(cidr) if cidr != part.cidr => Err(Refusal(format!(
-            "--subnet {cidr}: another agent serves flannel network {} on this host, and there it is {}; use --subnet {} to join that, or --ipam-opt network=NAME for a network of another name",
-            part.network, part.cidr, part.cidr
-        ))),
-        Some(_) | None => Ok(part),
     }
 }
 
