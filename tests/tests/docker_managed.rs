@@ -147,7 +147,7 @@ fn installing_upgrading_and_restarting_cost_no_packet() {
         ensure!(description.starts_with("the next flannel"), "{description}");
         let settings = plugin_says(h1, "{{.Settings.Env}}")?;
         ensure!(settings.contains(&endpoints), "{settings}");
-        let c3 = h1.docker_run("c3", &["--network", "web"])?;
+        let c3 = h1.docker_run("c3", &["--network", "web", "-p", "80:80"])?;
         ensure!(c3.ip()? != c1.ip()?, "{} was given out twice", c1.ip()?);
         ping_within(secs(10), &c3, c2.ip()?)?;
 

@@ -264,12 +264,16 @@ fn networks_side_by_side_outlive_a_power_cut_and_a_restart() {
             ensure!(said.contains("--scope swarm --config-from NAME-config"), "{said}");
             Ok(())
         })?;
-        manager.docker(&["service", "rm", "wrong", "one", "other"])?;
+        manager.docker(&["service", "rm", "wrong"])?;
 
         // A worker loses its power; later the manager's engine stops, and its plugin with it.
         lab.reboot(h2)?;
         engines[1] = h2.start_dockerd(&[])?;
         back_on(lab, h2, &all)?;
+        for (name, names) in [("one", ["one", "tasks.one"]), ("other", ["other", "tasks.other"])] {
+            let tasks = settled(lab, name, &[1, 1, 1])?;
+            finds(&tasks, &names, &tasks)?;
+        }
 
         // From overlay to flannel as the guide says.
         let on_overlay = settled(lab, "moves", &[1, 1, 1])?;
@@ -289,7 +293,7 @@ fn networks_side_by_side_outlive_a_power_cut_and_a_restart() {
         engines[0] = manager.start_dockerd(&[])?;
         back_on(lab, manager, &all)?;
 
-        manager.docker(&["service", "rm", "each", "moves"])?;
+        manager.docker(&["service", "rm", "each", "moves", "one", "other"])?;
         gone(lab, &["each", "moves", "one", "other"], &["web", "two", "three", "old", "wrong"])?;
         // What a power cut made an engine forget is noticed after a while.
         nothing_is_left(lab, &before, secs(120))
