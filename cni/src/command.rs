@@ -253,6 +253,7 @@ impl Place<'_> {
             birth: Birth::InSandbox,
             bridge: shared.bridge.name,
             hairpin: self.wish.hairpin,
+            isolated: false,
             mtu: Some(shared.bridge.mtu),
             mac: self.wish.mac.or(mac),
             addresses: addresses.to_vec(),

@@ -31,6 +31,8 @@ pub(crate) struct Port {
     pub(crate) mtu: Mtu,
     /// Largest packet of the network.
     pub(crate) bridge_mtu: Mtu,
+    /// No frames to and from other isolated ports.
+    pub(crate) isolated: bool,
 }
 
 /// Makes the pair, and the bridge if it is not there yet. The answer is the end that the engine takes; a pair that is there
@@ -44,6 +46,7 @@ pub(crate) fn attach(endpoint_id: &str, port: &Port) -> Result<LinkName, Refusal
         bridge: port.bridge,
         // With bridge-nf-call-iptables a packet to a port that the container itself publishes turns round on the bridge.
         hairpin: true,
+        isolated: port.isolated,
         mtu: Some(port.mtu),
         mac: Some(port.mac),
         // Addresses and routes are the engine's to set, inside the container.

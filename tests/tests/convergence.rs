@@ -206,7 +206,12 @@ fn the_fake_knows_the_kernels_rules_one_by_one() {
     }
     let device = link(vxlan("flannel.1", 1, None));
     let bridge = link(Link { kind: LinkKind::Bridge, ..vxlan("cni0", 9, None) });
-    let port = BridgePort { link: link_name("veth0123456789a"), bridge: link_name("cni0"), hairpin: false };
+    let port = BridgePort {
+        link: link_name("veth0123456789a"),
+        bridge: link_name("cni0"),
+        hairpin: false,
+        isolated: false,
+    };
     let with = |change: &dyn Fn(&mut Link)| {
         let mut changed = vxlan("flannel.1", 1, None);
         change(&mut changed);

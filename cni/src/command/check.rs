@@ -53,6 +53,7 @@ pub(super) fn check(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
         birth: Birth::InSandbox,
         bridge: shared.bridge.name,
         hairpin: wish.hairpin,
+        isolated: false,
         mtu: None,
         mac: None,
         addresses: addresses.clone(),

@@ -50,6 +50,8 @@ pub struct EndpointSpec {
     pub bridge: LinkName,
     /// Frames may leave by the port they came in by: a container reaches itself through a published port.
     pub hairpin: bool,
+    /// Frames do not go between this endpoint and others of the bridge that are isolated.
+    pub isolated: bool,
     /// Largest packet; none where it is not looked at.
     pub mtu: Option<Mtu>,
     /// MAC of the container's end; none where it is not looked at.
@@ -108,6 +110,7 @@ fn host(spec: &EndpointSpec) -> Result<Facts, Conflict> {
         link: spec.host_link,
         bridge: spec.bridge,
         hairpin: spec.hairpin,
+        isolated: spec.isolated,
     }))?;
     Ok(facts)
 }
@@ -166,6 +169,7 @@ mod tests {
             birth: Birth::InSandbox,
             bridge: LinkName::new("cni0").unwrap(),
             hairpin: true,
+            isolated: false,
             mtu: Some(Mtu::new(1450).unwrap()),
             mac: Some(Mac::for_address("10.5.29.7".parse().unwrap())),
             addresses: vec!["10.5.29.7/24".parse().unwrap(), "fd00:5::7/64".parse().unwrap()],
@@ -211,6 +215,8 @@ mod tests {
         let plan = plan(&EndpointSpec { birth: Birth::OnHost, ..spec() }).unwrap();
         assert!(plan.container.is_empty());
         assert!(!plan.host.to_string().contains("netns"), "{}", plan.host);
+        let isolated = super::plan(&EndpointSpec { isolated: true, hairpin: false, ..spec() }).unwrap();
+        assert!(isolated.host.to_string().contains("dev veth0123456789a isolated on"), "{}", isolated.host);
     }
 
     #[test]

@@ -160,7 +160,12 @@ pub(super) fn bridge_and_ports(
             alias: None,
             up: true,
         })));
-        draft.add(Fact::BridgePort(BridgePort { link: *port, bridge: name, hairpin: false }));
+        draft.add(Fact::BridgePort(BridgePort {
+            link: *port,
+            bridge: name,
+            hairpin: false,
+            isolated: false,
+        }));
     }
 }
 

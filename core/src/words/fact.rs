@@ -151,6 +151,8 @@ pub struct BridgePort {
     pub bridge: LinkName,
     /// Frames may leave by the port they came in by. When not asked for, it is let be.
     pub hairpin: bool,
+    /// Frames do not go between this port and others that are isolated. When not asked for, it is let be.
+    pub isolated: bool,
 }
 
 /// An address of an interface.
@@ -289,9 +291,10 @@ impl Fact {
             (Self::Address(want), Self::Address(have)) => {
                 want.link == have.link && want.address == have.address
             }
-            // Whoever made the port chose hairpin; only a plan that needs it asks.
+            // Whoever made the port chose its modes; only a plan that needs one asks.
             (Self::BridgePort(want), Self::BridgePort(have)) => {
-                want.link == have.link && want.bridge == have.bridge && (have.hairpin || !want.hairpin)
+                let modes = (have.hairpin || !want.hairpin) && (have.isolated || !want.isolated);
+                want.link == have.link && want.bridge == have.bridge && modes
             }
             (want, have) => want == have,
         }

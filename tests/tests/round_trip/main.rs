@@ -206,7 +206,12 @@ fn what_iproute2_writes_from_a_fact_is_the_fact() {
         let facts: Facts = vec![
             bridge("cni0"),
             vxlan("flannel.1", 1, "192.168.77.1"),
-            Fact::BridgePort(BridgePort { link: name("v0"), bridge: name("cni0"), hairpin: true }),
+            Fact::BridgePort(BridgePort {
+                link: name("v0"),
+                bridge: name("cni0"),
+                hairpin: true,
+                isolated: true,
+            }),
             veth("v0", "c0", false),
             address("cni0", "10.100.5.1/24"),
             address("flannel.1", "10.100.5.0/32"),
@@ -239,7 +244,12 @@ fn a_veth_is_born_with_its_other_end_in_the_container() {
         let sandbox = another_namespace()?;
         let mut kernel = Kernel::open()?;
         kernel.set_sandbox(sandbox.try_clone()?);
-        let port = Fact::BridgePort(BridgePort { link: name("veth0"), bridge: name("cni0"), hairpin: true });
+        let port = Fact::BridgePort(BridgePort {
+            link: name("veth0"),
+            bridge: name("cni0"),
+            hairpin: true,
+            isolated: true,
+        });
         let facts = [bridge("cni0"), veth("veth0", "eth0", true), port.clone()];
         let mut desired: Facts = facts.iter().cloned().collect();
         all(kernel.apply(&diff(&desired, &Facts::default())))?;
@@ -251,7 +261,10 @@ fn a_veth_is_born_with_its_other_end_in_the_container() {
         );
         ensure!(container.link(name("veth0"))?.is_none() && kernel.link(name("eth0"))?.is_none());
         let shown = sh("bridge -d link show dev veth0")?;
-        ensure!(shown.contains("master cni0") && shown.contains("hairpin on"), "{shown}");
+        ensure!(
+            shown.contains("master cni0") && shown.contains("hairpin on") && shown.contains("isolated on"),
+            "{shown}"
+        );
 
         // Hairpin is repaired where it is asked for and let be where it is not; then off the bridge.
         let territory = owned(&["cni0", "veth0"]);
@@ -260,8 +273,12 @@ fn a_veth_is_born_with_its_other_end_in_the_container() {
         ensure!(matches!(diff(&desired, &seen)[..], [Change::Replace { .. }]), "{seen}");
         all(kernel.apply(&diff(&desired, &seen)))?;
         ensure!(sh("bridge -d link show dev veth0")?.contains("hairpin on"));
-        let plain =
-            Fact::BridgePort(BridgePort { link: name("veth0"), bridge: name("cni0"), hairpin: false });
+        let plain = Fact::BridgePort(BridgePort {
+            link: name("veth0"),
+            bridge: name("cni0"),
+            hairpin: false,
+            isolated: false,
+        });
         all(kernel.apply(&[Change::Create(&plain)]))?;
         ensure!(sh("bridge -d link show dev veth0")?.contains("hairpin on"));
         desired.set(plain);

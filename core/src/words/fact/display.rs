@@ -29,8 +29,12 @@ impl fmt::Display for Fact {
             Self::Link(link) => write!(f, "{link}"),
             Self::BridgePort(p) => {
                 write!(f, "ip link set {} master {}", p.link, p.bridge)?;
-                // Two commands: the kernel refuses hairpin in the message that enslaves.
-                if p.hairpin { write!(f, "; bridge link set dev {} hairpin on", p.link) } else { Ok(()) }
+                // Two commands: the kernel refuses modes in the message that enslaves.
+                let modes = [(p.hairpin, " hairpin on"), (p.isolated, " isolated on")];
+                if p.hairpin || p.isolated {
+                    write!(f, "; bridge link set dev {}", p.link)?;
+                }
+                modes.iter().filter(|(on, _)| *on).try_for_each(|(_, mode)| f.write_str(mode))
             }
             Self::Address(a) => {
                 write!(f, "ip addr replace {} dev {}", a.address, a.link)?;

@@ -1,4 +1,4 @@
-//! Interfaces on bridges: enslaving, hairpin, release.
+//! Interfaces on bridges: enslaving, hairpin and isolation, release.
 
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
@@ -11,7 +11,9 @@ use crate::words::name::LinkName;
 
 /// The fact, if the interface is a bridge's port.
 pub(super) fn fact(seen: &Seen, name_of: impl Fn(u32) -> Option<LinkName>) -> Option<BridgePort> {
-    Some(BridgePort { link: seen.name, bridge: name_of(seen.master?)?, hairpin: seen.hairpin? })
+    let modes = seen.port?;
+    let (hairpin, isolated) = (modes.hairpin, modes.isolated);
+    Some(BridgePort { link: seen.name, bridge: name_of(seen.master?)?, hairpin, isolated })
 }
 
 /// Puts the interface on the bridge with this index.
@@ -19,16 +21,18 @@ pub(super) fn join(port: &BridgePort, bridge: u32) -> Request {
     controlled_by(port.link, bridge)
 }
 
-/// Lets frames leave by the port they came in by, if that is asked for. A second message: the kernel looks for the port's
-/// bridge before it enslaves (net/core/rtnetlink.c `rtnl_newlink`).
-pub(super) fn hairpin(port: &BridgePort) -> Option<Request> {
+/// Sets the modes that are asked for. A second message: the kernel looks for the port's bridge before it enslaves
+/// (net/core/rtnetlink.c `rtnl_newlink`).
+pub(super) fn modes(port: &BridgePort) -> Option<Request> {
+    let hairpin = port.hairpin.then_some(InfoBridgePort::HairpinMode(true));
+    let isolated = port.isolated.then_some(InfoBridgePort::Isolated(true));
     let mut mode = named(port.link);
     mode.attributes.push(LinkAttribute::LinkInfo(vec![
         LinkInfo::PortKind(InfoPortKind::Bridge),
-        LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(true)])),
+        LinkInfo::PortData(InfoPortData::BridgePort(hairpin.into_iter().chain(isolated).collect())),
     ]));
     // Only NEWLINK looks at a port's attributes; without NLM_F_CREATE it changes what is there.
-    port.hairpin.then_some((RouteNetlinkMessage::NewLink(mode), 0))
+    (port.hairpin || port.isolated).then_some((RouteNetlinkMessage::NewLink(mode), 0))
 }
 
 /// Takes the interface off its bridge.

@@ -33,6 +33,7 @@ const IFLA_INFO_DATA: u16 = 2;
 const IFLA_INFO_SLAVE_KIND: u16 = 4;
 const IFLA_INFO_SLAVE_DATA: u16 = 5;
 const IFLA_BRPORT_MODE: u16 = 4;
+const IFLA_BRPORT_ISOLATED: u16 = 33;
 /// ...and of a VXLAN device.
 const IFLA_VXLAN_ID: u16 = 1;
 const IFLA_VXLAN_LINK: u16 = 3;
@@ -55,7 +56,14 @@ pub(super) struct Seen {
     /// Index of the bridge (or bond...) it is a port of.
     pub(super) master: Option<u32>,
     /// Of a bridge's port only.
-    pub(super) hairpin: Option<bool>,
+    pub(super) port: Option<PortModes>,
+}
+
+/// How a bridge treats one of its ports.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PortModes {
+    pub(super) hairpin: bool,
+    pub(super) isolated: bool,
 }
 
 /// What a seen interface is.
@@ -179,19 +187,19 @@ fn seen(kind: u16, body: &[u8]) -> Option<Seen> {
             _ => {}
         }
     }
-    let Place { kind, hairpin } = place;
-    Some(Seen { index, name: name?, kind, mtu, mac, alias, flags, master, hairpin })
+    let Place { kind, port } = place;
+    Some(Seen { index, name: name?, kind, mtu, mac, alias, flags, master, port })
 }
 
 /// What IFLA_LINKINFO says.
 struct Place {
     kind: SeenKind,
-    hairpin: Option<bool>,
+    port: Option<PortModes>,
 }
 
 impl Default for Place {
     fn default() -> Self {
-        Self { kind: SeenKind::Other, hairpin: None }
+        Self { kind: SeenKind::Other, port: None }
     }
 }
 
@@ -207,9 +215,11 @@ impl Place {
                 _ => {}
             }
         }
-        let hairpin = attributes(port_data)
-            .find(|(attribute, _)| *attribute == IFLA_BRPORT_MODE)
-            .is_some_and(|(_, value)| value.first().is_some_and(|mode| *mode != 0));
+        let is_on = |mode: u16| {
+            let found = attributes(port_data).find(|(attribute, _)| *attribute == mode);
+            found.is_some_and(|(_, value)| value.first().is_some_and(|on| *on != 0))
+        };
+        let modes = PortModes { hairpin: is_on(IFLA_BRPORT_MODE), isolated: is_on(IFLA_BRPORT_ISOLATED) };
         Self {
             kind: match kind.strip_suffix(b"\0").unwrap_or(kind) {
                 b"bridge" => SeenKind::Bridge,
@@ -217,7 +227,7 @@ impl Place {
                 b"vxlan" => SeenKind::Vxlan(vxlan_of(data)),
                 _ => SeenKind::Other,
             },
-            hairpin: (port_kind.strip_suffix(b"\0").unwrap_or(port_kind) == b"bridge").then_some(hairpin),
+            port: (port_kind.strip_suffix(b"\0").unwrap_or(port_kind) == b"bridge").then_some(modes),
         }
     }
 }

@@ -104,7 +104,7 @@ impl<'a> Writer<'a> {
             Fact::BridgePort(port) => {
                 let bridge = self.index(change, port.bridge)?;
                 self.push(place, &bridge_port::join(port, bridge), pardon);
-                if let Some(request) = bridge_port::hairpin(port) {
+                if let Some(request) = bridge_port::modes(port) {
                     self.push(place, &request, pardon);
                 }
             }
