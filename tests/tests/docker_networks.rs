@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use flannel_tests::{
     Container, Daemon, Host, HttpServer, IMAGE, Lab, LabPlan, Place as _, eventually, http_get, in_lab, ping,
-    ping_within, secs,
+    ping_within, secs, seen_as, tcp_opens,
 };
 
 const CONFIG: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
@@ -318,4 +318,83 @@ fn the_engine_publishes(host: &Host, remote: &Container) -> Result<()> {
     ensure!(http_get(remote.host(), &format!("http://{}:8080/", host.ip()))? == "published");
     host.docker(&["rm", "-f", "shows"])?;
     host.docker(&["network", "rm", "shown"]).map(drop)
+}
+
+#[test]
+fn networks_keep_from_each_other_what_they_were_told_to() {
+    in_lab(plan("docker-policy"), |lab| {
+        let _daemons = start(lab)?;
+        for host in lab.hosts() {
+            create_flannel(host, "web", &[])?;
+            create_flannel(host, "inside", &["--internal"])?;
+            create_flannel(host, "closed", &["-o", "com.docker.network.bridge.enable_icc=false"])?;
+            run(host, "w0", "web", &[])?;
+        }
+        let _outside = HttpServer::start(lab.outside(), 80, "outside")?;
+        an_internal_network_has_no_way_out(lab)?;
+        closed_containers_are_called_through_published_ports_only(lab)?;
+        a_source_may_be_kept(lab)
+    });
+}
+
+fn an_internal_network_has_no_way_out(lab: &Lab) -> Result<()> {
+    let (h1, h2) = (lab.host(1), lab.host(2));
+    let (i1, j1, i2) =
+        (run(h1, "i0", "inside", &[])?, run(h1, "j0", "inside", &[])?, run(h2, "i0", "inside", &[])?);
+    let out = |container: &Container| -> Result<()> {
+        ensure!(tcp_opens(container, OUTSIDE, 80).is_err(), "{container:?} reaches the outside");
+        ensure!(ping(container, h2.ip()).is_err(), "{container:?} reaches the other host");
+        Ok(())
+    };
+    for round in ["as it is", "with a default route of its own"] {
+        for (from, to) in [(&i1, &j1), (&i1, &i2), (&i2, &i1)] {
+            ping_within(secs(5), from, to.ip()?).context(round)?;
+        }
+        out(&i1).context(round)?;
+        if round == "as it is" {
+            let routes = i1.out(&["ip", "route"])?;
+            ensure!(!routes.contains("default") && routes.contains("10.100.0.0/16 via"), "{routes}");
+            ensure!(!i1.out(&["ip", "-br", "link"])?.contains("eth1"), "docker_gwbridge is in");
+            i1.out(&["ip", "route", "add", "default", "via", &(lease(h1)? + "1")])?;
+        }
+    }
+    for host in [h1, h2] {
+        host.docker(&["rm", "-f", "i0"])?;
+    }
+    h1.docker(&["rm", "-f", "j0"]).map(drop)
+}
+
+fn closed_containers_are_called_through_published_ports_only(lab: &Lab) -> Result<()> {
+    let (h1, h2) = (lab.host(1), lab.host(2));
+    let k1 = run(h1, "k0", "closed", &["-p", "8081:80"])?;
+    let (l1, k2) = (run(h1, "l0", "closed", &[])?, run(h2, "k0", "closed", &[])?);
+    let w2 = h2.docker_container("w0")?;
+    // They reach others, so what follows is not just a broken network.
+    ping_within(secs(5), &k1, w2.ip()?)?;
+    ensure!(http_get(&k1, &format!("http://{OUTSIDE}/"))? == "outside");
+    let _server = HttpServer::start(&k1, 80, "closed")?;
+    for from in [&l1, &k2, &w2] {
+        ensure!(ping(from, k1.ip()?).is_err(), "{from:?} calls k1");
+        ensure!(tcp_opens(from, k1.ip()?, 80).is_err(), "{from:?} opens a connection to k1");
+    }
+    let url = format!("http://{}:8081/", h1.ip());
+    ensure!(http_get(&k2, &url)? == "closed");
+    ensure!(http_get(h2, &url)? == "closed");
+    for (host, names) in [(h1, &["k0", "l0"][..]), (h2, &["k0"])] {
+        host.docker(&[&["rm", "-f"], names].concat())?;
+    }
+    Ok(())
+}
+
+fn a_source_may_be_kept(lab: &Lab) -> Result<()> {
+    let h1 = lab.host(1);
+    create_flannel(h1, "kept", &["-o", "com.docker.network.bridge.enable_ip_masquerade=false"])?;
+    // Whoever does without masquerading has a router that knows the way back.
+    lab.router().out(&["ip", "route", "add", "10.100.0.0/16", "via", &h1.ip().to_string()])?;
+    let kept = run(h1, "m0", "kept", &[])?;
+    let seen = seen_as(&kept, OUTSIDE, 80)?;
+    ensure!(seen == kept.ip()?, "seen as {seen}");
+    let seen = seen_as(&h1.docker_container("w0")?, OUTSIDE, 80)?;
+    ensure!(seen == h1.ip().to_string(), "seen as {seen}");
+    Ok(())
 }

@@ -20,7 +20,10 @@ pub(super) async fn create_network(
     request: wire::CreateNetwork,
 ) -> Result<Nothing, Refusal> {
     let options = NetworkOptions::read(&request.options).map_err(|error| Refusal::of(&error))?;
-    refuse_what_is_not_built(&plugin, &request, &options)?;
+    refuse_what_is_not_built(&request)?;
+    if options.masquerade == Some(true) && !plugin.masquerades() {
+        return Err("-o com.docker.network.bridge.enable_ip_masquerade=true: the plugin on this host was told --ip-masq=false, for all networks: leave the option out, or start the plugin without that flag".into());
+    }
     if plugin.is_created(&request)? {
         return Ok(Nothing {});
     }
@@ -80,11 +83,7 @@ async fn create_on(
 }
 
 /// Nothing that a user typed is ignored silently.
-fn refuse_what_is_not_built(
-    plugin: &Plugin,
-    request: &wire::CreateNetwork,
-    options: &NetworkOptions,
-) -> Result<(), Refusal> {
+fn refuse_what_is_not_built(request: &wire::CreateNetwork) -> Result<(), Refusal> {
     let switch = |key: &str| request.options.get(key).and_then(Value::as_bool);
     if switch("com.docker.network.enable_ipv6") == Some(true) || !request.ipv6_data.is_empty() {
         return Err("--ipv6 is not built yet for flannel networks: leave it out".into());
@@ -92,15 +91,7 @@ fn refuse_what_is_not_built(
     if switch("com.docker.network.enable_ipv4") == Some(false) {
         return Err("--ipv4=false is not built yet for flannel networks: leave it out".into());
     }
-    let not_built = |asked: bool, what: &str| match asked {
-        true => Err(Refusal(format!("{what} is not built yet for flannel networks: leave it out"))),
-        false => Ok(()),
-    };
-    // What a whole host does not masquerade is not masqueraded for one network.
-    not_built(
-        options.masquerade == Some(true) && !plugin.masquerades(),
-        "-o com.docker.network.bridge.enable_ip_masquerade=true beside --ip-masq=false",
-    )
+    Ok(())
 }
 
 /// This node's part of the flannel network that the pool belongs to, and who hands its addresses out.
