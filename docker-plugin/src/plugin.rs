@@ -285,7 +285,7 @@ impl Plugin {
             mac: endpoint.mac,
             mtu: network.options.mtu.map_or(fits, |wanted| wanted.min(fits)),
             bridge_mtu: fits,
-            isolated: network.options.isolated,
+            isolated: network.options.isolated && !veth::bridged_packets_are_filtered(),
         };
         let made = veth::attach(id, &port)?;
         let joined = EndpointRecord { stage: Stage::Joined, ..endpoint };

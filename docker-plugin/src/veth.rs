@@ -76,6 +76,14 @@ pub(crate) fn refuse_taken(name: LinkName) -> Result<(), Refusal> {
     }
 }
 
+/// Whether the packet filter sees what goes from port to port of a bridge, as Docker sets it. Then it keeps containers apart
+/// by itself, and isolated ports would keep them from each other's published ports too, which turn round on the bridge.
+pub(crate) fn bridged_packets_are_filtered() -> bool {
+    // Absent where br_netfilter is not loaded.
+    let setting = std::fs::read_to_string("/proc/sys/net/bridge/bridge-nf-call-iptables");
+    setting.is_ok_and(|on| on.trim() == "1")
+}
+
 /// Removes the pair; one that died with its container's namespace is removed already.
 pub(crate) fn detach(endpoint_id: &str, network: &NetworkName) -> Result<(), Refusal> {
     let link = owner(endpoint_id).host_link(network.as_str());

@@ -378,7 +378,9 @@ fn closed_containers_are_called_through_published_ports_only(lab: &Lab) -> Resul
         ensure!(tcp_opens(from, k1.ip()?, 80).is_err(), "{from:?} opens a connection to k1");
     }
     let url = format!("http://{}:8081/", h1.ip());
-    ensure!(http_get(&k2, &url)? == "closed");
+    for from in [&l1, &k2] {
+        ensure!(http_get(from, &url)? == "closed", "{from:?}");
+    }
     ensure!(http_get(h2, &url)? == "closed");
     for (host, names) in [(h1, &["k0", "l0"][..]), (h2, &["k0"])] {
         host.docker(&[&["rm", "-f"], names].concat())?;
