@@ -72,6 +72,8 @@ impl From<LedgerError> for AddressError {
 pub(crate) struct Addresses {
     ledger: Ledger,
     pool: Pool,
+    /// Handed out only when nothing else is left, unless asked for by name.
+    spared: BTreeSet<IpAddr>,
 }
 
 /// The holder's name of an endpoint.
@@ -98,7 +100,7 @@ impl Addresses {
         subnet: Prefix,
     ) -> Result<Self, AddressError> {
         let ledger = Ledger::open_for(subnet_file, ledger_dir, network.ledger())?;
-        Ok(Self { ledger, pool: Pool::new(subnet)? })
+        Ok(Self { ledger, pool: Pool::new(subnet)?, spared: BTreeSet::new() })
     }
 
     /// The same if the network has a ledger, without making one.
@@ -109,7 +111,12 @@ impl Addresses {
         subnet: Prefix,
     ) -> Result<Option<Self>, AddressError> {
         let Some(ledger) = Ledger::find(subnet_file, ledger_dir, network.ledger())? else { return Ok(None) };
-        Ok(Some(Self { ledger, pool: Pool::new(subnet)? }))
+        Ok(Some(Self { ledger, pool: Pool::new(subnet)?, spared: BTreeSet::new() }))
+    }
+
+    /// The same, with addresses that are handed out last.
+    pub(crate) fn sparing(self, spared: BTreeSet<IpAddr>) -> Self {
+        Self { spared, ..self }
     }
 
     /// Claims the next free address, of `range` if there is one.
@@ -125,12 +132,11 @@ impl Addresses {
     ) -> Result<InterfaceAddress, AddressError> {
         let taken: BTreeSet<IpAddr> = held.addresses()?.into_iter().collect();
         let last = held.last(0);
-        let address = match range {
-            None => self.pool.next(last, &taken)?,
-            Some(range) => {
-                self.pool.next_in(range, last, &taken).ok_or(AddressError::RangeExhausted(range))?
-            }
+        let next = |taken: &BTreeSet<IpAddr>| match range {
+            None => self.pool.next(last, taken).map_err(AddressError::from),
+            Some(range) => self.pool.next_in(range, last, taken).ok_or(AddressError::RangeExhausted(range)),
         };
+        let address = next(&(&taken | &self.spared)).or_else(|_| next(&taken))?;
         held.claim(address, owner)?;
         held.set_last(0, address)?;
         Ok(self.pool.admit(address)?)
@@ -320,6 +326,18 @@ mod tests {
 
     fn ip(last: u8) -> IpAddr {
         [10, 100, 5, last].into()
+    }
+
+    #[test]
+    fn what_somebody_asked_for_by_name_is_handed_out_last() {
+        let dir = tempfile::tempdir().unwrap();
+        let addresses = addresses(dir.path());
+        let spared = BTreeSet::from([ip(3), ip(4)]);
+        let addresses = addresses.sparing(spared.clone());
+        let given: Vec<_> = (0..13).map(|_| addresses.claim_any(None).unwrap().address()).collect();
+        assert_eq!(given[..2], [ip(2), ip(5)]);
+        assert_eq!(given[11..].iter().copied().collect::<BTreeSet<_>>(), spared);
+        assert!(addresses.claim_any(None).is_err());
     }
 
     #[test]

@@ -161,6 +161,10 @@ pub(crate) struct PoolRecord {
     /// How many requests no CreateNetwork has followed yet, and no ReleasePool.
     #[serde(default = "one")]
     pub(crate) outstanding: u32,
+    /// Addresses that were ever asked for by name (`--ip`): a container that is stopped, or that its engine has not started yet
+    /// again, wants its own back.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub(crate) chosen: BTreeSet<IpAddr>,
 }
 
 fn one() -> u32 {
@@ -174,13 +178,30 @@ impl PoolRecord {
     /// Of a network that nobody has asked for yet.
     pub(crate) fn new(network: &NetworkName) -> Self {
         let network = network.clone();
-        Self { version: VERSION, network, subnet: None, defined: None, requested: 0, outstanding: 0 }
+        Self {
+            version: VERSION,
+            network,
+            subnet: None,
+            defined: None,
+            requested: 0,
+            outstanding: 0,
+            chosen: BTreeSet::new(),
+        }
     }
 
     /// An engine asks for it, now.
     pub(crate) fn ask(&mut self) {
         let earlier = if self.is_fresh() { self.outstanding } else { 0 };
         (self.requested, self.outstanding) = (now(), earlier.saturating_add(1));
+    }
+
+    /// Somebody asks for exactly this address.
+    pub(crate) fn choose(&mut self, address: IpAddr) {
+        /// Containers with a fixed address on one host are some.
+        const CHOSEN_MAX: usize = 4096;
+        if self.chosen.len() < CHOSEN_MAX {
+            self.chosen.insert(address);
+        }
     }
 
     /// A network was made of what was asked for, or the engine gave it back.

@@ -184,10 +184,25 @@ impl Plugin {
     pub(crate) fn claim(&self, pool: &PoolId, wanted: Option<IpAddr>) -> Result<InterfaceAddress, Refusal> {
         let addresses = self.addresses(&pool.network, pool.subnet)?;
         let claimed = match wanted {
-            None => addresses.claim_any(pool.range),
+            None => addresses.sparing(self.chosen(&pool.network)).claim_any(pool.range),
             Some(address) => addresses.claim(address, |holder| self.makes_way(holder)),
         };
-        claimed.map_err(|error| Refusal::of(&error))
+        let claimed = claimed.map_err(|error| Refusal::of(&error))?;
+        self.note_chosen(&pool.network, wanted)?;
+        Ok(claimed)
+    }
+
+    /// Addresses of a network that somebody asked for by name.
+    fn chosen(&self, network: &NetworkName) -> BTreeSet<IpAddr> {
+        self.journal.pools().get(network.as_str()).map(|record| record.chosen).unwrap_or_default()
+    }
+
+    fn note_chosen(&self, network: &NetworkName, wanted: Option<IpAddr>) -> Result<(), Refusal> {
+        let Some(address) = wanted.filter(|address| !self.chosen(network).contains(address)) else {
+            return Ok(());
+        };
+        let noted = self.journal.pools().update(network.as_str(), |record| record.choose(address));
+        noted.map_err(|error| Refusal::of(&error))
     }
 
     /// Gives an address back. That of an endpoint which never joined takes the endpoint along: its engine gave up.
@@ -233,13 +248,15 @@ impl Plugin {
             return agrees(id, &known, &asked).map(|()| known);
         }
         self.finish_deleting(id, false)?;
-        let addresses = self.addresses(&network.network, network.pool)?;
+        let addresses =
+            self.addresses(&network.network, network.pool)?.sparing(self.chosen(&network.network));
         let record = record(
             addresses
                 .claim_for(id, wanted, |holder| self.makes_way(holder))
                 .map_err(|error| Refusal::of(&error))?,
         );
         self.record_endpoint(&addresses, id, record.clone())?;
+        self.note_chosen(&network.network, wanted)?;
         Ok(record)
     }
 

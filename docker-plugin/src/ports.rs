@@ -97,6 +97,13 @@ pub(crate) struct Holder {
     endpoint: String,
 }
 
+impl Holder {
+    /// Endpoint id.
+    pub(crate) fn endpoint(&self) -> &str {
+        &self.endpoint
+    }
+}
+
 impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { port, network, endpoint } = self;

@@ -1,15 +1,17 @@
 //! Ports of this host that lead to endpoints, and the packet filter that follows what is booked of them.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
+use flannel_core::words::exposure::PublishedPort;
 use flannel_core::words::name::NetworkName;
 
 use super::Plugin;
 use crate::answer::Refusal;
 use crate::exposure;
 use crate::journal::Stage;
-use crate::ports::Asker;
+use crate::ports::{Asker, PortError};
 use crate::wire::PortBinding;
 
 /// How long the packet filter is waited for. After that the network's agent has no lease yet, or is not there: it writes what is
@@ -43,7 +45,7 @@ impl Plugin {
         let addresses: Vec<IpAddr> = exposure::addresses(&endpoint).collect();
         let binding = options.host_binding.map(IpAddr::V4);
         let asker = Asker { endpoint: id, network: &endpoint.network, addresses: &addresses, binding };
-        let ports = self.ports.replace(&asker, bindings).map_err(|error| Refusal::of(&error))?;
+        let ports = self.take_ports(&asker, bindings).map_err(|error| Refusal::of(&error))?;
         // If not, the engine repeats itself: the packet filter has them, or will.
         if ports != endpoint.ports {
             let noted = self.journal.endpoints().update(id, |record| record.ports.clone_from(&ports));
@@ -56,6 +58,21 @@ impl Plugin {
             }
         }
         Ok(Some(endpoint.network))
+    }
+
+    /// Ports that an endpoint holds whose container has ended, without our being told, are free for who asks for them.
+    fn take_ports(
+        &self,
+        asker: &Asker<'_>,
+        bindings: &[PortBinding],
+    ) -> Result<BTreeSet<PublishedPort>, PortError> {
+        for _ in bindings {
+            match self.ports.replace(asker, bindings) {
+                Err(PortError::Held { holder, .. }) if self.take_away(holder.endpoint()) => {}
+                given => return given,
+            }
+        }
+        self.ports.replace(asker, bindings)
     }
 
     /// Books that an endpoint has no ports. The answer as in [`Self::publish`].

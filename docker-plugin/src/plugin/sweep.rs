@@ -26,12 +26,32 @@ impl Plugin {
     /// container again after a crash of its own or of ours. The endpoint is gone then.
     pub(super) fn makes_way(&self, id: &str) -> bool {
         let Some(record) = self.journal.endpoints().get(id) else { return true };
-        let left = match record.stage {
+        self.is_left_over(id, &record) && self.discard(id, &record)
+    }
+
+    /// Takes away what is left of an endpoint that no engine will ask to be deleted; false for any other.
+    pub(super) fn take_away(&self, id: &str) -> bool {
+        match self.journal.endpoints().get(id) {
+            None => self.ports.release(id),
+            Some(record) if self.is_left_over(id, &record) => {
+                let gone = self.mark_deleted(id).and_then(|_| self.unplug(id, true));
+                if let Err(Refusal(text)) = gone {
+                    tracing::warn!(endpoint = %id, "not cleaned up yet: {text}");
+                    return false;
+                }
+                tracing::info!(endpoint = %id, "made way: its engine forgot it");
+            }
+            Some(_) => return false,
+        }
+        true
+    }
+
+    fn is_left_over(&self, id: &str, record: &EndpointRecord) -> bool {
+        match record.stage {
             Stage::Created => Duration::from_secs(record.age()) > BEING_MADE,
-            Stage::Joined => self.has_ended(id, &record),
+            Stage::Joined => self.has_ended(id, record),
             Stage::Deleted => true,
-        };
-        left && self.discard(id, &record)
+        }
     }
 
     /// Whether an endpoint's address may be taken back or given to another, now that an engine says so. The endpoint is gone
@@ -55,6 +75,8 @@ impl Plugin {
     fn discard(&self, id: &str, record: &EndpointRecord) -> bool {
         let gone = veth::detach(id, &record.network).is_ok() && self.journal.endpoints().remove(id).is_ok();
         if gone {
+            self.ports.release(id);
+            self.networks.expose_changes();
             tracing::info!(endpoint = %id, address = %record.address, "made way: its engine forgot it");
         }
         gone

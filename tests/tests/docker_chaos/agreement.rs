@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use flannel_tests::Host;
 use serde_json::Value;
 
@@ -17,11 +17,13 @@ pub(super) struct Leftovers {
     pub(super) endpoints: BTreeMap<String, String>,
     /// Addresses that no endpoint came for.
     pub(super) claims: BTreeSet<String>,
+    /// Flannel networks whose pool was asked for, and no network came: they stay for a while.
+    pub(super) pools: BTreeSet<String>,
 }
 
 impl Leftovers {
     pub(super) fn count(&self) -> usize {
-        self.networks.len() + self.endpoints.len() + self.claims.len()
+        self.networks.len() + self.endpoints.len() + self.claims.len() + self.pools.len()
     }
 }
 
@@ -73,6 +75,9 @@ pub(super) fn agree(world: &World<'_>) -> Result<Leftovers> {
         leftovers.claims.insert(format!("{address} {owner}"));
     }
 
+    let asked = records(host, "pools")?.into_iter().filter(|(_, pool)| pool["outstanding"] != 0);
+    leftovers.pools.extend(asked.map(|(network, _)| network));
+
     // One port on a bridge for every endpoint, and none but those of endpoints that are still to be cleaned up.
     let ports = host.sh("ip -o link show type veth | grep -c ' master \\(cni0\\|fl-\\)' || true")?;
     let ports: usize = ports.trim().parse()?;
@@ -81,14 +86,45 @@ pub(super) fn agree(world: &World<'_>) -> Result<Leftovers> {
         "{ports} ports for {} endpoints and {leftovers:?}",
         endpoints.len()
     );
-    // Published ports and the like name addresses that somebody has.
-    let elements =
-        host.sh("nft list ruleset | grep -o '10\\.\\(100\\|60\\)\\.[0-9]*\\.[0-9]* \\. ' || true")?;
-    for element in elements.lines().map(|line| line.trim_end_matches(" . ").trim()) {
-        ensure!(ledger.contains_key(element), "the rules know {element}, the ledger does not");
-    }
+    ports_lead_somewhere(host, &endpoints, &leftovers, &ledger)?;
     world.nobody_panicked()?;
     Ok(leftovers)
+}
+
+/// Every running container's published port leads to an address of its own, and no port leads to nobody's.
+fn ports_lead_somewhere(
+    host: &Host,
+    endpoints: &[Endpoint],
+    leftovers: &Leftovers,
+    ledger: &BTreeMap<String, String>,
+) -> Result<()> {
+    // `tcp . 18080 : 10.100.7.2 . 80`
+    let elements =
+        host.sh("nft list ruleset | grep -oE '(tcp|udp|sctp) \\. [0-9]+ : [0-9.]+ \\. [0-9]+' || true")?;
+    let mut leads: BTreeMap<&str, &str> = BTreeMap::new();
+    for element in elements.lines() {
+        let words: Vec<&str> = element.split(' ').collect();
+        let [_, _, port, _, address, ..] = words[..] else { bail!("{element:?}") };
+        ensure!(leads.insert(port, address).is_none(), "port {port} twice:\n{elements}");
+        let lives = endpoints.iter().any(|endpoint| endpoint.address == address);
+        let owner = ledger.get(address).map(|owner| owner.trim_start_matches("docker:").to_owned());
+        let left = owner.is_some_and(|owner| leftovers.endpoints.contains_key(&owner));
+        ensure!(lives || left, "port {port} leads to {address}, which is nobody's");
+    }
+    let mut containers: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for endpoint in endpoints {
+        containers.entry(&endpoint.container).or_default().insert(&endpoint.address);
+    }
+    for (container, addresses) in containers {
+        let format = "{{range .HostConfig.PortBindings}}{{range .}}{{.HostPort}} {{end}}{{end}}";
+        for port in host.docker(&["inspect", "-f", format, container])?.split_whitespace() {
+            let to = leads
+                .get(port)
+                .with_context(|| format!("port {port} of {container} leads nowhere:\n{elements}"))?;
+            ensure!(addresses.contains(to), "port {port} of {container} leads to {to}");
+        }
+    }
+    Ok(())
 }
 
 /// The ids of the engine's flannel networks, and the endpoints of running containers on them.

@@ -12,7 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use flannel_tests::conversation::When;
-use flannel_tests::{Lab, LabPlan, eventually, in_lab, ping_within, secs};
+use flannel_tests::{Lab, LabPlan, eventually, in_lab, ping_within, secs, unchanged};
 
 use agreement::{Leftovers, agree};
 use walk::{Dice, walk};
@@ -100,9 +100,7 @@ fn is_as_before(world: &World<'_>, start: &str) -> Result<()> {
     eventually("nothing is left", patience, || -> Result<()> {
         let left = agree(world)?;
         ensure!(left == Leftovers::default(), "{left:?}");
-        let now = world.host.network_state()?;
-        ensure!(now == start, "{now}\n--- before\n{start}");
-        Ok(())
+        unchanged("the kernel", start, &world.host.network_state()?)
     })
     .with_context(|| world.tails())
 }

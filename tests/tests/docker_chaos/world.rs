@@ -153,6 +153,17 @@ pub(super) enum Step {
     RemoveNetwork(usize),
 }
 
+/// What a container of the scenes publishes: a port of its own.
+fn port(container: &str) -> &'static str {
+    match container {
+        "w1" => "18081:80",
+        "w2" => "18082:80",
+        "w3" => "18083:80/udp",
+        "w4" => "18084:80",
+        _ => "18080:80",
+    }
+}
+
 /// How often a user tries before he writes a complaint.
 const TRIES: usize = 6;
 
@@ -200,7 +211,10 @@ impl Step {
             }
             Self::Run(name, n) => {
                 let remove = if round > 0 { vec!["rm", "-f", name] } else { Vec::new() };
-                vec![remove, vec!["run", "-d", "--name", name, "--network", network(n), IMAGE]]
+                vec![
+                    remove,
+                    vec!["run", "-d", "--name", name, "-p", port(name), "--network", network(n), IMAGE],
+                ]
             }
             Self::Connect(name, n) => {
                 let disconnect = if round > 0 {
