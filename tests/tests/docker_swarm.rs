@@ -2,6 +2,7 @@
 //! own node's lease, found by name from everywhere.
 
 use std::collections::BTreeSet;
+use std::env;
 use std::thread;
 use std::time::Duration;
 
@@ -228,7 +229,7 @@ fn services_and_attached_containers_find_each_other_from_every_node() {
 }
 
 #[test]
-fn networks_side_by_side_outlive_a_power_cut_and_a_restart() {
+fn networks_side_by_side_outlive_their_engines() {
     in_lab(plan("swarm-networks"), |lab| {
         let mut engines = swarm(lab)?;
         let (manager, h2, h3) = (lab.host(1), lab.host(2), lab.host(3));
@@ -266,8 +267,12 @@ fn networks_side_by_side_outlive_a_power_cut_and_a_restart() {
         })?;
         manager.docker(&["service", "rm", "wrong"])?;
 
-        // A worker loses its power; later the manager's engine stops, and its plugin with it.
-        lab.reboot(h2)?;
+        // A worker's engine stops, and its plugin with it; later the manager's. In the long run the worker loses its power:
+        // a swarm needs a minute to notice.
+        match env::var_os("FLANNEL_TESTS_LONG").is_some_and(|long| long == "1") {
+            true => lab.reboot(h2)?,
+            false => engines[1].stop(secs(60)).map(drop)?,
+        }
         engines[1] = h2.start_dockerd(&[])?;
         back_on(lab, h2, &all)?;
         for (name, names) in [("one", ["one", "tasks.one"]), ("other", ["other", "tasks.other"])] {
