@@ -225,6 +225,30 @@ fn driver_options_are_kept() {
 }
 
 #[test]
+fn closed_containers_are_apart_on_one_bridge_too() {
+    in_lab(one_host("closed"), |lab| {
+        let host = lab.host(1);
+        let mut plugin = Plugin::start(host, &[])?;
+        let (pool_id, pool) = plugin.request_pool("10.100.0.0/16", json!({}))?;
+        let closed = json!({"com.docker.network.bridge.enable_icc": "false"});
+        plugin.call(CREATE_NETWORK, &network_with(NETWORK, &pool, closed))?;
+        let filter = "/proc/sys/net/bridge/bridge-nf-call-iptables";
+        // With it the packet filter sees what goes from port to port, without it only the bridge itself can tell.
+        for (filtered, isolated) in [("1", false), ("0", true)] {
+            if host.sh(&format!("echo {filtered} > {filter}")).is_err() && filtered == "1" {
+                continue;
+            }
+            let endpoint = id(filtered);
+            let address = plugin.run(NETWORK, &endpoint, &pool_id, "")?;
+            let ports = host.out(&["bridge", "-d", "link", "show"])?;
+            ensure!(ports.contains("isolated on") == isolated, "{filtered}: {ports}");
+            plugin.end(NETWORK, &endpoint, &pool_id, &address)?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn auxiliary_addresses_outlive_everything_but_their_network() {
     in_lab(one_host("aux"), |lab| {
         let host = lab.host(1);
