@@ -301,3 +301,40 @@ fn networks_keep_their_containers_as_their_options_say() {
         })
     });
 }
+
+/// A UDP sender that never stops goes where the port leads now, not where it led when it began.
+#[test]
+fn udp_senders_follow_the_port() {
+    in_lab(plan("ports-udp", 2), |lab| {
+        let (h1, h2) = (lab.host(1), lab.host(2));
+        let _plugin = start_plugin(h1, &[])?;
+        let _dockerd = h1.start_dockerd(&[])?;
+        h1.load_image()?;
+        h1.docker(CREATE)?;
+        // Something has to have the kernel track connections before the port is there.
+        h1.docker_run("other", &["--network", "web", "-p", "8080:80"])?;
+        let send = format!(
+            "exec 3<>/dev/udp/{}/5353; while sleep 0.1; do echo hello >&3 || true; done 2>/dev/null",
+            h1.ip()
+        );
+        let _sender = h2.spawn("sender", &["timeout", "300", "bash", "-c", &send], &[])?;
+        let tracked = || h1.sh("grep -c 'dport=5353' /proc/net/nf_conntrack || true");
+        if h1.exists("/proc/net/nf_conntrack") {
+            eventually("the sender is tracked", secs(10), || tracked().is_ok_and(|count| count != "0"))?;
+        } else {
+            std::thread::sleep(secs(1));
+        }
+        for name in ["first", "second"] {
+            let container = h1.docker_run(name, &["--network", "web", "-p", "5353:53/udp"])?;
+            // Nobody need listen: the kernel counts what came for a port that nobody listens on.
+            let heard = || container.sh(r"sed -n 's/^Udp: [0-9]* \([0-9]*\) .*/\1/p' /proc/net/snmp");
+            eventually(format!("{name} hears the sender"), secs(10), || {
+                let count = heard()?;
+                ensure!(count != "0", "{count} datagrams came");
+                Ok(())
+            })?;
+            h1.docker(&["rm", "-f", name])?;
+        }
+        Ok(())
+    });
+}

@@ -293,7 +293,7 @@ impl Thread {
         let kernel = open(&mut self.kernel)?;
         self.endpoints.prepare(kernel, &mut plan.facts, &mut plan.territory)?;
         let report = converge(kernel, &plan.territory, &plan.facts)?;
-        self.endpoints.passed(plan.ranges.clone(), report.clean);
+        self.endpoints.passed(kernel, plan.ranges.clone(), &report);
         if self.place.forward
             && let Some(hint) = self.kernel()?.netfilter()?.hint()
         {

@@ -5,6 +5,7 @@
 mod any;
 mod iptables;
 mod packets;
+mod published;
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;

@@ -3,16 +3,21 @@
 //! A change in between is made from what was written last, without a look: one port more costs one element more, however
 //! many there are. A look follows only if the kernel does not take it.
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
 use tokio::sync::oneshot;
 
 use crate::act::pass::{chain, converge};
 use crate::decide::firewall::Range;
 use crate::decide::publish::{self, PublishScene};
 use crate::touch::world::kernel::Kernel;
+use crate::touch::world::kernel::nftables::conntrack::Changed;
 use crate::touch::world::{World, WorldError};
-use crate::words::exposure::Exposure;
+use crate::words::exposure::{Exposure, PublishedPort, Transport};
 use crate::words::fact::{Conflict, Fact, Facts, Key, diff};
 use crate::words::name::{LinkName, NetworkName};
+use crate::words::report::Report;
 use crate::words::territory::Territory;
 
 /// Who waits for a change.
@@ -40,11 +45,21 @@ pub(super) struct Endpoints {
     /// What is in the kernel, as far as we know.
     written: Option<Facts>,
     waiting: Vec<Reply>,
+    /// The ports whose connections are as they say.
+    settled: BTreeSet<PublishedPort>,
 }
 
 impl Endpoints {
     pub(super) fn new(network: NetworkName, bridge: Option<LinkName>, exposure: Option<Exposure>) -> Self {
-        Self { network, bridge, exposure, ranges: None, written: None, waiting: Vec::new() }
+        Self {
+            network,
+            bridge,
+            exposure,
+            ranges: None,
+            written: None,
+            waiting: Vec::new(),
+            settled: BTreeSet::new(),
+        }
     }
 
     /// What is wanted now.
@@ -65,7 +80,11 @@ impl Endpoints {
 
     /// Writes what is wanted, and tells everybody who waits.
     pub(super) fn serve(&mut self, kernel: Result<&mut Kernel, WorldError>) {
-        let result = kernel.map_err(EndpointsError::from).and_then(|kernel| self.write(kernel));
+        let result = kernel.map_err(EndpointsError::from).and_then(|kernel| {
+            self.write(kernel)?;
+            self.settle(kernel);
+            Ok(())
+        });
         let result = result.map_err(|error| chain(&error));
         for reply in self.waiting.drain(..) {
             // Whoever does not wait any more has no use for it.
@@ -95,9 +114,37 @@ impl Endpoints {
     }
 
     /// A pass was made for these ranges.
-    pub(super) fn passed(&mut self, ranges: Vec<Range>, clean: bool) {
+    pub(super) fn passed(&mut self, kernel: &mut Kernel, ranges: Vec<Range>, report: &Report) {
         self.ranges = Some(ranges);
-        self.written = if clean { self.plan().ok() } else { None };
+        self.written = if report.clean { self.plan().ok() } else { None };
+        if report.made.iter().any(|made| made.kind == "table") {
+            // While the rules were not there, packets went another way.
+            self.settled.clear();
+        }
+        self.settle(kernel);
+    }
+
+    /// Forgets connections that are not as the ports now say. Nothing depends on it but those connections.
+    fn settle(&mut self, kernel: &mut Kernel) {
+        let wanted = self.exposure.as_ref().map(|exposure| exposure.published.clone()).unwrap_or_default();
+        let gone: Vec<_> = self.settled.difference(&wanted).copied().collect();
+        let come: Vec<_> = wanted.difference(&self.settled).copied().collect();
+        let changed = |port: &PublishedPort| port.protocol != Transport::Tcp;
+        if gone.iter().chain(&come).any(changed) {
+            let forgotten = kernel.interfaces().and_then(|interfaces| {
+                let addresses = interfaces.iter().flat_map(|interface| &interface.addresses);
+                let local: Vec<IpAddr> = addresses.map(|address| address.address.address()).collect();
+                kernel.netfilter()?.forget(&Changed { gone: &gone, come: &come, local: &local })
+            });
+            match forgotten {
+                Ok(0) => {}
+                Ok(count) => {
+                    tracing::info!(network = %self.network, "{count} tracked connections to changed ports forgotten")
+                }
+                Err(error) => tracing::warn!(network = %self.network, "{}", chain(&error)),
+            }
+        }
+        self.settled = wanted;
     }
 
     fn plan(&self) -> Result<Facts, Conflict> {

@@ -3,6 +3,7 @@
 //! A table is compared and written as one value. Every write is one transaction of the kernel, so packets see the old
 //! rules or the new ones, never none. What we compare is what the kernel executes, read back expression by expression.
 
+pub mod conntrack;
 mod decode;
 mod encode;
 mod expression;
@@ -30,6 +31,8 @@ const LOOKS_MAX: usize = 4;
 pub struct Netfilter {
     socket: Socket,
     legacy: Legacy,
+    /// To connection tracking; opened when it is first asked for.
+    connections: Option<Socket>,
 }
 
 impl Netfilter {
@@ -38,7 +41,7 @@ impl Netfilter {
     /// # Errors
     /// `Io` if the kernel has no netfilter sockets.
     pub fn open() -> Result<Self, WorldError> {
-        Ok(Self { socket: Socket::open()?, legacy: Legacy::here()? })
+        Ok(Self { socket: Socket::open()?, legacy: Legacy::here()?, connections: None })
     }
 
     /// Adds the tables of the territory that exist, and the accepts that FORWARD has for its networks.
@@ -120,6 +123,19 @@ impl Netfilter {
             }
         }
         Ok(families)
+    }
+
+    /// Forgets the connections that a change of published ports makes wrong, and says how many; in the namespace of the thread
+    /// that asks first.
+    ///
+    /// # Errors
+    /// `Refused` if the kernel does not let us look.
+    pub fn forget(&mut self, changed: &conntrack::Changed<'_>) -> Result<usize, WorldError> {
+        let opened = match self.connections.take() {
+            Some(socket) => socket,
+            None => Socket::open_to(conntrack::SUBSYSTEM)?,
+        };
+        conntrack::forget(self.connections.insert(opened), changed)
     }
 
     /// What the operator should know: a FORWARD chain is there that we cannot write.

@@ -266,6 +266,7 @@ fn answers(mut bytes: &[u8]) -> impl Iterator<Item = Answer<'_>> {
 /// A socket to nf_tables of the namespace it was opened in.
 pub(super) struct Socket {
     fd: OwnedFd,
+    subsystem: u16,
     sequence: u32,
     buffer: Vec<u8>,
     /// Room for one message in the kernel's send queue.
@@ -275,6 +276,11 @@ pub(super) struct Socket {
 impl Socket {
     /// In the namespace of the calling thread.
     pub(super) fn open() -> Result<Self, WorldError> {
+        Self::open_to(SUBSYSTEM)
+    }
+
+    /// The same, for another part of netfilter.
+    pub(super) fn open_to(subsystem: u16) -> Result<Self, WorldError> {
         let open = || -> nix::Result<OwnedFd> {
             let fd = socket(
                 AddressFamily::Netlink,
@@ -291,7 +297,7 @@ impl Socket {
             action: "open a netfilter socket".to_owned(),
             source: errno.into(),
         })?;
-        Ok(Self { fd, sequence: 0, buffer: vec![0; BUFFER], room: 0 })
+        Ok(Self { fd, subsystem, sequence: 0, buffer: vec![0; BUFFER], room: 0 })
     }
 
     /// The number of the rule set: it changes with every transaction of anybody in this namespace.
@@ -317,6 +323,26 @@ impl Socket {
                     NLMSG_ERROR if answer.errno() == libc::ENOENT => Ok(None),
                     NLMSG_ERROR => Err(refused(what, answer.errno())),
                     _ => Ok(Some(answer.attributes().to_vec())),
+                };
+            }
+        }
+    }
+
+    /// Has one thing done; that what should go is gone is no failure.
+    pub(super) fn tell(
+        &mut self,
+        what: &str,
+        kind: u8,
+        family: u8,
+        attributes: &Attributes,
+    ) -> Result<(), WorldError> {
+        let sequence = self.request(what, kind, ACK, family, attributes)?;
+        loop {
+            let length = self.receive(what, MsgFlags::empty())?;
+            if let Some(answer) = answers(&self.buffer[..length]).find(|answer| answer.sequence == sequence) {
+                return match answer.errno() {
+                    0 | libc::ENOENT => Ok(()),
+                    errno => Err(refused(what, errno)),
                 };
             }
         }
@@ -402,7 +428,8 @@ impl Socket {
         attributes: &Attributes,
     ) -> Result<u32, WorldError> {
         self.sequence = self.sequence.wrapping_add(1);
-        let bytes = message(of_subsystem(kind), flags, self.sequence, family, 0, attributes.as_bytes());
+        let kind = (self.subsystem << 8) | u16::from(kind);
+        let bytes = message(kind, flags, self.sequence, family, 0, attributes.as_bytes());
         self.transmit(what, &bytes)?;
         Ok(self.sequence)
     }
