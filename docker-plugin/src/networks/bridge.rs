@@ -6,7 +6,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use flannel_core::touch::marker::{self, bridge_marker, settle_bridge};
+use flannel_core::words::addr::Prefix;
 use flannel_core::words::name::{LinkName, NetworkName};
+use flannel_core::words::node::HostRoute;
 
 use super::Networks;
 use crate::addresses::is_pending;
@@ -84,4 +86,20 @@ pub(super) fn remove_bridge(subnet_file: &Path) -> Result<(), Refusal> {
         veth::remove_bridge(bridge)?;
     }
     marker::withdraw(&marker).map_err(|error| Refusal::of(&error))
+}
+
+/// Refuses to put a second bridge on a subnet: what is sent to its containers would go to the other one.
+pub(super) fn alone_on(subnet: Prefix, bridge: LinkName) -> Result<(), Refusal> {
+    match veth::host_routes()?.iter().find_map(|route| other_bridge(route, subnet, bridge)) {
+        Some(other) => Err(Refusal(format!(
+            "{other} has an address of {subnet}, this host's part of the flannel network: its bridge is to be {bridge}. If {other} is Docker's own, give the engine another --bip (172.17.0.1/16), restart it, and try again"
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// The bridge of a connected route into the subnet, unless it is the one that belongs there.
+fn other_bridge(route: &HostRoute, subnet: Prefix, bridge: LinkName) -> Option<LinkName> {
+    let connected = route.bridge && route.via.is_none() && route.destination.overlaps(&subnet);
+    route.link.filter(|link| connected && !route.destination.is_default() && *link != bridge)
 }

@@ -6,6 +6,8 @@
 
 mod attach;
 mod cold_start;
+mod docker;
+mod docker_throughput;
 mod idle;
 mod table;
 mod throughput;
@@ -25,6 +27,8 @@ const ALL: &[Bench] = &[
         cold_start::run,
     ),
     ("idle", "memory of flanneld that has nothing to do", idle::run),
+    ("docker", "networks, containers and ports of Docker, beside its bridge driver", docker::run),
+    ("docker-throughput", "containers of two engines, beside Docker's overlay", docker_throughput::run),
     ("throughput", "TCP between containers of two hosts, beside a plain routed veth pair", throughput::run),
 ];
 
@@ -34,7 +38,7 @@ fn main() -> ExitCode {
     if names.is_empty() || unknown.is_some() {
         eprintln!("usage: bench all | NAME...");
         for (name, what, _) in ALL {
-            eprintln!("  {name:12} {what}");
+            eprintln!("  {name:18} {what}");
         }
         return ExitCode::from(2);
     }
