@@ -250,7 +250,7 @@ fn an_address_outlives_an_engine_that_died_asking_for_it() {
                 }
                 made.map(drop)
             };
-            eventually(format!("{address} can be had after {method}"), secs(20), again)
+            eventually(format!("{address} can be had after {method}"), secs(60), again)
                 .with_context(|| plugin.tail())?;
             ensure!(host.docker_ip("c1", "web")? == address);
             ping_within(secs(5), host, &address)?;

@@ -18,8 +18,12 @@ use crate::veth;
 /// An endpoint that is created and never joined belongs to an engine that died in between.
 const NEVER_JOINED_MAX: Duration = Duration::from_secs(600);
 
-/// For so long an engine may be between CreateEndpoint and Join, or between Join and taking the veth pair.
-const BEING_MADE: Duration = Duration::from_secs(5);
+/// For so long an engine may be between CreateEndpoint and Join. It takes milliseconds, but for one that starts hundreds of
+/// containers at once.
+const BEING_CREATED: Duration = Duration::from_secs(10);
+
+/// For so long it may leave both ends of a veth pair here before it takes one, and for so long an ended container's may be.
+const BEING_TAKEN: Duration = Duration::from_secs(60);
 
 impl Plugin {
     /// Whether the endpoint that holds an address leaves it to whoever asks for exactly that one: an engine that starts a
@@ -48,7 +52,7 @@ impl Plugin {
 
     fn is_left_over(&self, id: &str, record: &EndpointRecord) -> bool {
         match record.stage {
-            Stage::Created => Duration::from_secs(record.age()) > BEING_MADE,
+            Stage::Created => Duration::from_secs(record.age()) > BEING_CREATED,
             Stage::Joined => self.has_ended(id, record),
             Stage::Deleted => true,
         }
@@ -66,9 +70,9 @@ impl Plugin {
         }
     }
 
-    /// Whether a joined endpoint's container has ended, and not just now begun.
+    /// Whether a joined endpoint's container has ended, and is not just being started.
     fn has_ended(&self, id: &str, record: &EndpointRecord) -> bool {
-        let old = Duration::from_secs(record.age()) > BEING_MADE;
+        let old = Duration::from_secs(record.age()) > BEING_TAKEN;
         old && veth::existing().is_ok_and(|links| is_dead(id, record, &links))
     }
 
