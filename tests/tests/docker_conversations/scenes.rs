@@ -121,6 +121,7 @@ pub(super) const SCENES: &[Scene] = &[
                 "run --rm --network web --network-alias a --network-alias b --hostname h --dns 9.9.9.9 --label x=y lab true",
             ),
             Docker("run --rm --network web --sysctl net.ipv4.ip_forward=1 lab true"),
+            Docker("run --rm --network web -p 18080:80 -p 127.0.0.1:19000-19001:90-91/udp -p 1234 lab true"),
             Docker("create --name created --network web lab true"),
             Docker("start created"),
             Docker("rm -f created"),
