@@ -91,7 +91,7 @@ pub(super) fn agree(world: &World<'_>) -> Result<Leftovers> {
     Ok(leftovers)
 }
 
-/// Every running container's published port leads to an address of its own, and no port leads to nobody's.
+/// A published port that leads anywhere leads to an address of its own container, and none to nobody's.
 fn ports_lead_somewhere(
     host: &Host,
     endpoints: &[Endpoint],
@@ -118,9 +118,9 @@ fn ports_lead_somewhere(
     for (container, addresses) in containers {
         let format = "{{range .HostConfig.PortBindings}}{{range .}}{{.HostPort}} {{end}}{{end}}";
         for port in host.docker(&["inspect", "-f", format, container])?.split_whitespace() {
-            let to = leads
-                .get(port)
-                .with_context(|| format!("port {port} of {container} leads nowhere:\n{elements}"))?;
+            // An engine that moves ports from one network of a container to another does not move them again when we die
+            // over its Revoke: they come back with the container's next start.
+            let Some(to) = leads.get(port) else { continue };
             ensure!(addresses.contains(to), "port {port} of {container} leads to {to}");
         }
     }
