@@ -3,7 +3,7 @@
 //! They are found by their processes, because nothing else of them ends when they end: `subnet.env` stays.
 //!
 //! **Source** — upstream main.go `--subnet-file` and its variable `FLANNELD_SUBNET_FILE`; k3s pkg/agent/flannel/setup.go, which
-//! writes the standard file and keeps its configuration in [`K3S_CONFIG`].
+//! writes the standard file and keeps its configuration in `K3S_CONFIG`.
 
 use std::fmt;
 use std::fs::{self, File};
