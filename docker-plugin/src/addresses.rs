@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use flannel_core::decide::pool::{Pool, PoolError};
 use flannel_core::touch::ledger::{DOCKER, Entry, HeldLedger, Ledger, LedgerError};
-use flannel_core::words::addr::{InterfaceAddress, Prefix};
+use flannel_core::words::addr::{Family, InterfaceAddress, Prefix};
 use flannel_core::words::name::{Attachment, NetworkName};
 
 /// How long a claim may wait for its endpoint. An engine asks for both within milliseconds.
@@ -50,6 +50,12 @@ pub(crate) enum AddressError {
     /// Somebody has it, or the ledger cannot be used.
     #[error(transparent)]
     Ledger(LedgerError),
+    /// The network has no subnet of the address's family.
+    #[error("{0} is of a family that this network does not have here")]
+    NoPool(IpAddr),
+    /// The same without an address.
+    #[error("this network has no {0} here")]
+    NoFamily(Family),
     /// Not in the range that the network was created with.
     #[error("no free address in --ip-range {0}")]
     RangeExhausted(Prefix),
@@ -71,7 +77,8 @@ impl From<LedgerError> for AddressError {
 /// The addresses of one flannel network on this node.
 pub(crate) struct Addresses {
     ledger: Ledger,
-    pool: Pool,
+    /// One of each family.
+    pools: Vec<Pool>,
     /// Handed out only when nothing else is left, unless asked for by name.
     spared: BTreeSet<IpAddr>,
 }
@@ -92,15 +99,15 @@ pub(crate) fn is_pending(entry: &Entry) -> bool {
 }
 
 impl Addresses {
-    /// Of a network whose subnet here is `subnet`.
+    /// Of a network whose subnets here are these, at most one of a family.
     pub(crate) fn open(
         subnet_file: &Path,
         ledger_dir: &Path,
         network: &NetworkName,
-        subnet: Prefix,
+        subnets: &[Prefix],
     ) -> Result<Self, AddressError> {
         let ledger = Ledger::open_for(subnet_file, ledger_dir, network.ledger())?;
-        Ok(Self { ledger, pool: Pool::new(subnet)?, spared: BTreeSet::new() })
+        Ok(Self { ledger, pools: pools(subnets)?, spared: BTreeSet::new() })
     }
 
     /// The same if the network has a ledger, without making one.
@@ -108,10 +115,10 @@ impl Addresses {
         subnet_file: &Path,
         ledger_dir: &Path,
         network: &NetworkName,
-        subnet: Prefix,
+        subnets: &[Prefix],
     ) -> Result<Option<Self>, AddressError> {
         let Some(ledger) = Ledger::find(subnet_file, ledger_dir, network.ledger())? else { return Ok(None) };
-        Ok(Some(Self { ledger, pool: Pool::new(subnet)?, spared: BTreeSet::new() }))
+        Ok(Some(Self { ledger, pools: pools(subnets)?, spared: BTreeSet::new() }))
     }
 
     /// The same, with addresses that are handed out last.
@@ -119,27 +126,46 @@ impl Addresses {
         Self { spared, ..self }
     }
 
-    /// Claims the next free address, of `range` if there is one.
-    pub(crate) fn claim_any(&self, range: Option<Prefix>) -> Result<InterfaceAddress, AddressError> {
-        self.claim_next(&self.ledger.lock()?, range, &pending())
+    fn admit(&self, address: IpAddr) -> Result<InterfaceAddress, AddressError> {
+        let family = Family::of(address);
+        let pool = self.pools.iter().find(|pool| pool.subnet().family() == family);
+        Ok(pool.ok_or(AddressError::NoPool(address))?.admit(address)?)
+    }
+
+    /// Claims the next free address of a family, of `range` if there is one.
+    pub(crate) fn claim_any(
+        &self,
+        family: Family,
+        range: Option<Prefix>,
+    ) -> Result<InterfaceAddress, AddressError> {
+        self.claim_next(&self.ledger.lock()?, family, range, &pending())
     }
 
     fn claim_next(
         &self,
         held: &HeldLedger<'_>,
+        family: Family,
         range: Option<Prefix>,
         owner: &Attachment,
     ) -> Result<InterfaceAddress, AddressError> {
+        let Some(pool) = self.pools.iter().find(|pool| pool.subnet().family() == family) else {
+            return Err(AddressError::NoFamily(family));
+        };
+        // As CNI counts the families of a node that has both; Docker's networks always have the first.
+        let index = match family {
+            Family::V4 => 0,
+            Family::V6 => 1,
+        };
         let taken: BTreeSet<IpAddr> = held.addresses()?.into_iter().collect();
-        let last = held.last(0);
+        let last = held.last(index);
         let next = |taken: &BTreeSet<IpAddr>| match range {
-            None => self.pool.next(last, taken).map_err(AddressError::from),
-            Some(range) => self.pool.next_in(range, last, taken).ok_or(AddressError::RangeExhausted(range)),
+            None => pool.next(last, taken).map_err(AddressError::from),
+            Some(range) => pool.next_in(range, last, taken).ok_or(AddressError::RangeExhausted(range)),
         };
         let address = next(&(&taken | &self.spared)).or_else(|_| next(&taken))?;
         held.claim(address, owner)?;
-        held.set_last(0, address)?;
-        Ok(self.pool.admit(address)?)
+        held.set_last(index, address)?;
+        Ok(pool.admit(address)?)
     }
 
     /// Claims exactly this address; `makes_way` says of the endpoint that holds it whether it leaves it to us.
@@ -148,7 +174,7 @@ impl Addresses {
         address: IpAddr,
         makes_way: impl FnOnce(&str) -> bool,
     ) -> Result<InterfaceAddress, AddressError> {
-        let admitted = self.pool.admit(address)?;
+        let admitted = self.admit(address)?;
         self.claim_exactly(&self.ledger.lock()?, address, &pending(), makes_way)?;
         Ok(admitted)
     }
@@ -175,20 +201,44 @@ impl Addresses {
         }
     }
 
-    /// Claims an address for an endpoint that nobody asked for one before: `wanted`, else the next free one. An endpoint
-    /// that has one already keeps it.
+    /// Claims an address of every family for an endpoint that nobody asked for one before: `wanted`, else the next free one. An
+    /// endpoint that has one already keeps it. All or none.
     pub(crate) fn claim_for(
         &self,
         endpoint_id: &str,
         wanted: Option<IpAddr>,
-        makes_way: impl FnOnce(&str) -> bool,
-    ) -> Result<InterfaceAddress, AddressError> {
+        makes_way: impl Fn(&str) -> bool,
+    ) -> Result<Vec<InterfaceAddress>, AddressError> {
         let held = self.ledger.lock()?;
         let owner = owner(endpoint_id);
-        let Some(wanted) = wanted else { return self.claim_next(&held, None, &owner) };
-        let admitted = self.pool.admit(wanted)?;
-        if held.owner(wanted)?.is_none_or(|holder| holder != owner) {
-            self.claim_exactly(&held, wanted, &owner, makes_way)?;
+        if let Some(wanted) = wanted {
+            self.admit(wanted)?;
+        }
+        let mut claimed: Vec<InterfaceAddress> = Vec::new();
+        for family in self.pools.iter().map(|pool| pool.subnet().family()) {
+            let wanted = wanted.filter(|wanted| Family::of(*wanted) == family);
+            match self.claim_one(&held, (family, wanted), &owner, &makes_way) {
+                Ok(address) => claimed.push(address),
+                Err(error) => {
+                    claimed.iter().try_for_each(|address| held.release_address(address.address()))?;
+                    return Err(error);
+                }
+            }
+        }
+        Ok(claimed)
+    }
+
+    fn claim_one(
+        &self,
+        held: &HeldLedger<'_>,
+        (family, wanted): (Family, Option<IpAddr>),
+        owner: &Attachment,
+        makes_way: impl FnOnce(&str) -> bool,
+    ) -> Result<InterfaceAddress, AddressError> {
+        let Some(wanted) = wanted else { return self.claim_next(held, family, None, owner) };
+        let admitted = self.admit(wanted)?;
+        if held.owner(wanted)?.is_none_or(|holder| holder != *owner) {
+            self.claim_exactly(held, wanted, owner, makes_way)?;
         }
         Ok(admitted)
     }
@@ -222,7 +272,7 @@ impl Addresses {
         address: IpAddr,
         keeper: &Attachment,
     ) -> Result<bool, AddressError> {
-        self.pool.admit(address)?;
+        self.admit(address)?;
         match held.owner(address)? {
             None => held.claim(address, keeper)?,
             Some(holder) if holder == *keeper => return Ok(false),
@@ -239,7 +289,7 @@ impl Addresses {
         endpoint_id: &str,
         usurps: impl FnOnce(&str) -> bool,
     ) -> Result<(), AddressError> {
-        self.pool.admit(address)?;
+        self.admit(address)?;
         let held = self.ledger.lock()?;
         let new = owner(endpoint_id);
         let Some(holder) = held.owner(address)? else { return Ok(held.claim(address, &new)?) };
@@ -310,6 +360,10 @@ impl Addresses {
     }
 }
 
+fn pools(subnets: &[Prefix]) -> Result<Vec<Pool>, AddressError> {
+    Ok(subnets.iter().map(|subnet| Pool::new(*subnet)).collect::<Result<_, _>>()?)
+}
+
 fn pending() -> Attachment {
     Attachment { container: PENDING.to_owned(), interface: "eth".to_owned() }
 }
@@ -320,8 +374,14 @@ mod tests {
 
     fn addresses(dir: &Path) -> Addresses {
         let network = NetworkName::default_network();
-        let subnet = "10.100.5.0/28".parse().unwrap();
-        Addresses::open(&dir.join("run/subnet.env"), &dir.join("networks"), &network, subnet).unwrap()
+        let subnets = ["10.100.5.0/28".parse().unwrap(), "fd00:100:0:5::/64".parse().unwrap()];
+        Addresses::open(&dir.join("run/subnet.env"), &dir.join("networks"), &network, &subnets).unwrap()
+    }
+
+    impl Addresses {
+        fn claim_v4(&self, range: Option<Prefix>) -> Result<InterfaceAddress, AddressError> {
+            self.claim_any(Family::V4, range)
+        }
     }
 
     fn ip(last: u8) -> IpAddr {
@@ -334,20 +394,20 @@ mod tests {
         let addresses = addresses(dir.path());
         let spared = BTreeSet::from([ip(3), ip(4)]);
         let addresses = addresses.sparing(spared.clone());
-        let given: Vec<_> = (0..13).map(|_| addresses.claim_any(None).unwrap().address()).collect();
+        let given: Vec<_> = (0..13).map(|_| addresses.claim_v4(None).unwrap().address()).collect();
         assert_eq!(given[..2], [ip(2), ip(5)]);
         assert_eq!(given[11..].iter().copied().collect::<BTreeSet<_>>(), spared);
-        assert!(addresses.claim_any(None).is_err());
+        assert!(addresses.claim_v4(None).is_err());
     }
 
     #[test]
     fn claims_go_round_and_do_not_come_back_at_once() {
         let dir = tempfile::tempdir().unwrap();
         let addresses = addresses(dir.path());
-        assert_eq!(addresses.claim_any(None).unwrap().to_string(), "10.100.5.2/28");
-        assert_eq!(addresses.claim_any(None).unwrap().address(), ip(3));
+        assert_eq!(addresses.claim_v4(None).unwrap().to_string(), "10.100.5.2/28");
+        assert_eq!(addresses.claim_v4(None).unwrap().address(), ip(3));
         addresses.release(ip(2), |_| true).unwrap();
-        assert_eq!(addresses.claim_any(None).unwrap().address(), ip(4));
+        assert_eq!(addresses.claim_v4(None).unwrap().address(), ip(4));
         let error = addresses.claim(ip(4), |_| false).unwrap_err().to_string();
         assert!(error.contains("10.100.5.4 is already taken"), "{error}");
         assert!(addresses.claim(ip(1), |_| false).is_err(), "the gateway");
@@ -358,16 +418,33 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let addresses = addresses(dir.path());
         let range: Prefix = "10.100.5.12/30".parse().unwrap();
-        let given: Vec<_> = (0..3).map(|_| addresses.claim_any(Some(range)).unwrap().address()).collect();
+        let given: Vec<_> = (0..3).map(|_| addresses.claim_v4(Some(range)).unwrap().address()).collect();
         assert_eq!(given, [ip(12), ip(13), ip(14)]);
-        assert!(matches!(addresses.claim_any(Some(range)), Err(AddressError::RangeExhausted(_))));
+        assert!(matches!(addresses.claim_v4(Some(range)), Err(AddressError::RangeExhausted(_))));
+    }
+
+    #[test]
+    fn each_family_goes_round_by_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let addresses = addresses(dir.path());
+        let next = |family| addresses.claim_any(family, None).unwrap().to_string();
+        assert_eq!(next(Family::V6), "fd00:100:0:5::2/64");
+        assert_eq!(next(Family::V4), "10.100.5.2/28");
+        assert_eq!(next(Family::V6), "fd00:100:0:5::3/64");
+        let range: Prefix = "fd00:100:0:5::8000:0/97".parse().unwrap();
+        assert_eq!(
+            addresses.claim_any(Family::V6, Some(range)).unwrap().to_string(),
+            "fd00:100:0:5::8000:0/64"
+        );
+        assert!(addresses.claim("fd00:100:0:6::2".parse().unwrap(), |_| false).is_err(), "another host's");
+        assert!(addresses.claim("fd00:100:0:5::1".parse().unwrap(), |_| false).is_err(), "the gateway");
     }
 
     #[test]
     fn an_endpoint_takes_its_claim_and_nobody_elses() {
         let dir = tempfile::tempdir().unwrap();
         let addresses = addresses(dir.path());
-        let address = addresses.claim_any(None).unwrap().address();
+        let address = addresses.claim_v4(None).unwrap().address();
         addresses.confirm(address, "e1", |_| false).unwrap();
         addresses.confirm(address, "e1", |_| false).unwrap();
         assert!(addresses.confirm(address, "e2", |_| false).is_err());
@@ -404,10 +481,19 @@ mod tests {
     fn an_endpoint_without_an_ipam_driver_claims_for_itself() {
         let dir = tempfile::tempdir().unwrap();
         let addresses = addresses(dir.path());
-        assert_eq!(addresses.claim_for("e1", None, |_| false).unwrap().address(), ip(2));
-        for _ in 0..2 {
-            assert_eq!(addresses.claim_for("e2", Some(ip(7)), |_| false).unwrap().address(), ip(7));
-        }
+        let claim = |endpoint: &str, wanted: Option<IpAddr>| {
+            let claimed = addresses.claim_for(endpoint, wanted, |_| false).unwrap();
+            claimed.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(claim("e1", None), ["10.100.5.2/28", "fd00:100:0:5::2/64"]);
+        assert_eq!(claim("e2", Some(ip(7))), ["10.100.5.7/28", "fd00:100:0:5::3/64"]);
+        assert_eq!(claim("e2", Some(ip(7)))[0], "10.100.5.7/28", "it has it already");
+        let v6: IpAddr = "fd00:100:0:5::77".parse().unwrap();
+        assert_eq!(claim("e4", Some(v6)), ["10.100.5.3/28", "fd00:100:0:5::77/64"]);
+        // What fails in one family leaves nothing in the other.
+        let before = addresses.ledger.lock().unwrap().addresses().unwrap();
+        assert!(addresses.claim_for("e5", Some(v6), |_| false).is_err());
+        assert_eq!(addresses.ledger.lock().unwrap().addresses().unwrap(), before);
         assert!(addresses.claim_for("e3", Some(ip(7)), |_| false).is_err());
         assert!(addresses.claim_for("e3", Some(ip(1)), |_| false).is_err(), "the gateway");
     }
@@ -416,7 +502,7 @@ mod tests {
     fn nothing_fresh_is_swept() {
         let dir = tempfile::tempdir().unwrap();
         let addresses = addresses(dir.path());
-        let address = addresses.claim_any(None).unwrap().address();
+        let address = addresses.claim_v4(None).unwrap().address();
         assert!(addresses.sweep(|_| false).unwrap().is_empty());
         let age = |address: IpAddr| {
             let file = addresses.ledger.dir().join(address.to_string());

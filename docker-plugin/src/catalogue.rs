@@ -15,6 +15,7 @@ use flannel_core::words::units::Vni;
 
 use crate::answer::{Refusal, blocking};
 use crate::definition::{FALLBACK_CIDR, Wish, free_vni, vni_of};
+use crate::half::create_command;
 use crate::settings::Settings;
 use crate::veth;
 
@@ -28,12 +29,19 @@ pub(crate) struct Catalogue {
     embedded: bool,
     /// What tells about the default network, also when that is another agent's and not in this store.
     subnet_file: PathBuf,
+    /// Our name, for texts.
+    driver: String,
 }
 
 impl Catalogue {
     pub(crate) fn new(store: Store, settings: &Settings) -> Self {
         let subnet_file = settings.subnet_file(&NetworkName::default_network());
-        Self { store, embedded: settings.embedded_store().is_some(), subnet_file }
+        Self {
+            store,
+            embedded: settings.embedded_store().is_some(),
+            subnet_file,
+            driver: settings.driver_name.clone(),
+        }
     }
 
     /// Whether a network can only be another agent's: a store of this machine alone has no config of it, so that whoever
@@ -65,11 +73,30 @@ impl Catalogue {
 
     /// The network that a wish means: by its name, or by the CIDR that the store has under some name.
     pub(crate) async fn named(&self, wish: &Wish) -> Result<NetworkName, Refusal> {
-        match (&wish.network, wish.cidr) {
-            (Some(network), _) => Ok(network.clone()),
-            (None, Some(cidr)) => self.named_by(cidr, &self.known().await?),
-            (None, None) => Ok(NetworkName::default_network()),
+        match (&wish.network, wish.cidr, wish.cidr_v6) {
+            (Some(network), _, _) => Ok(network.clone()),
+            (None, Some(cidr), _) => self.named_by(cidr, &self.known().await?),
+            (None, None, Some(cidr)) => self.named_by_v6(cidr).await,
+            (None, None, None) => Ok(NetworkName::default_network()),
         }
+    }
+
+    /// The network that has this IPv6 CIDR. None is defined by it: the call for IPv4 comes first, and has done that.
+    async fn named_by_v6(&self, cidr: Prefix) -> Result<NetworkName, Refusal> {
+        let configs = parsed(self.known().await?);
+        let found = configs.iter().find(|(_, config)| config.v6.is_some_and(|v6| v6.cidr == cidr));
+        if let Some((name, _)) = found {
+            return Ok(name.clone());
+        }
+        if let Some((other, config)) =
+            configs.iter().find(|(_, config)| config.cidrs().any(|c| c.overlaps(&cidr)))
+        {
+            return Err(overlaps(cidr, other, config));
+        }
+        Err(Refusal(format!(
+            "no flannel network has the IPv6 CIDR {cidr}; a new one gets it together with its IPv4 CIDR: {}",
+            create_command(&self.driver, None, Some(cidr))
+        )))
     }
 
     /// Finds the network of a wish in the store, or defines it there. The answer is the definition, if it was made now.
@@ -97,6 +124,12 @@ impl Catalogue {
                 return Err(overlaps(cidr, other, config));
             }
             let config = self.defined(wish, cidr, &known).await?;
+            if let Some(v6) = config.v6
+                && let Some((other, theirs)) =
+                    known.iter().find(|(_, config)| config.cidrs().any(|c| c.overlaps(&v6.cidr)))
+            {
+                return Err(overlaps(v6.cidr, other, theirs));
+            }
             let document = config.to_json();
             match self.store.network(network).create_config(&document).await.map_err(|e| Refusal::of(&e))? {
                 Created::Exists(document) => {
@@ -164,8 +197,13 @@ impl Catalogue {
     fn foreign(&self) -> Option<String> {
         let env = SubnetEnv::read(&self.subnet_file).ok()?;
         let (cidr, own) = (env.network(Family::V4)?, env.subnet(Family::V4)?);
-        let document =
+        let mut document =
             json!({"Network": cidr.to_string(), "SubnetLen": own.len(), "Backend": {"Type": "alloc"}});
+        if let (Some(cidr), Some(own)) = (env.network(Family::V6), env.subnet(Family::V6)) {
+            document["EnableIPv6"] = json!(true);
+            document["IPv6Network"] = json!(cidr.to_string());
+            document["IPv6SubnetLen"] = json!(own.len());
+        }
         Some(document.to_string())
     }
 
@@ -226,8 +264,9 @@ fn agree(wish: &Wish, network: &NetworkName, document: &str) -> Result<(), Refus
 
 fn overlaps(cidr: Prefix, other: &NetworkName, config: &NetworkConfig) -> Refusal {
     let theirs: Vec<String> = config.cidrs().map(|cidr| cidr.to_string()).collect();
-    let theirs = theirs.join(" ");
     Refusal(format!(
-        "--subnet {cidr} overlaps flannel network {other}, which is {theirs}: use --subnet {theirs} to join it (the answer is this host's part), or a CIDR outside of it"
+        "the network {cidr} overlaps flannel network {other}, which is {}: use --subnet {} to join it (the answer is this host's part), or a CIDR outside of it",
+        theirs.join(" "),
+        theirs.join(" --subnet ")
     ))
 }

@@ -9,7 +9,7 @@ use std::fmt;
 use serde_json::{Map, Value, json};
 
 use flannel_core::words::addr::{Family, Prefix};
-use flannel_core::words::config::{BackendConfig, ConfigError, NetworkConfig};
+use flannel_core::words::config::{BackendConfig, ConfigError, NetworkConfig, Range};
 use flannel_core::words::name::{NameError, NetworkName};
 use flannel_core::words::units::Vni;
 
@@ -35,6 +35,7 @@ enum Kind {
     Text,
     Number,
     Switch,
+    V6Cidr,
 }
 
 const KNOWN: &[Known] = &[
@@ -46,12 +47,20 @@ const KNOWN: &[Known] = &[
     Known { option: "subnet-len", within: Within::Document, key: "SubnetLen", kind: Kind::Number },
     Known { option: "subnet-min", within: Within::Document, key: "SubnetMin", kind: Kind::Text },
     Known { option: "subnet-max", within: Within::Document, key: "SubnetMax", kind: Kind::Text },
+    Known { option: IPV6_NETWORK, within: Within::Document, key: "IPv6Network", kind: Kind::V6Cidr },
+    Known { option: "ipv6-subnet-len", within: Within::Document, key: "IPv6SubnetLen", kind: Kind::Number },
+    Known { option: "ipv6-subnet-min", within: Within::Document, key: "IPv6SubnetMin", kind: Kind::Text },
+    Known { option: "ipv6-subnet-max", within: Within::Document, key: "IPv6SubnetMax", kind: Kind::Text },
 ];
+
+/// The IPv6 CIDR of a network with both families: the call that defines a network is the one for IPv4, and of IPv6 only
+/// options reach it.
+pub(crate) const IPV6_NETWORK: &str = "ipv6-network";
 
 /// Why a wish cannot be understood.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub(crate) enum WishError {
-    /// `--subnet` is no IPv4 network.
+    /// `--subnet` is no network of the family.
     #[error("--subnet {given}: {cause}")]
     Subnet {
         /// As typed.
@@ -88,6 +97,8 @@ pub(crate) struct Wish {
     pub(crate) network: Option<NetworkName>,
     /// `--subnet`: a whole flannel network.
     pub(crate) cidr: Option<Prefix>,
+    /// The same of IPv6, where the call is for that.
+    pub(crate) cidr_v6: Option<Prefix>,
     /// The options that define a network, as typed.
     options: BTreeMap<String, String>,
 }
@@ -98,16 +109,23 @@ impl Wish {
         Self { network, ..Self::default() }
     }
 
-    /// Reads what a RequestPool carries.
-    pub(crate) fn read(subnet: &str, options: &BTreeMap<String, String>) -> Result<Self, WishError> {
+    /// Reads what a RequestPool carries; there is one for each family.
+    pub(crate) fn read(
+        subnet: &str,
+        family: Family,
+        options: &BTreeMap<String, String>,
+    ) -> Result<Self, WishError> {
         let mut wish = Self::default();
         if !subnet.is_empty() {
             let wrong = |cause: String| WishError::Subnet { given: subnet.to_owned(), cause };
             let cidr: Prefix = subnet.parse().map_err(|error| wrong(format!("{error}")))?;
-            if cidr.family() == Family::V6 {
-                return Err(wrong("IPv6 is not built yet in this version; give an IPv4 network".into()));
+            if cidr.family() != family {
+                return Err(wrong(format!("an {family} network was wanted")));
             }
-            wish.cidr = Some(cidr);
+            match family {
+                Family::V4 => wish.cidr = Some(cidr),
+                Family::V6 => wish.cidr_v6 = Some(cidr),
+            }
         }
         for (option, value) in options {
             if option == "network" {
@@ -118,9 +136,22 @@ impl Wish {
                 return Err(WishError::Option(option.clone()));
             };
             known.value(value)?;
+            if option == IPV6_NETWORK && family == Family::V6 && wish.cidr_v6.is_none() {
+                wish.cidr_v6 = value.parse().ok();
+            }
             wish.options.insert(option.clone(), value.clone());
         }
         Ok(wish)
+    }
+
+    /// The same wish for a network whose name is known.
+    pub(crate) fn named(self, network: Option<NetworkName>) -> Self {
+        Self { network, ..self }
+    }
+
+    /// Whether it does not say which network it means.
+    pub(crate) fn names_none(&self) -> bool {
+        self.network.is_none() && self.cidr.is_none() && self.cidr_v6.is_none()
     }
 
     /// Whether the wish names a VNI.
@@ -129,8 +160,9 @@ impl Wish {
     }
 
     /// Whether the wish says nothing but which network, and this can be it.
-    pub(crate) fn names_only(&self, cidr: Option<Prefix>) -> bool {
-        self.options.is_empty() && (self.cidr.is_none() || self.cidr == cidr)
+    pub(crate) fn names_only(&self, cidrs: &[Prefix]) -> bool {
+        let mut named = self.cidr.iter().chain(&self.cidr_v6);
+        self.options.is_empty() && named.all(|cidr| cidrs.contains(cidr))
     }
 
     /// The name under which a CIDR nobody knows is kept in the store, when the default network has another.
@@ -153,7 +185,10 @@ impl Wish {
 
     /// Whether everything that the wish says is true of a network that exists. What it does not say may be as it likes.
     pub(crate) fn agrees_with(&self, stored: &NetworkConfig) -> bool {
-        if self.cidr.is_some_and(|cidr| stored.v4.is_none_or(|v4| v4.cidr != cidr)) {
+        let other = |cidr: Option<Prefix>, range: Option<Range>| {
+            cidr.is_some_and(|cidr| range.is_none_or(|range| range.cidr != cidr))
+        };
+        if other(self.cidr, stored.v4) || other(self.cidr_v6, stored.v6) {
             return false;
         }
         let Ok(Value::Object(mut document)) = serde_json::from_str(&stored.to_json()) else { return false };
@@ -167,6 +202,9 @@ impl Wish {
             let Some(value) = self.options.get(known.option) else { continue };
             // Checked when it was read.
             let Ok(value) = known.value(value) else { continue };
+            if known.key.starts_with("IPv6") {
+                document.insert("EnableIPv6".into(), json!(true));
+            }
             match known.within {
                 Within::Document => document.insert(known.key.into(), value),
                 Within::Backend => backend_of(document).insert(known.key.into(), value),
@@ -195,6 +233,10 @@ impl Known {
         match self.kind {
             Kind::Text => Ok(json!(text)),
             Kind::Number => text.parse::<u64>().map(|n| json!(n)).map_err(|_| wrong("a whole number")),
+            Kind::V6Cidr => match text.parse::<Prefix>() {
+                Ok(cidr) if cidr.family() == Family::V6 => Ok(json!(text)),
+                _ => Err(wrong("an IPv6 network without host bits, like fd00:100::/48,")),
+            },
             Kind::Switch => match text {
                 "true" | "1" | "" => Ok(json!(true)),
                 "false" | "0" => Ok(json!(false)),
@@ -208,7 +250,8 @@ impl fmt::Display for Wish {
     /// As it was typed.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut words = Vec::new();
-        words.extend(self.cidr.map(|cidr| format!("--subnet {cidr}")));
+        let cidrs = self.cidr.into_iter().chain(self.cidr_v6);
+        words.extend(cidrs.map(|cidr| format!("--subnet {cidr}")));
         words.extend(self.network.iter().map(|network| format!("--ipam-opt network={network}")));
         words.extend(self.options.iter().map(|(option, value)| format!("--ipam-opt {option}={value}")));
         f.write_str(&words.join(" "))
@@ -235,7 +278,8 @@ mod tests {
     use super::*;
 
     fn wish(subnet: &str, options: &[(&str, &str)]) -> Result<Wish, WishError> {
-        Wish::read(subnet, &options.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect())
+        let family = if subnet.contains(':') { Family::V6 } else { Family::V4 };
+        Wish::read(subnet, family, &options.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect())
     }
 
     fn defined(subnet: &str, options: &[(&str, &str)]) -> NetworkConfig {
@@ -247,7 +291,13 @@ mod tests {
     fn what_cannot_be_meant_is_refused_by_name() {
         for (subnet, options, said) in [
             ("10.100.5.7/16", &[][..], "the network is 10.100.0.0/16"),
-            ("fd00::/64", &[], "IPv6 is not built yet"),
+            ("fd00::1/64", &[], "the network is fd00::/64"),
+            (
+                "",
+                &[("ipv6-network", "fd00::1/48")],
+                "an IPv6 network without host bits, like fd00:100::/48, was wanted",
+            ),
+            ("", &[("ipv6-network", "10.0.0.0/8")], "an IPv6 network"),
             ("x", &[], "--subnet x"),
             ("", &[("colour", "red")], "--ipam-opt colour: unknown; known are network, backend, vni"),
             ("", &[("vni", "many")], "--ipam-opt vni=many: a whole number was wanted"),
@@ -278,6 +328,41 @@ mod tests {
         assert!(!agrees("", &[("vni", "8")]));
         assert!(!agrees("", &[("subnet-len", "24")]));
         assert!(!agrees("", &[("backend", "host-gw")]));
+    }
+
+    #[test]
+    fn ipv6_is_defined_with_ipv4_and_named_by_its_own_cidr() {
+        let both = defined("10.100.0.0/16", &[("ipv6-network", "fd00:100::/48"), ("ipv6-subnet-len", "60")]);
+        let v6 = both.v6.unwrap();
+        assert_eq!((v6.cidr.to_string().as_str(), v6.subnet_len()), ("fd00:100::/48", 60));
+        let agrees = |stored: &NetworkConfig, subnet, options: &[_]| {
+            wish(subnet, options).unwrap().agrees_with(stored)
+        };
+        for subnet in ["10.100.0.0/16", "fd00:100::/48", ""] {
+            assert!(agrees(&both, subnet, &[]), "{subnet}");
+            assert!(agrees(&both, subnet, &[("ipv6-network", "fd00:100::/48")]), "{subnet}");
+            assert!(!agrees(&both, subnet, &[("ipv6-network", "fd00:200::/48")]), "{subnet}");
+        }
+        assert!(!agrees(&both, "fd00:200::/48", &[]));
+        let v4 = defined("10.100.0.0/16", &[]);
+        assert!(!agrees(&v4, "fd00:100::/48", &[]));
+        assert!(!agrees(&v4, "10.100.0.0/16", &[("ipv6-network", "fd00:100::/48")]));
+        assert!(!agrees(&v4, "10.100.0.0/16", &[("ipv6-subnet-len", "64")]));
+        // Without its network, a part of IPv6 is not defined silently.
+        let wish = wish("10.100.0.0/16", &[("ipv6-subnet-len", "64")]).unwrap();
+        let error = wish.define(&wish.cidr.unwrap(), Vni::ONE).unwrap_err().to_string();
+        assert!(error.contains("IPv6Network is missing"), "{error}");
+        // A call for IPv6 without a subnet means the network that it defines.
+        let options = BTreeMap::from([("ipv6-network".to_owned(), "fd00:100::/48".to_owned())]);
+        let automatic = Wish::read("", Family::V6, &options).unwrap();
+        assert_eq!(automatic.cidr_v6, Some("fd00:100::/48".parse().unwrap()));
+        assert!(Wish::read("", Family::V4, &options).unwrap().names_none());
+        assert!(
+            Wish::read("10.0.0.0/8", Family::V6, &options)
+                .unwrap_err()
+                .to_string()
+                .contains("an IPv6 network was wanted")
+        );
     }
 
     #[test]

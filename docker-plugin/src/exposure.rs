@@ -70,5 +70,5 @@ fn add(exposure: &mut Exposure, endpoint: &EndpointRecord, policy: Policy) {
 
 /// The addresses of an endpoint.
 pub(crate) fn addresses(endpoint: &EndpointRecord) -> impl Iterator<Item = IpAddr> {
-    [endpoint.address.address()].into_iter()
+    endpoint.addresses().into_iter().map(|address| address.address())
 }

@@ -17,7 +17,7 @@ use axum::http::Uri;
 use axum::routing::post;
 use serde_json::json;
 
-use flannel_core::words::addr::{InterfaceAddress, Prefix};
+use flannel_core::words::addr::{Family, InterfaceAddress, Prefix};
 use flannel_core::words::name::NetworkName;
 
 use crate::answer::{Nothing, Refusal, blocking, call, constant};
@@ -102,23 +102,32 @@ impl FromStr for PoolId {
 }
 
 async fn request_pool(plugin: Arc<Plugin>, request: wire::RequestPool) -> Result<wire::Pool, Refusal> {
-    if request.v6 {
-        return Err("IPv6 is not built yet for flannel networks: leave --ipv6 and IPv6 subnets out".into());
-    }
-    let wish = Wish::read(&request.pool, &request.options).map_err(|error| Refusal::of(&error))?;
-    let part = plugin.networks().part_for(&wish).await?;
-    if wish.cidr.is_none() {
+    let family = if request.v6 { Family::V6 } else { Family::V4 };
+    let wish = Wish::read(&request.pool, family, &request.options).map_err(|error| Refusal::of(&error))?;
+    let (part, cidr, subnet) = match family {
+        Family::V4 => {
+            let part = plugin.networks().part_for(&wish).await?;
+            plugin.networks().halved(&part.network);
+            let (cidr, subnet) = (part.cidr, part.subnet);
+            (part, cidr, subnet)
+        }
+        Family::V6 => {
+            let (part, half) = plugin.networks().half_for(wish).await?;
+            (part, half.cidr, half.subnet)
+        }
+    };
+    if request.pool.is_empty() {
         let plugin = Arc::clone(&plugin);
         let part = part.clone();
-        blocking(move || routes_clash(&plugin, &part)).await?;
+        blocking(move || routes_clash(&plugin, &part, subnet)).await?;
     }
-    let range = range_within(&request.sub_pool, &part)?;
-    let pool_id = PoolId { network: part.network, subnet: part.subnet, range }.to_string();
-    Ok(wire::Pool { pool_id, pool: part.subnet, data: BTreeMap::new() })
+    let range = range_within(&request.sub_pool, subnet, cidr)?;
+    let pool_id = PoolId { network: part.network, subnet, range }.to_string();
+    Ok(wire::Pool { pool_id, pool: subnet, data: BTreeMap::new() })
 }
 
 /// What follows `--ip-range` must be a part of this node's subnet, which differs from host to host, or hold all of it.
-fn range_within(sub_pool: &str, part: &Part) -> Result<Option<Prefix>, Refusal> {
+fn range_within(sub_pool: &str, subnet: Prefix, cidr: Prefix) -> Result<Option<Prefix>, Refusal> {
     if sub_pool.is_empty() {
         return Ok(None);
     }
@@ -126,25 +135,24 @@ fn range_within(sub_pool: &str, part: &Part) -> Result<Option<Prefix>, Refusal> 
         sub_pool.parse().map_err(|error| Refusal(format!("--ip-range {sub_pool}: {error}")))?;
     match range {
         // All of the subnet, as a whole flannel network says it.
-        _ if range.covers(&part.subnet) => Ok(None),
-        _ if part.subnet.covers(&range) => Ok(Some(range)),
+        _ if range.covers(&subnet) => Ok(None),
+        _ if subnet.covers(&range) => Ok(Some(range)),
         _ => Err(Refusal(format!(
-            "--ip-range {range} is not inside {}, this host's subnet of {}: leave it out, or give a part of that subnet",
-            part.subnet, part.cidr
+            "--ip-range {range} is not inside {subnet}, this host's subnet of {cidr}: leave it out, or give a part of that subnet"
         ))),
     }
 }
 
 /// An engine compares an automatic pool with the host's link-scope routes and its name servers, and when they overlap it
 /// keeps asking for another one, for ever. So the same comparison is made here, once, and ends in a text.
-fn routes_clash(plugin: &Plugin, part: &Part) -> Result<(), Refusal> {
+fn routes_clash(plugin: &Plugin, part: &Part, subnet: Prefix) -> Result<(), Refusal> {
     let routes = plugin.host_routes()?;
     let route = routes
         .iter()
         .filter(|route| route.scope_link && !route.destination.is_default())
-        .find(|route| route.destination.overlaps(&part.subnet));
+        .find(|route| route.destination.overlaps(&subnet));
     let resolv_conf = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-    let nameserver = nameservers(&resolv_conf).find(|address| part.subnet.contains(*address));
+    let nameserver = nameservers(&resolv_conf).find(|address| subnet.contains(*address));
     let clash = match (route, nameserver) {
         (Some(route), _) => {
             let link = route.link.map(|link| format!(" dev {link}")).unwrap_or_default();
@@ -154,9 +162,8 @@ fn routes_clash(plugin: &Plugin, part: &Part) -> Result<(), Refusal> {
         (None, None) => return Ok(()),
     };
     Err(Refusal(format!(
-        "an automatic pool cannot be {}: Docker would find that it overlaps {clash} of this host. Name the network instead: {}",
-        part.subnet,
-        plugin.create_command(part.cidr)
+        "an automatic pool cannot be {subnet}: Docker would find that it overlaps {clash} of this host. Name the network instead: {}",
+        plugin.command_for(part, subnet.family())
     )))
 }
 
@@ -225,7 +232,12 @@ mod tests {
 
     #[test]
     fn a_pool_id_says_what_it_is() {
-        for text in ["flannel/default/10.100.5.0/24", "flannel/web/10.100.5.0/24/10.100.5.128/25"] {
+        for text in [
+            "flannel/default/10.100.5.0/24",
+            "flannel/web/10.100.5.0/24/10.100.5.128/25",
+            "flannel/web/fd00:100:0:5::/64",
+            "flannel/web/fd00:100:0:5::/64/fd00:100:0:5:1::/80",
+        ] {
             let pool: PoolId = text.parse().unwrap();
             assert_eq!(pool.to_string(), text);
         }

@@ -24,6 +24,7 @@ use flannel_core::words::name::{LinkName, NetworkName};
 use flannel_core::words::units::Mtu;
 
 use crate::answer::Refusal;
+use crate::half::Half;
 use crate::options::NetworkOptions;
 use crate::wire::CreateNetwork;
 
@@ -54,6 +55,9 @@ pub(crate) struct NetworkRecord {
     pub(crate) pool: Prefix,
     /// Its first address, on the bridge.
     pub(crate) gateway: IpAddr,
+    /// The same for IPv6, if the Docker network has that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) v6: Option<Half>,
     /// The node's bridge of the flannel network.
     pub(crate) bridge: LinkName,
     /// What fits through it.
@@ -88,6 +92,8 @@ pub(crate) struct EndpointRecord {
     /// The flannel network, so that it can be cleaned up when the Docker network is gone.
     pub(crate) network: NetworkName,
     pub(crate) address: InterfaceAddress,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) address_v6: Option<InterfaceAddress>,
     pub(crate) mac: Mac,
     pub(crate) stage: Stage,
     /// Who handed the address out.
@@ -104,7 +110,7 @@ impl EndpointRecord {
     pub(crate) fn new(
         docker_network: &str,
         record: &NetworkRecord,
-        address: InterfaceAddress,
+        (address, address_v6): (InterfaceAddress, Option<InterfaceAddress>),
         mac: Mac,
     ) -> Self {
         Self {
@@ -112,12 +118,23 @@ impl EndpointRecord {
             docker_network: docker_network.to_owned(),
             network: record.network.clone(),
             address,
+            address_v6,
             mac,
             stage: Stage::Created,
             ipam: record.ipam,
             ports: BTreeSet::new(),
             created: now(),
         }
+    }
+
+    /// Its address of each family.
+    pub(crate) fn addresses(&self) -> Vec<InterfaceAddress> {
+        [self.address].into_iter().chain(self.address_v6).collect()
+    }
+
+    /// The subnets that they are of.
+    pub(crate) fn subnets(&self) -> Vec<Prefix> {
+        self.addresses().iter().map(InterfaceAddress::prefix).collect()
     }
 
     /// Seconds since it was created.
@@ -130,9 +147,15 @@ impl NetworkRecord {
     /// The shape of records written now.
     pub(crate) const VERSION: u32 = VERSION;
 
+    /// This node's subnet of each family.
+    pub(crate) fn subnets(&self) -> Vec<Prefix> {
+        [self.pool].into_iter().chain(self.v6.map(|half| half.subnet)).collect()
+    }
+
     /// What must not be handed out (`--aux-address`).
     pub(crate) fn auxiliary_addresses(&self) -> Result<BTreeSet<IpAddr>, Refusal> {
-        let given = self.request.ipv4_data.iter().flat_map(|pool| &pool.aux_addresses);
+        let pools = self.request.ipv4_data.iter().chain(&self.request.ipv6_data);
+        let given = pools.flat_map(|pool| &pool.aux_addresses);
         given
             .map(|(name, cidr)| {
                 let address = cidr.parse::<InterfaceAddress>().map(|address| address.address());
@@ -434,6 +457,7 @@ mod tests {
             docker_network: "n1".into(),
             network: NetworkName::default_network(),
             address: "10.100.5.2/24".parse().unwrap(),
+            address_v6: None,
             mac: "0a:58:0a:64:05:02".parse().unwrap(),
             stage: Stage::Created,
             ipam: Ipam::Flannel,

@@ -11,6 +11,7 @@ mod definition;
 mod engine;
 mod exposure;
 mod forgotten;
+mod half;
 mod ipam_driver;
 mod journal;
 mod network_driver;

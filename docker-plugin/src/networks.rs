@@ -36,6 +36,7 @@ use crate::answer::{Refusal, blocking};
 use crate::catalogue::Catalogue;
 use crate::definition::Wish;
 use crate::exposure;
+use crate::half::{Half, Halves, create_command};
 use crate::journal::{Journal, PoolRecord};
 use crate::settings::Settings;
 
@@ -57,6 +58,8 @@ pub(crate) struct Part {
     pub(crate) subnet: Prefix,
     /// First address of the subnet.
     pub(crate) gateway: IpAddr,
+    /// The same for IPv6, if the network has it.
+    pub(crate) v6: Option<Half>,
     pub(crate) mtu: Mtu,
 }
 
@@ -67,8 +70,17 @@ impl Part {
             cidr: lease.network(Family::V4)?,
             subnet: lease.subnets.v4()?,
             gateway: lease.gateway(Family::V4)?.address(),
+            v6: Half::of(lease),
             mtu: lease.mtu,
         })
+    }
+
+    /// This node's subnet of a family.
+    pub(crate) fn subnet_of(&self, family: Family) -> Option<Prefix> {
+        match family {
+            Family::V4 => Some(self.subnet),
+            Family::V6 => self.v6.map(|half| half.subnet),
+        }
     }
 }
 
@@ -83,6 +95,11 @@ struct Served {
 }
 
 impl Served {
+    /// All of the network, in every family.
+    fn cidrs(&self) -> Vec<Prefix> {
+        self.status.borrow().lease.as_ref().map(|lease| lease.networks.clone()).unwrap_or_default()
+    }
+
     fn part(&self, network: &NetworkName) -> Option<Part> {
         self.status.borrow().lease.as_ref().and_then(|lease| Part::of(network, lease))
     }
@@ -95,6 +112,8 @@ pub(crate) struct Networks {
     store: Store,
     catalogue: Catalogue,
     counters: Counters,
+    /// Networks of which an engine has one half.
+    halves: Halves,
     served: Mutex<BTreeMap<NetworkName, Served>>,
     /// One change of what runs at a time, for each network: none waits for another's store.
     turns: Mutex<BTreeMap<NetworkName, Arc<tokio::sync::Mutex<()>>>>,
@@ -116,6 +135,7 @@ impl Networks {
             store,
             catalogue,
             counters,
+            halves: Halves::default(),
             served: Mutex::default(),
             turns: Mutex::default(),
             stopping: AtomicBool::new(false),
@@ -215,6 +235,31 @@ impl Networks {
         }
     }
 
+    /// The IPv6 half of this node's part of a network. A wish that names none means the one whose IPv4 half was asked for just
+    /// before, if that is one; else the default network, as without IPv6.
+    pub(crate) async fn half_for(self: &Arc<Self>, wish: Wish) -> Result<(Part, Half), Refusal> {
+        let wish = match wish.names_none() {
+            true => wish.named(self.halves.only()?),
+            false => wish,
+        };
+        let part = self.part_for(&wish).await?;
+        let Some(half) = part.v6 else {
+            self.give_back(&part.network)?;
+            return Err(Refusal(format!(
+                "flannel network {} is {} and has no IPv6: leave --ipv6 out, switch it on in the store's config (EnableIPv6, IPv6Network), or, for a new network: {}",
+                part.network,
+                part.cidr,
+                create_command(&self.settings.driver_name, Some(part.cidr), wish.cidr_v6)
+            )));
+        };
+        Ok((part, half))
+    }
+
+    /// An engine was given the IPv4 half of a network, and may ask for the other one next.
+    pub(crate) fn halved(&self, network: &NetworkName) {
+        self.halves.ask(network);
+    }
+
     /// The network of a wish, running. What is defined and asked for cannot be taken away in between, so that
     /// `docker network rm` and `create` may follow each other closely.
     async fn bring_up(self: &Arc<Self>, wish: &Wish) -> Result<NetworkName, Refusal> {
@@ -253,15 +298,15 @@ impl Networks {
             .find(|(name, served)| {
                 let status = served.status.borrow();
                 let Some(lease) = &status.lease else { return false };
-                let meant = match (&wish.network, wish.cidr) {
+                let meant = match (&wish.network, wish.cidr.or(wish.cidr_v6)) {
                     (Some(wanted), _) => wanted == *name,
-                    (None, Some(cidr)) => lease.network(Family::V4) == Some(cidr),
+                    (None, Some(cidr)) => lease.network(cidr.family()) == Some(cidr),
                     (None, None) => **name == default,
                 };
                 // What defines a network that another agent holds is not known here; its CIDR is.
                 let agrees = match &lease.config {
                     Some(config) => wish.agrees_with(config),
-                    None => wish.names_only(lease.network(Family::V4)),
+                    None => wish.names_only(&lease.networks),
                 };
                 meant && agrees
             })
@@ -356,10 +401,12 @@ impl Networks {
     }
 
     /// A Docker network stands on the network now, so it has a pool record whoever's IPAM it came by.
-    pub(crate) fn taken_up(&self, part: &Part) -> Result<(), Refusal> {
+    /// `pools` is how many requests it came by.
+    pub(crate) fn taken_up(&self, part: &Part, pools: usize) -> Result<(), Refusal> {
+        self.halves.settle(&part.network);
         let follow = |record: &mut PoolRecord| {
             record.subnet = Some(part.subnet);
-            record.follow();
+            (0..pools).for_each(|_| record.follow());
         };
         let made = || PoolRecord::new(&part.network);
         let noted = self.journal.pools().upsert(part.network.as_str(), made, follow);
@@ -369,6 +416,7 @@ impl Networks {
     /// An engine gives back a pool that it asked for. While a Docker network stands on the network, the pool is that one's and
     /// DeleteNetwork follows; a request for another Docker network may be under way at the same time.
     pub(crate) fn give_back(self: &Arc<Self>, network: &NetworkName) -> Result<(), Refusal> {
+        self.halves.settle(network);
         match self.journal.networks().find(|_, record| record.network == *network).is_none() {
             true => self.withdraw(network),
             false => Ok(()),

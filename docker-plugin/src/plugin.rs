@@ -4,12 +4,13 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 
-use flannel_core::words::addr::{InterfaceAddress, Mac, Prefix};
+use flannel_core::words::addr::{Family, InterfaceAddress, Mac, Prefix};
 use flannel_core::words::name::{LinkName, NetworkName};
 use flannel_core::words::node::HostRoute;
 
 use crate::addresses::Addresses;
 use crate::answer::{Refusal, blocking};
+use crate::half::create_command;
 use crate::ipam_driver::PoolId;
 use crate::journal::{EndpointRecord, Ipam, Journal, NetworkRecord, Stage};
 use crate::networks::{Networks, Part};
@@ -74,6 +75,16 @@ impl Plugin {
         )
     }
 
+    /// The same for a network that runs here, in the families that are meant.
+    pub(crate) fn command_for(&self, part: &Part, family: Family) -> String {
+        match (family, part.v6) {
+            (Family::V6, Some(half)) => {
+                create_command(&self.settings.driver_name, Some(part.cidr), Some(half.cidr))
+            }
+            _ => self.create_command(part.cidr),
+        }
+    }
+
     /// A Docker network as it was created.
     pub(crate) fn docker_network(&self, id: &str) -> Result<NetworkRecord, Refusal> {
         self.journal.networks().get(id).ok_or_else(|| {
@@ -89,15 +100,19 @@ impl Plugin {
         veth::host_routes()
     }
 
-    fn addresses(&self, network: &NetworkName, subnet: Prefix) -> Result<Addresses, Refusal> {
+    fn addresses(&self, network: &NetworkName, subnets: &[Prefix]) -> Result<Addresses, Refusal> {
         let file = self.settings.subnet_file(network);
-        Addresses::open(&file, &self.settings.ledger_dir, network, subnet)
+        Addresses::open(&file, &self.settings.ledger_dir, network, subnets)
             .map_err(|error| Refusal::of(&error))
     }
 
-    fn addresses_if_any(&self, network: &NetworkName, subnet: Prefix) -> Result<Option<Addresses>, Refusal> {
+    fn addresses_if_any(
+        &self,
+        network: &NetworkName,
+        subnets: &[Prefix],
+    ) -> Result<Option<Addresses>, Refusal> {
         let file = self.settings.subnet_file(network);
-        Addresses::find(&file, &self.settings.ledger_dir, network, subnet)
+        Addresses::find(&file, &self.settings.ledger_dir, network, subnets)
             .map_err(|error| Refusal::of(&error))
     }
 
@@ -128,18 +143,20 @@ impl Plugin {
     /// Records a Docker network; its auxiliary addresses are nobody else's from now on.
     pub(crate) fn create_network(&self, part: &Part, record: NetworkRecord) -> Result<(), Refusal> {
         let id = record.request.network_id.clone();
+        // Only our own IPAM driver was asked once for each family.
+        let pools = if record.ipam == Ipam::Flannel { record.subnets().len() } else { 1 };
         let _turn = self.turns.take(&id);
         self.keep_auxiliary(&id, &record)?;
         self.journal.networks().put(&id, record).map_err(|error| Refusal::of(&error))?;
-        self.networks.taken_up(part)
+        self.networks.taken_up(part, pools)
     }
 
     fn keep_auxiliary(&self, id: &str, record: &NetworkRecord) -> Result<(), Refusal> {
         let kept = record.auxiliary_addresses()?;
         let addresses = match kept.is_empty() {
             // No ledger is made for nothing.
-            true => self.addresses_if_any(&record.network, record.pool)?,
-            false => Some(self.addresses(&record.network, record.pool)?),
+            true => self.addresses_if_any(&record.network, &record.subnets())?,
+            false => Some(self.addresses(&record.network, &record.subnets())?),
         };
         addresses.map_or(Ok(()), |addresses| addresses.keep(id, &kept)).map_err(|error| Refusal::of(&error))
     }
@@ -170,7 +187,7 @@ impl Plugin {
                 self.unplug_later(endpoint, true);
             }
         }
-        if let Some(addresses) = self.addresses_if_any(&record.network, record.pool)? {
+        if let Some(addresses) = self.addresses_if_any(&record.network, &record.subnets())? {
             addresses.keep(id, &BTreeSet::new()).map_err(|error| Refusal::of(&error))?;
         }
         self.journal.networks().remove(id).map_err(|error| Refusal::of(&error))?;
@@ -182,9 +199,9 @@ impl Plugin {
 
     /// Claims an address of a pool.
     pub(crate) fn claim(&self, pool: &PoolId, wanted: Option<IpAddr>) -> Result<InterfaceAddress, Refusal> {
-        let addresses = self.addresses(&pool.network, pool.subnet)?;
+        let addresses = self.addresses(&pool.network, &[pool.subnet])?;
         let claimed = match wanted {
-            None => addresses.sparing(self.chosen(&pool.network)).claim_any(pool.range),
+            None => addresses.sparing(self.chosen(&pool.network)).claim_any(pool.subnet.family(), pool.range),
             Some(address) => addresses.claim(address, |holder| self.makes_way(holder)),
         };
         let claimed = claimed.map_err(|error| Refusal::of(&error))?;
@@ -207,7 +224,7 @@ impl Plugin {
 
     /// Gives an address back. That of an endpoint which never joined takes the endpoint along: its engine gave up.
     pub(crate) fn release(&self, pool: &PoolId, address: IpAddr) -> Result<(), Refusal> {
-        let addresses = self.addresses(&pool.network, pool.subnet)?;
+        let addresses = self.addresses(&pool.network, &[pool.subnet])?;
         addresses.release(address, |holder| self.gives_up(holder)).map_err(|error| Refusal::of(&error))
     }
 
@@ -221,11 +238,13 @@ impl Plugin {
             return agrees(id, &known, &record);
         }
         self.finish_deleting(id, false)?;
-        let addresses = self.addresses(&record.network, record.address.prefix())?;
-        let address = record.address.address();
-        addresses
-            .confirm(address, id, |holder| self.gives_up(holder))
-            .map_err(|error| Refusal::of(&error))?;
+        let addresses = self.addresses(&record.network, &record.subnets())?;
+        for address in record.addresses() {
+            let confirmed = addresses.confirm(address.address(), id, |holder| self.gives_up(holder));
+            if let Err(error) = confirmed {
+                return Err(undone(&addresses, id, &record, Refusal::of(&error)));
+            }
+        }
         self.record_endpoint(&addresses, id, record)
     }
 
@@ -238,23 +257,29 @@ impl Plugin {
         mac: Option<Mac>,
     ) -> Result<EndpointRecord, Refusal> {
         let _turn = self.turns.take(id);
-        let record = |address: InterfaceAddress| {
-            let mac = mac.unwrap_or_else(|| Mac::for_address(address.address()));
-            EndpointRecord::new(docker_network, network, address, mac)
+        let record = |addresses: (InterfaceAddress, Option<InterfaceAddress>)| {
+            let mac = mac.unwrap_or_else(|| Mac::for_address(addresses.0.address()));
+            EndpointRecord::new(docker_network, network, addresses, mac)
         };
         if let Some(known) = self.live_endpoint(id) {
-            let same = wanted.is_none_or(|wanted| wanted == known.address.address());
-            let asked = if same { record(known.address) } else { return Err(other_address(id, &known)) };
+            let same = wanted
+                .is_none_or(|wanted| known.addresses().iter().any(|address| address.address() == wanted));
+            let asked = match same {
+                true => record((known.address, known.address_v6)),
+                false => return Err(other_address(id, &known)),
+            };
             return agrees(id, &known, &asked).map(|()| known);
         }
         self.finish_deleting(id, false)?;
-        let addresses =
-            self.addresses(&network.network, network.pool)?.sparing(self.chosen(&network.network));
-        let record = record(
-            addresses
-                .claim_for(id, wanted, |holder| self.makes_way(holder))
-                .map_err(|error| Refusal::of(&error))?,
-        );
+        let addresses = self.addresses(&network.network, &network.subnets())?;
+        let addresses = addresses.sparing(self.chosen(&network.network));
+        let claimed = addresses.claim_for(id, wanted, |holder| self.makes_way(holder));
+        let claimed = claimed.map_err(|error| Refusal::of(&error))?;
+        let mut claimed = claimed.into_iter();
+        let Some(first) = claimed.next() else {
+            return Err(Refusal(format!("network {docker_network} has no subnet here")));
+        };
+        let record = record((first, claimed.next()));
         self.record_endpoint(&addresses, id, record.clone())?;
         self.note_chosen(&network.network, wanted)?;
         Ok(record)
@@ -271,18 +296,8 @@ impl Plugin {
         id: &str,
         record: EndpointRecord,
     ) -> Result<(), Refusal> {
-        let address = record.address.address();
-        self.journal.endpoints().put(id, record).map_err(|error| {
-            let undone = addresses.release(address, |holder| holder == id);
-            match undone {
-                Ok(()) => Refusal::of(&error),
-                Err(undo) => Refusal(format!(
-                    "{}; and giving {address} back failed too: {}",
-                    Refusal::of(&error),
-                    Refusal::of(&undo)
-                )),
-            }
-        })
+        let put = self.journal.endpoints().put(id, record.clone());
+        put.map_err(|error| undone(addresses, id, &record, Refusal::of(&error)))
     }
 
     /// Makes the endpoint's veth pair; the answer is the end that the engine takes.
@@ -298,7 +313,10 @@ impl Plugin {
             network: network.network.clone(),
             // After a reboot somebody else may have named the bridge first.
             bridge: self.networks.bridge(&network.network).unwrap_or(network.bridge),
-            gateway: gateway.map_err(|error| Refusal::of(&error))?,
+            gateways: [gateway.map_err(|error| Refusal::of(&error))?]
+                .into_iter()
+                .chain(network.v6.map(|half| half.gateway))
+                .collect(),
             mac: endpoint.mac,
             mtu: network.options.mtu.map_or(fits, |wanted| wanted.min(fits)),
             bridge_mtu: fits,
@@ -354,9 +372,11 @@ impl Plugin {
         veth::detach(id, &record.network)?;
         // Our own IPAM driver is asked to take the address back; nobody asks where the engine had none or its own.
         if forgotten || record.ipam != Ipam::Flannel {
-            let addresses = self.addresses(&record.network, record.address.prefix())?;
-            let released = addresses.release(record.address.address(), |holder| holder == id);
-            released.map_err(|error| Refusal::of(&error))?;
+            let addresses = self.addresses(&record.network, &record.subnets())?;
+            for address in record.addresses() {
+                let released = addresses.release(address.address(), |holder| holder == id);
+                released.map_err(|error| Refusal::of(&error))?;
+            }
         }
         self.journal.endpoints().remove(id).map_err(|error| Refusal::of(&error))?;
         self.ports.release(id);
@@ -367,12 +387,31 @@ impl Plugin {
 /// Whether an endpoint that is there is the one asked for.
 fn agrees(id: &str, known: &EndpointRecord, asked: &EndpointRecord) -> Result<(), Refusal> {
     let same = known.docker_network == asked.docker_network && known.mac == asked.mac;
-    if same && known.address == asked.address { Ok(()) } else { Err(other_address(id, known)) }
+    let same = same && known.addresses() == asked.addresses();
+    if same { Ok(()) } else { Err(other_address(id, known)) }
 }
 
 fn other_address(id: &str, known: &EndpointRecord) -> Refusal {
     Refusal(format!(
         "endpoint {id} exists already with address {} and MAC {}: an engine that wants another one deletes it first",
-        known.address, known.mac
+        listed(&known.addresses()),
+        known.mac
     ))
+}
+
+/// The refusal of an endpoint whose addresses are nobody's again.
+fn undone(addresses: &Addresses, id: &str, record: &EndpointRecord, refusal: Refusal) -> Refusal {
+    let release = |address: &InterfaceAddress| addresses.release(address.address(), |holder| holder == id);
+    match record.addresses().iter().try_for_each(release) {
+        Ok(()) => refusal,
+        Err(undo) => Refusal(format!(
+            "{refusal}; and giving {} back failed too: {}",
+            listed(&record.addresses()),
+            Refusal::of(&undo)
+        )),
+    }
+}
+
+fn listed(addresses: &[InterfaceAddress]) -> String {
+    addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" and ")
 }

@@ -62,6 +62,7 @@ pub(crate) struct DockerNetworkStatus {
 pub(crate) struct EndpointStatus {
     pub(crate) id: String,
     pub(crate) docker_network: String,
+    /// With the length of the subnet; of two families separated by a comma.
     pub(crate) address: String,
     pub(crate) mac: String,
     /// `created`, `joined` or `deleted`.
@@ -84,9 +85,10 @@ impl Status {
         }
         let endpoint = |(id, record): (String, EndpointRecord)| {
             let (link, _) = veth::ends(&id, &record.network);
+            let addresses: Vec<_> = record.addresses().iter().map(ToString::to_string).collect();
             EndpointStatus {
                 docker_network: record.docker_network,
-                address: record.address.to_string(),
+                address: addresses.join(","),
                 mac: record.mac.to_string(),
                 stage: stage(record.stage).to_owned(),
                 ports: record.ports.iter().map(ToString::to_string).collect(),

@@ -24,8 +24,8 @@ use crate::answer::Refusal;
 pub(crate) struct Port {
     pub(crate) network: NetworkName,
     pub(crate) bridge: LinkName,
-    /// The bridge's address.
-    pub(crate) gateway: InterfaceAddress,
+    /// The bridge's address of each family.
+    pub(crate) gateways: Vec<InterfaceAddress>,
     pub(crate) mac: Mac,
     /// Largest packet of the container.
     pub(crate) mtu: Mtu,
@@ -54,7 +54,7 @@ pub(crate) fn attach(endpoint_id: &str, port: &Port) -> Result<LinkName, Refusal
         gateways: Vec::new(),
         routes: Vec::new(),
     };
-    let gateways = vec![port.gateway];
+    let gateways = port.gateways.clone();
     let bridge = BridgeSpec { name: port.bridge, gateways, mtu: port.bridge_mtu, alias: None };
     // The rules of the network are the agent's.
     let shared = Shared { bridge, rules: Vec::new(), force_address: false };

@@ -186,6 +186,8 @@ pub(crate) struct CreatedEndpoint {
 pub(crate) struct ChosenInterface {
     #[serde(rename = "Address", skip_serializing_if = "Option::is_none")]
     pub(crate) address: Option<InterfaceAddress>,
+    #[serde(rename = "AddressIPv6", skip_serializing_if = "Option::is_none")]
+    pub(crate) address_ipv6: Option<InterfaceAddress>,
     #[serde(rename = "MacAddress", skip_serializing_if = "Option::is_none")]
     pub(crate) mac_address: Option<Mac>,
 }
@@ -216,6 +218,8 @@ pub(crate) struct Joined {
     /// Without a mask.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) gateway: Option<String>,
+    #[serde(rename = "GatewayIPv6", skip_serializing_if = "Option::is_none")]
+    pub(crate) gateway_ipv6: Option<String>,
     pub(crate) static_routes: Vec<StaticRoute>,
 }
 

@@ -366,7 +366,10 @@ fn wrong_use_is_answered_with_what_to_type() {
         let flannel = ["network", "create", "-d", "flannel", "--ipam-driver", "flannel"];
         let cases: [(&[&str], &str); 5] = [
             (&["network", "create", "-d", "flannel", "wrong"], command),
-            (&[&flannel[..], &["--ipv6", "wrong"]].concat(), "IPv6 is not built yet"),
+            (
+                &[&flannel[..], &["--ipv6", "--subnet", "10.100.0.0/16", "wrong"]].concat(),
+                "--ipv6 --subnet 10.100.0.0/16 --subnet fd00:100::/48 --ipam-opt ipv6-network=fd00:100::/48 NAME",
+            ),
             (&[&flannel[..], &["-o", "mtu=1400", "wrong"]].concat(), "-o mtu: "),
             (
                 &["run", "--rm", "--network", "web", "-p", "192.0.2.1:80:80", IMAGE, "true"],

@@ -316,15 +316,18 @@ fn range(document: &Document<'_>, keys: &FamilyKeys) -> Result<Range, ConfigErro
 }
 
 fn cidr(document: &Document<'_>, keys: &FamilyKeys) -> Result<Prefix, ConfigError> {
-    const NEEDED: &str = "define the network, for example \"10.100.0.0/16\"";
+    let needed = match keys.family {
+        Family::V4 => "define the network, for example \"10.100.0.0/16\"",
+        Family::V6 => "define the network, for example \"fd00:100::/48\"",
+    };
     let Some(value) = document.get(keys.network).filter(|v| !v.is_null()) else {
-        return Err(ConfigError::Missing { key: keys.network, cause: NEEDED });
+        return Err(ConfigError::Missing { key: keys.network, cause: needed });
     };
     let text = value.string()?;
     let (address, len) = text
         .split_once('/')
         .and_then(|(a, l)| Some((a.parse::<IpAddr>().ok()?, l.parse::<u8>().ok()?)))
-        .ok_or_else(|| value.error(NEEDED))?;
+        .ok_or_else(|| value.error(needed))?;
     if Family::of(address) != keys.family {
         return Err(value.error(match keys.family {
             Family::V4 => "an IPv6 network; put it into IPv6Network and set EnableIPv6",
@@ -333,7 +336,7 @@ fn cidr(document: &Document<'_>, keys: &FamilyKeys) -> Result<Prefix, ConfigErro
     }
     let cidr = Prefix::containing(address, len).map_err(|error| value.error(error))?;
     if cidr.is_default() {
-        return Err(value.error(NEEDED));
+        return Err(value.error(needed));
     }
     Ok(cidr)
 }

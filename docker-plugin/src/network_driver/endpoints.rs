@@ -7,11 +7,11 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use flannel_core::words::addr::{InterfaceAddress, Mac};
+use flannel_core::words::addr::{InterfaceAddress, Mac, Prefix};
 
 use crate::answer::{Nothing, Refusal, blocking};
 use crate::exposure;
-use crate::journal::{EndpointRecord, Ipam};
+use crate::journal::{EndpointRecord, Ipam, NetworkRecord};
 use crate::options::{EndpointOptions, Publish};
 use crate::plugin::Plugin;
 use crate::wire;
@@ -21,11 +21,11 @@ pub(super) async fn create_endpoint(
     request: wire::CreateEndpoint,
 ) -> Result<wire::CreatedEndpoint, Refusal> {
     let options = EndpointOptions::read(&request.options).map_err(|error| Refusal::of(&error))?;
-    if !request.interface.address_ipv6.is_empty() {
-        return Err("IPv6 addresses are not built yet for flannel networks".into());
-    }
     let network = plugin.docker_network(&request.network_id)?;
-    plugin.networks().still_ours(&network.network, network.pool)?;
+    for subnet in network.subnets() {
+        plugin.networks().still_ours(&network.network, subnet)?;
+    }
+    let given_v6 = given_v6(&request.interface.address_ipv6, &network)?;
     let mac = given_mac(&request.interface.mac_address)?;
     let (id, given) = (request.endpoint_id, request.interface.address);
     // An engine takes the answer for a change of what it chose, so only our own choice is in it.
@@ -34,22 +34,40 @@ pub(super) async fn create_endpoint(
         let booked =
             blocking(move || plugin.book_any(&id, (&docker_network, &network), options.address, mac)).await?;
         let mac_address = mac.is_none().then_some(booked.mac);
-        Some(wire::ChosenInterface { address: Some(booked.address), mac_address })
+        Some(wire::ChosenInterface {
+            address: Some(booked.address),
+            address_ipv6: booked.address_v6,
+            mac_address,
+        })
     } else {
         let address: InterfaceAddress =
             given.parse().map_err(|error| Refusal(format!("address {given:?}: {error}")))?;
-        if let Some(wanted) = options.address.filter(|wanted| *wanted != address.address()) {
+        let chosen = [Some(address), given_v6].map(|given| given.map(|given| given.address()));
+        if let Some(wanted) = options.address.filter(|wanted| !chosen.contains(&Some(*wanted))) {
             return Err(Refusal(format!(
                 "--driver-opt flannel.ip={wanted}: the addresses of this network come from its IPAM driver; use --ip {wanted}"
             )));
         }
         let chosen = Mac::for_address(address.address());
-        let record = EndpointRecord::new(&request.network_id, &network, address, mac.unwrap_or(chosen));
+        let addresses = (address, given_v6);
+        let record = EndpointRecord::new(&request.network_id, &network, addresses, mac.unwrap_or(chosen));
         blocking(move || plugin.book(&id, record)).await?;
-        let chosen = wire::ChosenInterface { address: None, mac_address: Some(chosen) };
+        let chosen = wire::ChosenInterface { address: None, address_ipv6: None, mac_address: Some(chosen) };
         mac.is_none().then_some(chosen)
     };
     Ok(wire::CreatedEndpoint { interface })
+}
+
+/// The IPv6 address that the engine chose.
+fn given_v6(text: &str, network: &NetworkRecord) -> Result<Option<InterfaceAddress>, Refusal> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let address = text.parse().map_err(|error| Refusal(format!("address {text:?}: {error}")))?;
+    match network.v6 {
+        Some(_) => Ok(Some(address)),
+        None => Err(Refusal(format!("{address}: the network was created without --ipv6"))),
+    }
 }
 
 /// What follows `--mac-address`.
@@ -88,13 +106,17 @@ pub(super) async fn join(plugin: Arc<Plugin>, request: wire::Join) -> Result<wir
             dst_prefix: network.options.interface_prefix().to_owned(),
         },
         gateway: leads_out.then(|| gateway.clone()),
+        gateway_ipv6: network.v6.filter(|_| leads_out).map(|half| half.gateway().to_string()),
         // Another network of the container may own its default route; the other hosts are reached all the same.
-        static_routes: vec![wire::StaticRoute {
-            destination: network.cidr,
-            route_type: 0,
-            next_hop: gateway,
-        }],
+        static_routes: [by(network.cidr, gateway)]
+            .into_iter()
+            .chain(network.v6.map(|half| by(half.cidr, half.gateway().to_string())))
+            .collect(),
     })
+}
+
+fn by(destination: Prefix, next_hop: String) -> wire::StaticRoute {
+    wire::StaticRoute { destination, route_type: 0, next_hop }
 }
 
 pub(super) async fn endpoint_oper_info(

@@ -8,6 +8,7 @@ use flannel_core::words::addr::{InterfaceAddress, Prefix};
 
 use crate::answer::{Nothing, Refusal, blocking};
 use crate::definition::Wish;
+use crate::half::Half;
 use crate::ipam_driver::{GLOBAL_SPACE, LOCAL_SPACE};
 use crate::journal::{Ipam, NetworkRecord};
 use crate::networks::Part;
@@ -59,6 +60,7 @@ async fn create_on(
             part.mtu, part.network
         )));
     }
+    let v6 = half_behind(part, ipam, &request)?;
     let bridge = plugin.networks().keep_bridge(&part.network, options.bridge).await?;
     let record = NetworkRecord {
         version: NetworkRecord::VERSION,
@@ -66,6 +68,7 @@ async fn create_on(
         cidr: part.cidr,
         pool: part.subnet,
         gateway: part.gateway,
+        v6,
         bridge,
         mtu: part.mtu,
         ipam,
@@ -85,13 +88,34 @@ async fn create_on(
 /// Nothing that a user typed is ignored silently.
 fn refuse_what_is_not_built(request: &wire::CreateNetwork) -> Result<(), Refusal> {
     let switch = |key: &str| request.options.get(key).and_then(Value::as_bool);
-    if switch("com.docker.network.enable_ipv6") == Some(true) || !request.ipv6_data.is_empty() {
-        return Err("--ipv6 is not built yet for flannel networks: leave it out".into());
-    }
     if switch("com.docker.network.enable_ipv4") == Some(false) {
         return Err("--ipv4=false is not built yet for flannel networks: leave it out".into());
     }
     Ok(())
+}
+
+/// The IPv6 half that the Docker network has: what the engine's pool names and, where it has none, what there is.
+fn half_behind(part: &Part, ipam: Ipam, request: &wire::CreateNetwork) -> Result<Option<Half>, Refusal> {
+    let half = || {
+        part.v6.ok_or_else(|| {
+            Refusal(format!(
+                "flannel network {} is {} and has no IPv6: leave --ipv6 out",
+                part.network, part.cidr
+            ))
+        })
+    };
+    match request.ipv6_data.as_slice() {
+        _ if ipam == Ipam::Null => Ok(part.v6),
+        [] if request.options.get("com.docker.network.enable_ipv6") == Some(&Value::Bool(true)) => {
+            Err("--ipv6: the engine sent no IPv6 pool".into())
+        }
+        [] => Ok(None),
+        [pool] => half().and_then(|half| half.check(pool).map(|()| Some(half))),
+        several => Err(Refusal(format!(
+            "a flannel network has one IPv6 pool, {} were given: use one --subnet of IPv6",
+            several.len()
+        ))),
+    }
 }
 
 /// This node's part of the flannel network that the pool belongs to, and who hands its addresses out.

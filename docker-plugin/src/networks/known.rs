@@ -43,10 +43,13 @@ impl Networks {
     pub(crate) fn still_ours(&self, network: &NetworkName, subnet: Prefix) -> Result<(), Refusal> {
         let part = self.served().get(network).and_then(|served| served.part(network));
         match part {
-            Some(part) if part.subnet != subnet => Err(Refusal(format!(
-                "this host's subnet of flannel network {network} is now {}, no longer {subnet}: remove the Docker network and create it again",
-                part.subnet
-            ))),
+            Some(part) if part.subnet_of(subnet.family()) != Some(subnet) => {
+                let now =
+                    part.subnet_of(subnet.family()).map_or_else(|| "none".to_owned(), |now| now.to_string());
+                Err(Refusal(format!(
+                    "this host's subnet of flannel network {network} is now {now}, no longer {subnet}: remove the Docker network and create it again"
+                )))
+            }
             // Without a lease known yet, what was recorded counts.
             Some(_) | None => Ok(()),
         }

@@ -48,6 +48,12 @@ pub(super) fn as_asked(part: Part, wish: &Wish) -> Result<Part, Refusal> {
             "--subnet {cidr}: another agent serves flannel network {} on this host, and there it is {}; use --subnet {} to join that, or --ipam-opt network=NAME for a network of another name",
             part.network, part.cidr, part.cidr
         ))),
-        Some(_) | None => Ok(part),
+        Some(_) | None => match (wish.cidr_v6, part.v6) {
+            (Some(cidr), Some(half)) if cidr != half.cidr => Err(Refusal(format!(
+                "--subnet {cidr}: another agent serves flannel network {} on this host, and there its IPv6 is {}: use --subnet {} to join that",
+                part.network, half.cidr, half.cidr
+            ))),
+            _ => Ok(part),
+        },
     }
 }

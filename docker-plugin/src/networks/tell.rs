@@ -63,10 +63,11 @@ impl Networks {
     /// Tells every network which others its containers must not reach.
     pub(super) fn isolate(&self) {
         let served = self.served();
-        let cidrs: BTreeMap<&NetworkName, Prefix> =
-            served.iter().filter_map(|(name, served)| Some((name, served.part(name)?.cidr))).collect();
+        let cidrs: BTreeMap<&NetworkName, Vec<Prefix>> =
+            served.iter().map(|(name, served)| (name, served.cidrs())).collect();
         for (name, served) in served.iter() {
-            let others = cidrs.iter().filter(|(other, _)| **other != name).map(|(_, cidr)| *cidr).collect();
+            let others = cidrs.iter().filter(|(other, _)| **other != name);
+            let others = others.flat_map(|(_, cidrs)| cidrs.iter().copied()).collect();
             served.isolated_from.send_if_modified(|known| {
                 let news = *known != others;
                 *known = others;

@@ -121,7 +121,7 @@ impl Plugin {
             };
             let sweep = |addresses: Addresses| addresses.sweep(lives).map_err(|error| Refusal::of(&error));
             let swept = self
-                .addresses_if_any(&network, subnet)
+                .addresses_if_any(&network, &[subnet])
                 .and_then(|addresses| addresses.map_or(Ok(Vec::new()), sweep));
             match swept {
                 Ok(freed) => {
