@@ -170,12 +170,15 @@ impl<'a> Plugin<'a> {
             ensure!(now == before, "{now}\n--- before:\n{before}\n{}", self.daemon.tail());
             Ok(())
         })?;
-        let files = self
-            .host
-            .sh("cd /; find var/lib/cni/networks/* run/flannel -type f -o -type l 2>/dev/null || true; \
-             find var/lib/flannel -type f -not -name '*.lock' -not -name lock; true")?;
-        ensure!(files.is_empty(), "files are left:\n{files}\n{}", self.daemon.tail());
-        Ok(())
+        // The last file goes a moment after the last link.
+        eventually("no file is left", secs(8), || {
+            let files = self.host.sh(
+                "cd /; find var/lib/cni/networks/* run/flannel -type f -o -type l 2>/dev/null || true; \
+                 find var/lib/flannel -type f -not -name '*.lock' -not -name lock; true",
+            )?;
+            ensure!(files.is_empty(), "files are left:\n{files}\n{}", self.daemon.tail());
+            Ok(())
+        })
     }
 }
 
