@@ -76,8 +76,9 @@ fn containers_of_two_hosts_reach_each_other_by_both_families() {
         let (plugin, _dockerd) = start_all(lab, h1)?;
         let _other = start_all(lab, h2)?;
         // The first host defines the network, the second one joins it by its CIDRs.
-        let option = format!("ipv6-network={V6}");
-        create(h1, &["--ipv6", "--subnet", V4, "--subnet", V6, "--ipam-opt", &option, "web"])?;
+        let create_web =
+            ["flannel-docker-plugin", "network", "create", "--subnet", V4, "--subnet", V6, "web"];
+        h1.out(&create_web)?;
         create(h2, &["--ipv6", "--subnet", V4, "--subnet", V6, "web"])?;
         ensure!(leases(lab)?.keys().all(|key| key.contains("&fd00:100:0:")), "{:?}", leases(lab)?);
         let c1 = h1.docker_run("c1", &["--network", "web"])?;

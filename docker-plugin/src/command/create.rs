@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{Sockets, ask_plugin};
+use crate::definition::IPV6_NETWORK;
 use crate::engine::Engine;
 use crate::status::Status;
 
@@ -24,7 +25,7 @@ pub(super) struct Flags {
     /// Name of the Docker network
     name: String,
 
-    /// CIDR of the whole flannel network (not of this host's part)
+    /// CIDR of the whole flannel network (not of this host's part); a second one of IPv6 stands for --ipv6
     #[arg(long = "subnet", value_name = "CIDR")]
     subnets: Vec<String>,
 
@@ -168,6 +169,11 @@ fn say(id: &str) {
 fn request(flags: &Flags, driver: &str, status: Option<&Status>) -> Value {
     let mut options: BTreeMap<&str, &str> = flags.ipam_opt.iter().map(|(k, v)| (&**k, &**v)).collect();
     options.extend(flags.network.as_deref().map(|network| ("network", network)));
+    // The call that defines a network is told of IPv6 by options only.
+    let v6 = flags.subnets.iter().find(|cidr| cidr.contains(':'));
+    if let Some(cidr) = v6 {
+        options.entry(IPV6_NETWORK).or_insert(cidr);
+    }
     let aux: BTreeMap<&str, &str> = flags.aux_address.iter().map(|(k, v)| (&**k, &**v)).collect();
     let mut configs: Vec<Value> =
         subnets(flags, status).into_iter().map(|cidr| json!({"Subnet": cidr})).collect();
@@ -181,7 +187,7 @@ fn request(flags: &Flags, driver: &str, status: Option<&Status>) -> Value {
         "Driver": driver,
         "IPAM": {"Driver": driver, "Config": configs, "Options": options},
         "Internal": flags.internal,
-        "EnableIPv6": flags.ipv6,
+        "EnableIPv6": flags.ipv6 || v6.is_some(),
         "Options": flags.options.iter().cloned().collect::<BTreeMap<_, _>>(),
         "Labels": flags.label.iter().cloned().collect::<BTreeMap<_, _>>(),
     })
