@@ -101,6 +101,9 @@ pub(crate) struct EndpointRecord {
     /// Ports of this host that lead to it.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub(crate) ports: BTreeSet<PublishedPort>,
+    /// The engine's name of its container's sandbox, once it has joined; endpoints of one container have the same.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(crate) sandbox: String,
     /// When it was created, seconds since 1970.
     pub(crate) created: u64,
 }
@@ -123,6 +126,7 @@ impl EndpointRecord {
             stage: Stage::Created,
             ipam: record.ipam,
             ports: BTreeSet::new(),
+            sandbox: String::new(),
             created: now(),
         }
     }
@@ -462,6 +466,7 @@ mod tests {
             stage: Stage::Created,
             ipam: Ipam::Flannel,
             ports: BTreeSet::new(),
+            sandbox: String::new(),
             created: 7,
         }
     }

@@ -301,7 +301,12 @@ impl Plugin {
     }
 
     /// Makes the endpoint's veth pair; the answer is the end that the engine takes.
-    pub(crate) fn plug_in(&self, id: &str, network: &NetworkRecord) -> Result<LinkName, Refusal> {
+    pub(crate) fn plug_in(
+        &self,
+        id: &str,
+        sandbox: &str,
+        network: &NetworkRecord,
+    ) -> Result<LinkName, Refusal> {
         let _turn = self.turns.take(id);
         let Some(endpoint) = self.live_endpoint(id) else {
             return Err(Refusal(format!("endpoint {id} is unknown: it was never created, or is deleted")));
@@ -323,7 +328,7 @@ impl Plugin {
             isolated: network.options.isolated && !veth::bridged_packets_are_filtered(),
         };
         let made = veth::attach(id, &port)?;
-        let joined = EndpointRecord { stage: Stage::Joined, ..endpoint };
+        let joined = EndpointRecord { stage: Stage::Joined, sandbox: sandbox.to_owned(), ..endpoint };
         if let Err(error) = self.journal.endpoints().put(id, joined) {
             // Undone before the answer: after a failed Join the engine deletes the endpoint, but only if it can.
             let _ = veth::detach(id, &network.network);

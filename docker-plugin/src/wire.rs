@@ -208,6 +208,9 @@ pub(crate) struct Join {
     pub(crate) network_id: String,
     #[serde(rename = "EndpointID")]
     pub(crate) endpoint_id: String,
+    /// A path; the same for all endpoints of a container.
+    #[serde(rename = "SandboxKey", default)]
+    pub(crate) sandbox_key: String,
 }
 
 /// Answer to [`Join`].

@@ -88,9 +88,9 @@ fn given_mac(text: &str) -> Result<Option<Mac>, Refusal> {
 
 pub(super) async fn join(plugin: Arc<Plugin>, request: wire::Join) -> Result<wire::Joined, Refusal> {
     let network = plugin.docker_network(&request.network_id)?;
-    let (id, of) = (request.endpoint_id, network.clone());
+    let (id, sandbox, of) = (request.endpoint_id, request.sandbox_key, network.clone());
     let plugs = Arc::clone(&plugin);
-    let src_name = blocking(move || plugs.plug_in(&id, &of)).await?;
+    let src_name = blocking(move || plugs.plug_in(&id, &sandbox, &of)).await?;
     if exposure::is_particular(&network) {
         // Before the container can send anything.
         plugin.expose(&network.network).await.map_err(|cause| {

@@ -68,16 +68,40 @@ impl Plugin {
     ) -> Result<BTreeSet<PublishedPort>, PortError> {
         for _ in bindings {
             match self.ports.replace(asker, bindings) {
-                Err(PortError::Held { holder, .. }) if self.take_away(holder.endpoint()) => {}
+                Err(PortError::Held { holder, .. })
+                    if self.moves(holder.endpoint(), asker.endpoint) || self.take_away(holder.endpoint()) => {
+                }
                 given => return given,
             }
         }
         self.ports.replace(asker, bindings)
     }
 
+    /// Takes the ports of another endpoint of the same container: its engine publishes by one of them, and does not repeat a
+    /// Revoke that we died over. False if the containers are not the same.
+    fn moves(&self, from: &str, to: &str) -> bool {
+        let sandbox = |id: &str| self.journal.endpoints().get(id).map(|record| record.sandbox);
+        let same = sandbox(from).is_some_and(|from| !from.is_empty() && sandbox(to) == Some(from));
+        same && match self.take_ports_from(from) {
+            Ok(_) => {
+                self.networks.expose_changes();
+                true
+            }
+            Err(Refusal(text)) => {
+                tracing::warn!(endpoint = %from, "its ports cannot be taken back: {text}");
+                false
+            }
+        }
+    }
+
     /// Books that an endpoint has no ports. The answer as in [`Self::publish`].
     pub(crate) fn unpublish(&self, id: &str) -> Result<Option<NetworkName>, Refusal> {
         let _turn = self.turns.take(id);
+        self.take_ports_from(id)
+    }
+
+    /// Not in the endpoint's turn: whoever asks may have another's.
+    fn take_ports_from(&self, id: &str) -> Result<Option<NetworkName>, Refusal> {
         let Some(record) = self.journal.endpoints().get(id).filter(|record| !record.ports.is_empty()) else {
             return Ok(None);
         };

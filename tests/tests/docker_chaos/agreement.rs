@@ -118,9 +118,7 @@ fn ports_lead_somewhere(
     for (container, addresses) in containers {
         let format = "{{range .HostConfig.PortBindings}}{{range .}}{{.HostPort}} {{end}}{{end}}";
         for port in host.docker(&["inspect", "-f", format, container])?.split_whitespace() {
-            // An engine that moves ports from one network of a container to another does not move them again when we die
-            // over its Revoke: they come back with the container's next start.
-            let Some(to) = leads.get(port) else { continue };
+            let to = leads.get(port).with_context(|| format!("port {port} of {container} leads nowhere"))?;
             ensure!(addresses.contains(to), "port {port} of {container} leads to {to}");
         }
     }

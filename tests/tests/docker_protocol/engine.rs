@@ -134,8 +134,13 @@ impl<'a> Plugin<'a> {
         Ok(address)
     }
 
+    /// Into a container of its own.
     pub(super) fn join(&mut self, network: &str, endpoint: &str) -> Result<Value> {
-        let sandbox = "/var/run/docker/netns/7355b04854cc";
+        let sandbox = endpoint.get(..12).unwrap_or(endpoint);
+        self.join_container(network, endpoint, &format!("/var/run/docker/netns/{sandbox}"))
+    }
+
+    pub(super) fn join_container(&mut self, network: &str, endpoint: &str, sandbox: &str) -> Result<Value> {
         let request = json!({
             "NetworkID": network, "EndpointID": endpoint, "SandboxKey": sandbox,
             "Options": {"com.docker.network.endpoint.exposedports": [], "com.docker.network.portmap": []},

@@ -1,10 +1,10 @@
 //! Traps that need no engine to be shown; the others, and the list of all, are in `docker_traps`.
 
 use anyhow::{Context, Result, ensure};
-use flannel_tests::{in_lab, secs};
+use flannel_tests::{eventually, in_lab, secs};
 use serde_json::{Value, json};
 
-use super::engine::{Plugin, endpoint_request, names};
+use super::engine::{Plugin, endpoint_request, names, program_request};
 use super::{ENDPOINT, NETWORK, id, one_host};
 
 /// As swarms have them.
@@ -74,6 +74,38 @@ fn ids_and_macs_come_in_more_than_one_shape() {
             &host.read(&format!("/var/lib/flannel/docker/networks/{SWARM_NETWORK}.json"))?,
         )?;
         ensure!(records["request"]["NetworkID"] == SWARM_NETWORK, "{records}");
+        Ok(())
+    });
+}
+
+/// Ports move to another network of a container by Revoke and Program, and an engine does not repeat a Revoke that we died over.
+#[test]
+fn ports_move_within_a_container_without_a_revoke() {
+    in_lab(one_host("trap-moved"), |lab| {
+        let mut plugin = Plugin::start(lab.host(1), &[])?;
+        let (pool_id, _) = plugin.create_network(NETWORK, "10.100.0.0/16", json!({}))?;
+        let mut endpoints = Vec::new();
+        for (name, sandbox) in [("a", "one"), ("b", "one"), ("c", "other")] {
+            let address = plugin.request_address(&pool_id, "")?;
+            plugin
+                .call("NetworkDriver.CreateEndpoint", &endpoint_request(NETWORK, &id(name), &address, ""))?;
+            plugin.join_container(NETWORK, &id(name), &format!("/var/run/docker/netns/{sandbox}"))?;
+            endpoints.push((id(name), address));
+        }
+        let port =
+            json!([{"Proto": 6, "IP": "", "Port": 80, "HostIP": "", "HostPort": 8080, "HostPortEnd": 8080}]);
+        const PROGRAM: &str = "NetworkDriver.ProgramExternalConnectivity";
+        for (endpoint, address) in &endpoints[..2] {
+            plugin.call(PROGRAM, &program_request(NETWORK, endpoint, port.clone()))?;
+            let to = address.split('/').next().unwrap_or_default();
+            eventually("the port leads there", secs(5), || {
+                let maps = lab.host(1).out(&["nft", "list", "table", "inet", "flannel_endpoints"])?;
+                ensure!(maps.contains(&format!("tcp . 8080 : {to} . 80 ")), "{maps}");
+                Ok(())
+            })?;
+        }
+        let refused = plugin.refused(PROGRAM, &program_request(NETWORK, &endpoints[2].0, port))?;
+        ensure!(refused.contains("already allocated"), "{refused}");
         Ok(())
     });
 }
