@@ -15,8 +15,6 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
-use crate::plugin::Plugin;
-
 /// Why a call is refused: a text for the person who typed the command, which engines show as it is.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -56,11 +54,11 @@ pub(crate) async fn constant(answer: serde_json::Value) -> Response {
 }
 
 /// Runs one method: reads its body, calls it, and turns what it says into a response.
-pub(crate) async fn call<Request, Answer, Called>(
-    State(plugin): State<Arc<Plugin>>,
+pub(crate) async fn call<Served, Request, Answer, Called>(
+    State(state): State<Arc<Served>>,
     uri: Uri,
     body: Bytes,
-    method: impl FnOnce(Arc<Plugin>, Request) -> Called,
+    method: impl FnOnce(Arc<Served>, Request) -> Called,
 ) -> Response
 where
     Request: DeserializeOwned,
@@ -82,7 +80,7 @@ where
             return json_response(StatusCode::BAD_REQUEST, &json!({"Err": text, "Error": text}));
         }
     };
-    let answer = method(plugin, request).await;
+    let answer = method(state, request).await;
     let took = started.elapsed();
     match answer {
         Ok(answer) => {

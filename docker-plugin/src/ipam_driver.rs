@@ -5,9 +5,7 @@
 //! they overlap; see [`routes_clash`]).
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::net::IpAddr;
-use std::str::FromStr;
 use std::sync::Arc;
 
 use axum::Router;
@@ -18,20 +16,14 @@ use axum::routing::post;
 use serde_json::json;
 
 use flannel_core::words::addr::{Family, InterfaceAddress, Prefix};
-use flannel_core::words::name::NetworkName;
 
 use crate::answer::{Nothing, Refusal, blocking, call, constant};
 use crate::definition::Wish;
 use crate::networks::Part;
 use crate::plugin::Plugin;
+use crate::pool_id::{GLOBAL_SPACE, LOCAL_SPACE, PoolId};
 use crate::wire;
 
-/// Address space that our pools of local networks are in; tells our pools from those of an engine's own IPAM.
-pub(crate) const LOCAL_SPACE: &str = "flannel-local";
-/// The same for networks of a swarm.
-pub(crate) const GLOBAL_SPACE: &str = "flannel-global";
-
-/// What an engine asks first; the answers are always the same.
 pub(crate) fn introduction() -> Router {
     Router::new()
         .route(
@@ -67,38 +59,6 @@ pub(crate) fn routes() -> Router<Arc<Plugin>> {
             "/IpamDriver.ReleaseAddress",
             post(|s: State<Arc<Plugin>>, u: Uri, b: Bytes| call(s, u, b, release_address)),
         )
-}
-
-/// What a PoolID says, so that it means the same after any restart: `flannel/<network>/<subnet>[/<range>]`.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) struct PoolId {
-    pub(crate) network: NetworkName,
-    pub(crate) subnet: Prefix,
-    pub(crate) range: Option<Prefix>,
-}
-
-impl fmt::Display for PoolId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "flannel/{}/{}", self.network, self.subnet)?;
-        self.range.map_or(Ok(()), |range| write!(f, "/{range}"))
-    }
-}
-
-impl FromStr for PoolId {
-    type Err = Refusal;
-
-    fn from_str(text: &str) -> Result<Self, Refusal> {
-        let wrong = || Refusal(format!("pool {text:?} is none of this plugin's"));
-        let parts: Vec<&str> = text.split('/').collect();
-        let prefix =
-            |address: &str, len: &str| format!("{address}/{len}").parse::<Prefix>().map_err(|_| wrong());
-        let (network, subnet, range) = match parts.as_slice() {
-            ["flannel", network, a, l] => (network, prefix(a, l)?, None),
-            ["flannel", network, a, l, ra, rl] => (network, prefix(a, l)?, Some(prefix(ra, rl)?)),
-            _ => return Err(wrong()),
-        };
-        Ok(Self { network: NetworkName::new(network).map_err(|_| wrong())?, subnet, range })
-    }
 }
 
 async fn request_pool(plugin: Arc<Plugin>, request: wire::RequestPool) -> Result<wire::Pool, Refusal> {
@@ -229,24 +189,6 @@ async fn release_address(plugin: Arc<Plugin>, request: wire::ReleaseAddress) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_pool_id_says_what_it_is() {
-        for text in [
-            "flannel/default/10.100.5.0/24",
-            "flannel/web/10.100.5.0/24/10.100.5.128/25",
-            "flannel/web/fd00:100:0:5::/64",
-            "flannel/web/fd00:100:0:5::/64/fd00:100:0:5:1::/80",
-        ] {
-            let pool: PoolId = text.parse().unwrap();
-            assert_eq!(pool.to_string(), text);
-        }
-        for wrong in
-            ["", "other/default/10.100.5.0/24", "flannel/default/10.100.5.0", "flannel/config/10.0.0.0/8"]
-        {
-            assert!(wrong.parse::<PoolId>().is_err(), "{wrong}");
-        }
-    }
 
     #[test]
     fn only_the_first_address_can_be_the_gateway() {

@@ -18,6 +18,7 @@ mod network_driver;
 mod networks;
 mod options;
 mod plugin;
+mod pool_id;
 mod port_socket;
 mod ports;
 mod server;

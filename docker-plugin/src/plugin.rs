@@ -11,9 +11,9 @@ use flannel_core::words::node::HostRoute;
 use crate::addresses::Addresses;
 use crate::answer::{Refusal, blocking};
 use crate::half::create_command;
-use crate::ipam_driver::PoolId;
 use crate::journal::{EndpointRecord, Ipam, Journal, NetworkRecord, Stage};
 use crate::networks::{Networks, Part};
+use crate::pool_id::PoolId;
 use crate::ports::Ports;
 use crate::settings::Settings;
 use crate::status::Status;
@@ -56,7 +56,7 @@ impl Plugin {
 
     /// What is served here.
     pub(crate) fn status(&self) -> Status {
-        Status::of(&self.settings, &self.journal, &self.networks)
+        Status::of(&self.settings, &self.journal, self.networks.states())
     }
 
     /// The command that works, for texts that say what does not.

@@ -3,7 +3,6 @@
 use serde::{Deserialize, Serialize};
 
 use crate::journal::{EndpointRecord, Journal, NetworkRecord, Stage};
-use crate::networks::Networks;
 use crate::settings::Settings;
 use crate::veth;
 
@@ -78,7 +77,7 @@ pub(crate) struct EndpointStatus {
 
 impl Status {
     /// Of a running plugin. Looks at the kernel once, changes nothing.
-    pub(crate) fn of(settings: &Settings, journal: &Journal, networks: &Networks) -> Self {
+    pub(crate) fn of(settings: &Settings, journal: &Journal, networks: Vec<NetworkStatus>) -> Self {
         let links = veth::existing();
         if let Err(refusal) = &links {
             tracing::warn!("the kernel's links are not known: {refusal}");
@@ -101,7 +100,7 @@ impl Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             driver: settings.driver_name.clone(),
             store: store(settings),
-            networks: networks.states(),
+            networks,
             docker_networks: journal.networks().all().into_iter().map(docker_network).collect(),
             endpoints: journal.endpoints().all().into_iter().map(endpoint).collect(),
         }

@@ -84,7 +84,11 @@ fn commands_and_programs_end_as_they_are_told() {
 
         let polite = host.spawn("polite", &["sleep", "100"], &[("A", "b")])?;
         ensure!(polite.usage()?.rss_kib > 0);
-        ensure!(fs::read(format!("/proc/{}/environ", polite.pid()))?.split(|&b| b == 0).any(|v| v == b"A=b"));
+        // Its process is there a moment before its program is.
+        eventually("its environment", secs(5), || {
+            let environ = fs::read(format!("/proc/{}/environ", polite.pid())).unwrap_or_default();
+            environ.split(|&b| b == 0).any(|v| v == b"A=b")
+        })?;
         polite.stop(secs(5))?;
         let error = format!("{:#}", polite.wait_log("never", secs(5)).unwrap_err());
         ensure!(error.contains("ended without saying \"never\""), "{error}");

@@ -9,11 +9,11 @@ use flannel_core::words::addr::{InterfaceAddress, Prefix};
 use crate::answer::{Nothing, Refusal, blocking};
 use crate::definition::Wish;
 use crate::half::Half;
-use crate::ipam_driver::{GLOBAL_SPACE, LOCAL_SPACE};
 use crate::journal::{Ipam, NetworkRecord};
 use crate::networks::Part;
 use crate::options::NetworkOptions;
 use crate::plugin::Plugin;
+use crate::pool_id::{GLOBAL_SPACE, LOCAL_SPACE};
 use crate::wire;
 
 pub(super) async fn create_network(
