@@ -19,14 +19,17 @@ const PORTS: u16 = 1000;
 
 struct Driver {
     name: &'static str,
+    /// A network of it.
+    network: &'static str,
     /// `IPAM` of a network that is made.
     ipam: fn(subnet: &str) -> Value,
 }
 
 const DRIVERS: [Driver; 2] = [
-    Driver { name: "bridge", ipam: |subnet| json!({"Config": [{"Subnet": subnet}]}) },
+    Driver { name: "bridge", network: "on-bridge", ipam: |subnet| json!({"Config": [{"Subnet": subnet}]}) },
     Driver {
         name: "flannel",
+        network: "on-flannel",
         ipam: |_| json!({"Driver": "flannel", "Config": [{"Subnet": "10.100.0.0/16"}]}),
     },
 ];
@@ -42,7 +45,7 @@ pub(crate) fn run() -> Result<()> {
     host.load_image()?;
     let engine = Engine(host);
     for driver in &DRIVERS {
-        engine.create_network(driver, driver.name, "172.30.0.0/24")?;
+        engine.create_network(driver, driver.network, "172.30.0.0/24")?;
     }
     engine.call(
         "POST",
@@ -169,7 +172,7 @@ impl Engine<'_> {
 
     /// Every step once.
     fn round(&self, driver: &Driver) -> Result<Vec<(&'static str, f64)>> {
-        let name = driver.name;
+        let name = driver.network;
         let connect =
             |how: &str| self.call("POST", &format!("/networks/{name}/{how}"), &json!({"Container": "guest"}));
         let mut took = Vec::new();
@@ -220,7 +223,7 @@ impl Engine<'_> {
         let bindings: serde_json::Map<String, Value> = (0..count)
             .map(|n| (format!("{}/tcp", 1000 + n), json!([{"HostPort": (first + n).to_string()}])))
             .collect();
-        let host = json!({"NetworkMode": "flannel", "PortBindings": bindings});
+        let host = json!({"NetworkMode": "on-flannel", "PortBindings": bindings});
         let body = json!({"Image": IMAGE, "Cmd": ["sleep", "infinity"], "HostConfig": host});
         self.call("POST", &format!("/containers/create?name={name}"), &body)?;
         self.call("POST", &format!("/containers/{name}/start"), &Value::Null).map(drop)
