@@ -129,6 +129,17 @@ impl Host {
         self.run_input(&["ctr", "images", "import", "-"], image::open()?)?.text().map(|_| ())
     }
 
+    /// Gives it to one of containerd's namespaces: `k8s.io` is that of Kubernetes.
+    pub fn import_image_into(&self, namespace: &str) -> Result<()> {
+        let argv = ["ctr", "-n", namespace, "images", "import", "-"];
+        self.run_input(&argv, image::open()?)?.text().map(|_| ())
+    }
+
+    /// A container that some engine made, by the process that the engine says it has.
+    pub fn container(&self, name: &str, pid: i32) -> Result<Container> {
+        Container::new(self, name, pid)
+    }
+
     /// Starts a container of [`IMAGE_REFERENCE`] that does nothing; `args` are those of `ctr run` before the image (`--cni`).
     pub fn ctr_run(&self, name: &str, args: &[&str]) -> Result<Container> {
         let start = ["run", "-d", "--null-io"];
