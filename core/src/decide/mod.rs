@@ -8,5 +8,6 @@ pub mod firewall;
 pub mod plan;
 pub mod pool;
 pub mod publish;
+pub mod ranges;
 pub mod reader;
 pub mod scene;

@@ -112,7 +112,7 @@ impl Pool {
 
     /// The same within a part of the subnet; none if all of that is taken, or if it is no part of it.
     pub fn next_in(&self, part: Prefix, last: Option<IpAddr>, taken: &BTreeSet<IpAddr>) -> Option<IpAddr> {
-        let first = self.subnet.covers(&part).then(|| self.offset(part.base())).flatten()?;
+        let first = self.subnet.covers(&part).then(|| self.subnet.offset(part.base())).flatten()?;
         let bits = u32::from(part.family().bits() - part.len());
         let end = first.saturating_add(1u128.checked_shl(bits).unwrap_or(u128::MAX) - 1);
         self.next_among((first.max(1), end.min(self.span())), last, taken)
@@ -125,7 +125,7 @@ impl Pool {
         last: Option<IpAddr>,
         taken: &BTreeSet<IpAddr>,
     ) -> Option<IpAddr> {
-        let last = last.and_then(|last| self.offset(last)).filter(|last| (first..end).contains(last));
+        let last = last.and_then(|last| self.subnet.offset(last)).filter(|last| (first..end).contains(last));
         let start = last.map_or(first, |last| last + 1);
         (start..=end)
             .chain(first..start)
@@ -145,16 +145,7 @@ impl Pool {
 
     /// Place of an address among those an interface may have, counted from 1.
     fn position(&self, address: IpAddr) -> Option<u128> {
-        self.offset(address).filter(|offset| (1..=self.span()).contains(offset))
-    }
-
-    /// How far an address lies behind the first one of the subnet.
-    fn offset(&self, address: IpAddr) -> Option<u128> {
-        match (address, self.subnet.base()) {
-            (IpAddr::V4(a), IpAddr::V4(b)) => a.to_bits().checked_sub(b.to_bits()).map(u128::from),
-            (IpAddr::V6(a), IpAddr::V6(b)) => a.to_bits().checked_sub(b.to_bits()),
-            _ => None,
-        }
+        self.subnet.offset(address).filter(|offset| (1..=self.span()).contains(offset))
     }
 }
 

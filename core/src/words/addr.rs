@@ -158,6 +158,11 @@ impl Prefix {
         self.contains(address).then_some(address)
     }
 
+    /// How far an address of this network lies behind the base; none outside the network.
+    pub fn offset(&self, address: IpAddr) -> Option<u128> {
+        self.contains(address).then(|| to_bits(address) - to_bits(self.base()))
+    }
+
     /// Whether the address lies in this network.
     pub fn contains(&self, address: IpAddr) -> bool {
         self.0.contains(address)
