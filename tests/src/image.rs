@@ -23,7 +23,7 @@ const VERSION: u32 = 1;
 const BUSYBOX: &str = "/bin/busybox";
 
 /// The image as `docker load` and `ctr images import` read it. Made once and kept beside the test binaries.
-pub(crate) fn archive() -> Result<PathBuf> {
+pub fn archive() -> Result<PathBuf> {
     let test = env::current_exe().context("could not find out where this test runs from")?;
     let beside = test.parent().context("the test's binary is in no directory")?;
     let busybox = fs::metadata(BUSYBOX)

@@ -72,7 +72,7 @@ pub use command::{COMMAND_DEADLINE, Output};
 pub use daemon::{Daemon, Usage};
 pub use engine::Container;
 pub use host::{BIN_DIR, Host, Place, SHARED_DIR};
-pub use image::{IMAGE, IMAGE_REFERENCE};
+pub use image::{IMAGE, IMAGE_REFERENCE, archive as image_archive};
 pub use lab::{Lab, LabPlan, ids, in_lab, sweep};
 pub use managed::{MANAGED, MANAGED_DIR, MANAGED_NEEDS};
 pub use nix::sys::signal::Signal;

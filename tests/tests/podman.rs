@@ -1,0 +1,167 @@
+//! podman with its CNI networks, as Debian 12 ships it: two containers, an address and a MAC that were asked for, published ports, and
+//! nothing left.
+
+use std::fs::File;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use flannel_tests::{
+    Container, Host, HttpServer, Lab, LabPlan, Place, http_get, image_archive, in_lab, needs, ping_within,
+    secs, seen_as, tcp_opens, unchanged,
+};
+
+/// The plugins of this backend, and what a container of the tests' machines may not do (raise its limits) or has not (systemd).
+const CONTAINERS_CONF: &str = r#"
+[network]
+network_backend = "cni"
+cni_plugin_dirs = ["/opt/cni/bin"]
+network_config_dir = "/etc/cni/net.d"
+
+[engine]
+runtime = "runc"
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+
+[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
+"#;
+
+/// The node's lease, with no daemon behind it.
+const SUBNET_ENV: &str =
+    "FLANNEL_NETWORK=10.100.0.0/16\nFLANNEL_SUBNET=10.100.5.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n";
+
+/// What podman calls an image without a registry.
+const IMAGE: &str = "localhost/lab:latest";
+
+fn lab(name: &str) -> LabPlan {
+    Lab::new(name).hosts(1).outside().needs(&["podman", "conmon", "runc", "busybox"])
+}
+
+/// Gives a host what podman reads before its first start, and the image.
+fn prepare(host: &Host) -> Result<()> {
+    host.write("/etc/containers/containers.conf", CONTAINERS_CONF)?;
+    host.write(
+        "/etc/containers/storage.conf",
+        "[storage]\ndriver = \"vfs\"\nrunroot = \"/run/containers\"\ngraphroot = \"/var/lib/containers\"\n",
+    )?;
+    // It reads Docker's file of credentials, and fails where the variable that names it names none.
+    host.write("/run/lab/docker-cli/config.json", "{}")?;
+    host.write("/run/flannel/subnet.env", SUBNET_ENV)?;
+    host.run_input(&["podman", "load", "-q"], File::open(image_archive()?)?)?.text().map(drop)
+}
+
+fn podman(host: &Host, args: &[&str]) -> Result<String> {
+    host.out(&[&["podman"], args].concat())
+}
+
+fn run(host: &Host, name: &str, args: &[&str]) -> Result<Container> {
+    let start = ["run", "-d", "--name", name, "--stop-timeout", "0", "--pull", "never"];
+    podman(host, &[&start, args, &[IMAGE, "sleep", "infinity"]].concat())?;
+    let pid = podman(host, &["inspect", "-f", "{{.State.Pid}}", name])?;
+    host.container(name, pid.parse().with_context(|| format!("podman printed pid {pid:?}"))?)
+}
+
+/// Who does the work.
+#[derive(Clone, Copy, PartialEq)]
+enum Chain {
+    /// Debian's portmap behind our `flannel`.
+    Debian,
+}
+
+impl Chain {
+    /// The network's name and its configuration.
+    fn conflist(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Debian => (
+                "flannel",
+                r#"{ "cniVersion": "0.4.0", "name": "flannel", "plugins": [
+                    { "type": "flannel", "delegate": { "hairpinMode": true, "isDefaultGateway": true } },
+                    { "type": "portmap", "capabilities": { "portMappings": true } } ] }"#,
+            ),
+        }
+    }
+
+    fn install(self, host: &Host) -> Result<()> {
+        host.install_cni("flannel")?;
+        host.write("/etc/cni/net.d/10-test.conflist", self.conflist().1)?;
+        match self {
+            Self::Debian => host.install_debian_cni(),
+        }
+    }
+
+    /// The n-th address of the network on this node.
+    fn address(self, n: u8) -> String {
+        match self {
+            Self::Debian => format!("10.100.5.{n}"),
+        }
+    }
+
+    fn bridge(self) -> &'static str {
+        match self {
+            Self::Debian => "cni0",
+        }
+    }
+}
+
+/// Two containers, one with ports, the other with an address and a MAC of its own.
+fn a_day_with_podman(lab: &Lab, chain: Chain) -> Result<()> {
+    let host = lab.host(1);
+    prepare(host)?;
+    chain.install(host)?;
+    let before = host.network_state()?;
+    let network = chain.conflist().0;
+    let ports = ["-p", "127.0.0.1:8080:80", "-p", "8081:80", "-p", "5353:53/udp"];
+    let one = run(host, "one", &[&["--network", network], &ports[..]].concat())?;
+    let (address, mac) = (chain.address(77), "02:00:00:00:00:77");
+    let two = run(host, "two", &["--network", network, "--ip", &address, "--mac-address", mac])?;
+    ensure!(two.ip()? == address && one.ip()? == chain.address(2), "{} and {}", one.ip()?, two.ip()?);
+    let link = two.out(&["ip", "link", "show", "eth0"])?;
+    ensure!(link.contains(mac), "{link}");
+    let format = format!("{{{{(index .NetworkSettings.Networks {network:?}).IPAddress}}}}");
+    ensure!(podman(host, &["inspect", "-f", &format, "two"])? == address);
+
+    ping_within(secs(3), &one, &address)?;
+    let _server = HttpServer::start(&one, 80, "one")?;
+    ensure!(seen_as(&two, one.ip()?, 80)? == address);
+    ensure!(http_get(host, "http://127.0.0.1:8080/")? == "one");
+    ensure!(http_get(lab.outside(), &format!("http://{}:8081/", host.ip()))? == "one");
+    ensure!(http_get(&two, &format!("http://{}:8081/", host.ip()))? == "one");
+    ensure!(seen_as(lab.outside(), host.ip(), 8081)? == "198.51.100.2");
+    ensure!(tcp_opens(lab.outside(), host.ip(), 8080).is_err(), "a port of 127.0.0.1 answers outside");
+
+    podman(host, &["rm", "-f", "-t", "0", "one"])?;
+    ensure!(tcp_opens(host, "127.0.0.1", 8080).is_err());
+    // An address that was given back is given out again.
+    let again = run(host, "again", &["--network", network, "--ip", &chain.address(2)])?;
+    ping_within(secs(3), &again, &address)?;
+    podman(host, &["rm", "-f", "-t", "0", "two", "again"])?;
+    nothing_is_left(host, chain)?;
+    host.out(&["ip", "link", "del", chain.bridge()])?;
+    if chain != Chain::Debian {
+        // Debian's portmap leaves its chains.
+        unchanged("the kernel after the last container", &before, &host.network_state()?)?;
+    }
+    Ok(())
+}
+
+/// What stays of a network with no container on it: the bridge, and the ledger's own files.
+fn nothing_is_left(host: &Host, chain: Chain) -> Result<()> {
+    let left = host.sh("cd /; find var/lib/cni run/flannel run/netns -not -type d 2>/dev/null | sort")?;
+    let stays = ["lock", "boot_id", "last_reserved_ip.0", "subnet.env", "subnet.ledger", "subnet.bridge"];
+    let stray: Vec<_> =
+        left.lines().filter(|file| !stays.contains(&file.rsplit('/').next().unwrap_or_default())).collect();
+    ensure!(stray.is_empty(), "{stray:?} in\n{left}");
+    let links = host.out(&["ip", "-br", "link"])?;
+    ensure!(!links.contains("veth") && links.contains(chain.bridge()), "{links}");
+    Ok(())
+}
+
+#[test]
+fn flannel_with_debians_portmap() {
+    if !Path::new("/usr/lib/cni/portmap").exists() {
+        needs::skipped("Debian's containernetworking-plugins in /usr/lib/cni");
+        return;
+    }
+    let plan = lab("podman-debian").needs(&["iptables"]);
+    in_lab(plan, |lab| a_day_with_podman(lab, Chain::Debian));
+}
