@@ -15,7 +15,17 @@ pub(crate) enum Verb {
     Check,
     Gc,
     Status,
-    Version,
+}
+
+/// What the environment asks for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Asked {
+    /// Nothing, as when a person starts the plugin.
+    Nothing,
+    /// Which versions there are: nothing else need be said for that.
+    Versions,
+    /// Something to do.
+    Call(Call),
 }
 
 impl Verb {
@@ -26,9 +36,18 @@ impl Verb {
             "CHECK" => Self::Check,
             "GC" => Self::Gc,
             "STATUS" => Self::Status,
-            "VERSION" => Self::Version,
             _ => return None,
         })
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Add => "ADD",
+            Self::Del => "DEL",
+            Self::Check => "CHECK",
+            Self::Gc => "GC",
+            Self::Status => "STATUS",
+        }
     }
 
     /// Variables that must be there and not empty.
@@ -37,7 +56,6 @@ impl Verb {
             Self::Add | Self::Check => &["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_PATH"],
             Self::Del => &["CNI_CONTAINERID", "CNI_IFNAME", "CNI_PATH"],
             Self::Gc | Self::Status => &["CNI_PATH"],
-            Self::Version => &[],
         }
     }
 }
@@ -59,14 +77,17 @@ pub(crate) struct Call {
 }
 
 impl Call {
-    /// Reads this process's environment; none if nobody asks for anything, as when a person starts the plugin.
-    pub(crate) fn from_env() -> Result<Option<Self>, CniError> {
+    /// Reads this process's environment.
+    pub(crate) fn from_env() -> Result<Asked, CniError> {
         Self::read(|name| env::var_os(name).map(|value| value.to_string_lossy().into_owned()))
     }
 
-    fn read(get: impl Fn(&str) -> Option<String>) -> Result<Option<Self>, CniError> {
+    fn read(get: impl Fn(&str) -> Option<String>) -> Result<Asked, CniError> {
         let get = |name: &str| get(name).filter(|value| !value.is_empty());
-        let Some(verb) = get("CNI_COMMAND") else { return Ok(None) };
+        let Some(verb) = get("CNI_COMMAND") else { return Ok(Asked::Nothing) };
+        if verb == "VERSION" {
+            return Ok(Asked::Versions);
+        }
         let wrong = |msg| CniError::new(CniError::ENVIRONMENT, msg);
         let verb = Verb::parse(&verb).ok_or_else(|| wrong(format!("unknown CNI_COMMAND: {verb}")))?;
         let missing: Vec<&str> = verb.required().iter().copied().filter(|name| get(name).is_none()).collect();
@@ -74,7 +95,7 @@ impl Call {
             return Err(wrong(format!("required env variables [{}] missing", missing.join(","))));
         }
         let text = |name: &str| get(name).unwrap_or_default();
-        Ok(Some(Self {
+        Ok(Asked::Call(Self {
             verb,
             container: text("CNI_CONTAINERID"),
             interface: text("CNI_IFNAME"),
@@ -151,23 +172,30 @@ impl CniArgs {
 mod tests {
     use super::*;
 
-    fn call(variables: &[(&str, &str)]) -> Result<Option<Call>, CniError> {
+    fn asked(variables: &[(&str, &str)]) -> Result<Asked, CniError> {
         Call::read(|name| {
             variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned())
         })
     }
 
+    fn call(variables: &[(&str, &str)]) -> Call {
+        match asked(variables) {
+            Ok(Asked::Call(call)) => call,
+            other => panic!("no call: {other:?}"),
+        }
+    }
+
     #[test]
     fn what_is_missing_is_named_together() {
         let error =
-            call(&[("CNI_COMMAND", "ADD"), ("CNI_CONTAINERID", "a"), ("CNI_PATH", "/x"), ("CNI_NETNS", "")]);
+            asked(&[("CNI_COMMAND", "ADD"), ("CNI_CONTAINERID", "a"), ("CNI_PATH", "/x"), ("CNI_NETNS", "")]);
         assert_eq!(
             error.unwrap_err(),
             CniError::new(4, "required env variables [CNI_NETNS,CNI_IFNAME] missing")
         );
-        assert_eq!(call(&[("CNI_COMMAND", "ADDD")]).unwrap_err().msg, "unknown CNI_COMMAND: ADDD");
-        assert_eq!(call(&[]).unwrap(), None);
-        assert!(call(&[("CNI_COMMAND", "VERSION")]).unwrap().is_some());
+        assert_eq!(asked(&[("CNI_COMMAND", "ADDD")]).unwrap_err().msg, "unknown CNI_COMMAND: ADDD");
+        assert_eq!(asked(&[]), Ok(Asked::Nothing));
+        assert_eq!(asked(&[("CNI_COMMAND", "VERSION")]), Ok(Asked::Versions));
     }
 
     #[test]
@@ -178,7 +206,6 @@ mod tests {
             ("CNI_IFNAME", "eth0"),
             ("CNI_PATH", "/a:/b"),
         ]);
-        let call = call.unwrap().unwrap();
         assert_eq!((call.netns.as_str(), call.path.len()), ("", 2));
         assert_eq!(call.attachment().unwrap().to_string(), "default-ABC.1_2/eth0");
     }
@@ -193,7 +220,7 @@ mod tests {
                 ("CNI_IFNAME", interface),
                 ("CNI_PATH", "/a"),
             ]);
-            assert_eq!(call.unwrap().unwrap().attachment().unwrap_err().code, 4, "{id} {interface}");
+            assert_eq!(call.attachment().unwrap_err().code, 4, "{id} {interface}");
         }
     }
 

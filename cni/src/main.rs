@@ -3,23 +3,34 @@
 //! One exec for each command, no daemon asked, no other plugin needed. stdout is the answer, stderr is talk.
 
 mod args;
-mod command;
+mod bridge;
 mod conf;
 mod delegate;
+mod errors;
+mod extras;
+mod flannel;
+mod json;
+mod plugin;
+mod previous;
 mod result;
+mod sandbox;
 
+use std::env;
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
 
-use args::{Call, Verb};
-use command::Answer;
+use args::{Asked, Call};
 use conf::Conf;
-use result::{CniError, Version};
+use plugin::Plugin;
+use result::{Answer, CniError, Version};
 
 fn main() -> ExitCode {
+    let plugin = Plugin::called_by(env::args_os().next());
     let (version, outcome) = match Call::from_env() {
-        Ok(None) => return about(),
-        Ok(Some(call)) => serve(&call),
+        Ok(Asked::Nothing) => return about(plugin),
+        // Tools ask for versions all the time, and some leave stdin open.
+        Ok(Asked::Versions) => (Version::NEWEST, Ok(Answer::Value(result::versions()))),
+        Ok(Asked::Call(call)) => serve(plugin, &call),
         Err(error) => (Version::NEWEST, Err(error)),
     };
     match outcome {
@@ -29,21 +40,17 @@ fn main() -> ExitCode {
 }
 
 /// Somebody wants to know what this is. Tools read the first line (nerdctl does).
-fn about() -> ExitCode {
+fn about(plugin: Plugin) -> ExitCode {
     let versions = Version::ALL.map(Version::text).join(", ");
-    eprintln!("CNI flannel plugin v{}", env!("CARGO_PKG_VERSION"));
+    eprintln!("CNI {} plugin v{}", plugin.name(), env!("CARGO_PKG_VERSION"));
     eprintln!("CNI protocol versions supported: {versions}");
     ExitCode::SUCCESS
 }
 
 /// The answer, and the version to put an error in.
-fn serve(call: &Call) -> (Version, Result<Answer, CniError>) {
-    // Tools ask for versions all the time, and some leave stdin open.
-    if call.verb == Verb::Version {
-        return (Version::NEWEST, Ok(Answer::Value(result::versions())));
-    }
+fn serve(plugin: Plugin, call: &Call) -> (Version, Result<Answer, CniError>) {
     match read_conf() {
-        Ok(conf) => (conf.version, command::run(call, &conf)),
+        Ok(conf) => (conf.version, plugin.run(call, &conf)),
         Err(error) => (Version::NEWEST, Err(error)),
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use flannel_core::words::addr::{Family, InterfaceAddress, Mac, Prefix};
+use flannel_core::words::code::Code;
 use flannel_core::words::name::LinkName;
 use flannel_core::words::units::Mtu;
 use serde_json::{Map, Value, json};
@@ -54,6 +55,17 @@ impl fmt::Display for Version {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.text())
     }
+}
+
+/// What goes to stdout.
+#[derive(Clone, PartialEq, Debug)]
+pub(crate) enum Answer {
+    /// Nothing: it is done.
+    Nothing,
+    /// A result of ours.
+    Value(Value),
+    /// What a delegated plugin printed.
+    Printed(Vec<u8>),
 }
 
 /// What VERSION answers.
@@ -223,6 +235,29 @@ impl CniError {
 
     pub(crate) fn new(code: u32, msg: impl Into<String>) -> Self {
         Self { code, msg: msg.into(), details: None }
+    }
+
+    /// The configuration contradicts itself or the node.
+    pub(crate) fn config(msg: impl Into<String>) -> Self {
+        Self::new(Self::CONFIG, msg)
+    }
+
+    /// A value of another type than its key has.
+    pub(crate) fn decoding(msg: impl Into<String>) -> Self {
+        Self::new(Self::DECODING, msg)
+    }
+
+    /// A field asks for what is not built.
+    pub(crate) fn unsupported(msg: impl Into<String>) -> Self {
+        Self::new(Self::UNSUPPORTED_FIELD, msg)
+    }
+
+    /// The same failure, after which something could not be taken back.
+    pub(crate) fn but_left(&self, undo: &Self) -> Self {
+        Self::new(
+            Code::LEFTOVER.number().into(),
+            format!("{self}; and taking back what was made failed too: {undo}"),
+        )
     }
 
     pub(crate) fn with_details(self, details: impl Into<String>) -> Self {

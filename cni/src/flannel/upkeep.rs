@@ -8,16 +8,18 @@ use flannel_core::words::code::Code;
 use flannel_core::words::name::Attachment;
 use serde_json::{Value, json};
 
-use super::{Answer, Scratch, ledger_error, pools, subnet_env, world_error};
+use super::conf::{FlannelConf, Worker};
+use super::scratch::{Kept, Scratch};
+use super::{pools, subnet_env};
 use crate::args::Call;
-use crate::conf::{Conf, Kept, Worker};
 use crate::delegate;
-use crate::result::CniError;
+use crate::extras::Extras;
+use crate::result::{Answer, CniError};
 
 /// Takes back what belongs to attachments that are no more. Goes on after a failure, and reports them all.
-pub(super) fn gc(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
+pub(super) fn gc(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
     // The runtime did not say what is in use: that is not "nothing".
-    let Some(valid) = &conf.valid else { return Ok(Answer::Nothing) };
+    let Some(valid) = &conf.common.valid else { return Ok(Answer::Nothing) };
     if let Worker::Plugin(kind) = conf.worker() {
         let mut delegated = conf.delegated(&subnet_env(conf, CniError::TRY_AGAIN)?);
         let valid: Vec<Value> = valid
@@ -27,11 +29,11 @@ pub(super) fn gc(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
         delegated.insert("cni.dev/valid-attachments".to_owned(), Value::Array(valid));
         return delegate::run(&kind, &call.path, None, &Value::Object(delegated)).map(Answer::Printed);
     }
-    let found = Ledger::find(&conf.subnet_file, &conf.ledger_root(), &conf.name).map_err(ledger_error)?;
+    let found = Ledger::find(&conf.subnet_file, &conf.ledger_root(), &conf.common.name)?;
     let Some(ledger) = found else { return Ok(Answer::Nothing) };
-    let entries = ledger.lock().and_then(|held| held.entries()).map_err(ledger_error)?;
+    let entries = ledger.lock().and_then(|held| held.entries())?;
     let elsewhere = cached_elsewhere(conf);
-    let mut host = Kernel::open().map_err(world_error)?;
+    let mut host = Kernel::open()?;
     let (mut dead, mut failed): (Vec<&Entry>, Vec<String>) = (Vec::new(), Vec::new());
     // Deleting an interface takes the kernel long; nobody has to wait for the ledger meanwhile.
     for entry in entries.iter().filter(|entry| !entry.is_docker() && !valid.contains(&entry.owner)) {
@@ -41,7 +43,7 @@ pub(super) fn gc(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
             Err(error) => failed.push(format!("{}: {error}", entry.owner)),
         }
     }
-    let held = ledger.lock().map_err(ledger_error)?;
+    let held = ledger.lock()?;
     for entry in &dead {
         let freed = held.owner(entry.address).and_then(|owner| match owner.as_ref() == Some(&entry.owner) {
             true => held.release_address(entry.address),
@@ -52,12 +54,15 @@ pub(super) fn gc(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
             Err(error) => failed.push(format!("{}: {error}", entry.address)),
         }
     }
-    let left = held.entries().map_err(ledger_error)?;
+    let left = held.entries()?;
     drop(held);
     for entry in dead {
         if !left.iter().any(|other| other.owner.container == entry.owner.container) {
             Scratch::of(conf, &entry.owner).remove();
         }
+    }
+    if let Err(error) = Extras::gc(conf.common, valid) {
+        failed.push(error.to_string());
     }
     match failed.is_empty() {
         true => Ok(Answer::Nothing),
@@ -70,28 +75,33 @@ pub(super) fn gc(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
 
 /// Deletes an attachment's veth pair; false if another configuration that shares the ledger made it, whose runtime
 /// we did not hear.
-fn bury(host: &mut Kernel, conf: &Conf, elsewhere: &[String], owner: &Attachment) -> Result<bool, CniError> {
+fn bury(
+    host: &mut Kernel,
+    conf: &FlannelConf<'_>,
+    elsewhere: &[String],
+    owner: &Attachment,
+) -> Result<bool, CniError> {
     let link = owner.host_link(conf.network().as_str());
     let kept = Scratch::of(conf, owner).read();
     match kept.as_ref().and_then(Kept::name) {
-        Some(name) if name != conf.name => return Ok(false),
+        Some(name) if name != conf.common.name => return Ok(false),
         Some(_) => {}
         // Without a file it is not of this configuration: alive if it shows, else what something left.
-        None if host.link_exists(link).map_err(world_error)? => return Ok(false),
+        None if host.link_exists(link)? => return Ok(false),
         None => {}
     }
     let result = format!("-{}-{}", owner.container, owner.interface);
     if elsewhere.iter().any(|name| name.ends_with(&result)) {
         return Ok(false);
     }
-    host.delete_link(link).map_err(world_error)?;
+    host.delete_link(link)?;
     Ok(true)
 }
 
 /// Results that libcni keeps for attachments of other configurations (libcni/api.go: `NAME-CONTAINER-INTERFACE`).
-fn cached_elsewhere(conf: &Conf) -> Vec<String> {
+fn cached_elsewhere(conf: &FlannelConf<'_>) -> Vec<String> {
     const RESULTS: &str = "/var/lib/cni/results";
-    let ours = format!("{}-", conf.name);
+    let ours = format!("{}-", conf.common.name);
     let files = fs::read_dir(RESULTS).into_iter().flatten().flatten();
     files
         .map(|file| file.file_name().to_string_lossy().into_owned())
@@ -100,7 +110,7 @@ fn cached_elsewhere(conf: &Conf) -> Vec<String> {
 }
 
 /// Whether an ADD could succeed now.
-pub(super) fn status(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
+pub(super) fn status(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
     let env = subnet_env(conf, CniError::UNAVAILABLE)?;
     if let Worker::Plugin(kind) = conf.worker() {
         let delegated = Value::Object(conf.delegated(&env));
@@ -108,9 +118,9 @@ pub(super) fn status(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
     }
     let unavailable = |error: CniError| CniError { code: CniError::UNAVAILABLE, ..error };
     let pools = pools(&env).map_err(unavailable)?;
-    let found = Ledger::find(&conf.subnet_file, &conf.ledger_root(), &conf.name).map_err(ledger_error)?;
+    let found = Ledger::find(&conf.subnet_file, &conf.ledger_root(), &conf.common.name)?;
     let Some(ledger) = found else { return Ok(Answer::Nothing) };
-    let taken = ledger.lock().and_then(|held| held.addresses()).map_err(ledger_error).map_err(unavailable)?;
+    let taken = ledger.lock().and_then(|held| held.addresses()).map_err(|error| unavailable(error.into()))?;
     for pool in pools {
         let here = taken.iter().filter(|address| pool.subnet().contains(**address)).count() as u128;
         if here >= pool.capacity() {

@@ -1,0 +1,187 @@
+//! A container on a bridge with addresses of a ledger, in this process: what upstream's bridge and host-local plugins do together.
+
+pub(crate) mod check;
+pub(crate) mod wish;
+
+use std::net::IpAddr;
+
+use flannel_core::act::attach::{self, Shared};
+use flannel_core::decide::bridge::{self, BridgeSpec};
+use flannel_core::decide::endpoint::{Birth, EndpointRoute, EndpointSpec, host_mac};
+use flannel_core::decide::pool::Pool;
+use flannel_core::touch::ledger::{Entry, Ledger};
+use flannel_core::touch::world::kernel::Kernel;
+use flannel_core::words::addr::{Family, InterfaceAddress, Mac, Prefix};
+use flannel_core::words::fact::LinkKind;
+use flannel_core::words::name::{Attachment, LinkName};
+use flannel_core::words::units::Mtu;
+use serde_json::Value;
+
+use crate::args::Call;
+use crate::previous::Previous;
+use crate::result::{Address, Attached, CniError, Interface, Route};
+use crate::sandbox::{self, Home};
+use wish::Wish;
+
+/// A network as this node has it, whoever describes it.
+#[derive(Clone, Debug)]
+pub(crate) struct Network {
+    /// What the host's ends of its veth pairs are named after ([`Attachment::host_link`]).
+    pub(crate) name: String,
+    /// The bridge.
+    pub(crate) bridge: LinkName,
+    /// Largest packet.
+    pub(crate) mtu: Mtu,
+    /// Where addresses come from, at most one of a family.
+    pub(crate) pools: Vec<Pool>,
+    /// Routes of the containers, beside a default route.
+    pub(crate) routes: Vec<Route>,
+    /// What leaves gets the node's address, unless it goes to one of these. None: somebody else sees to that.
+    pub(crate) masquerade: Option<Vec<Prefix>>,
+}
+
+impl Network {
+    /// The bridge with what belongs to it.
+    fn shared(&self, wish: &Wish) -> Shared {
+        let subnets: Vec<Prefix> = self.pools.iter().map(Pool::subnet).collect();
+        let masquerade = |spared: &Vec<Prefix>| bridge::masquerade(self.bridge, &subnets, spared);
+        let gateways = self.pools.iter().map(Pool::gateway).collect();
+        Shared {
+            bridge: BridgeSpec { name: self.bridge, gateways, mtu: self.mtu, alias: None },
+            rules: self.masquerade.iter().map(masquerade).collect(),
+            force_address: wish.force_address,
+        }
+    }
+
+    fn endpoint(
+        &self,
+        call: &Call,
+        wish: &Wish,
+        addresses: &[InterfaceAddress],
+    ) -> Result<EndpointSpec, CniError> {
+        let mac = addresses.first().map(|first| Mac::for_address(first.address()));
+        let to = |Route { destination, via, metric }| EndpointRoute { destination, via, metric };
+        Ok(EndpointSpec {
+            host_link: call.attachment()?.host_link(&self.name),
+            container_link: call.link()?,
+            birth: Birth::InSandbox,
+            bridge: self.bridge,
+            hairpin: wish.hairpin,
+            isolated: false,
+            mtu: Some(self.mtu),
+            mac: wish.mac.or(mac),
+            addresses: addresses.to_vec(),
+            gateways: self.pools.iter().map(|pool| pool.gateway().address()).collect(),
+            routes: self.routes(wish).into_iter().map(to).collect(),
+        })
+    }
+
+    /// The given ones, and a default route for each family if wanted and not given: upstream's order.
+    fn routes(&self, wish: &Wish) -> Vec<Route> {
+        let mut routes = self.routes.clone();
+        for pool in self.pools.iter().filter(|_| wish.default_gateway) {
+            let family = pool.subnet().family();
+            let given = |route: &Route| {
+                route.destination.is_default() && route.destination.family() == family && route.via.is_some()
+            };
+            if !routes.iter().any(given) {
+                let via = Some(pool.gateway().address());
+                routes.push(Route { destination: default_route(family), via, metric: 0 });
+            }
+        }
+        routes
+    }
+
+    fn describe(&self, wish: &Wish, spec: &EndpointSpec, bridge_mac: Option<Mac>, netns: &str) -> Attached {
+        let on_host = |name, mac| Interface { name, mac, mtu: spec.mtu, sandbox: String::new() };
+        let container = Interface { sandbox: netns.to_owned(), ..on_host(spec.container_link, spec.mac) };
+        let gateway =
+            |family: Family| spec.gateways.iter().copied().find(|gateway| Family::of(*gateway) == family);
+        let address = |address: &InterfaceAddress| {
+            Some(Address { address: *address, gateway: gateway(address.family())? })
+        };
+        Attached {
+            interfaces: [
+                on_host(self.bridge, bridge_mac),
+                on_host(spec.host_link, spec.mac.map(host_mac)),
+                container,
+            ],
+            addresses: spec.addresses.iter().filter_map(address).collect(),
+            routes: self.routes(wish),
+            dns: wish.dns.clone(),
+        }
+    }
+}
+
+fn default_route(family: Family) -> Prefix {
+    let any = match family {
+        Family::V4 => IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
+        Family::V6 => IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED),
+    };
+    // A length of 0 fits either family; the host route is never taken.
+    Prefix::containing(any, 0).unwrap_or_else(|_| Prefix::host(any))
+}
+
+/// Puts a container on the network. Nothing but the bridge is left behind on failure.
+pub(crate) fn add(
+    call: &Call,
+    home: Home,
+    ledger: &Ledger,
+    network: &Network,
+    wish: &Wish,
+) -> Result<Attached, CniError> {
+    let owner = call.attachment()?;
+    let mut sandbox = Kernel::open_inside(home.inside)?;
+    let mut host = Kernel::open()?;
+    host.set_sandbox(home.beside);
+    let shared = network.shared(wish);
+    // Without addresses; what it says of the call is settled before anything is made.
+    let bare = network.endpoint(call, wish, &[])?;
+    let mut bridge_mac = None;
+    let addresses = attach::attach(ledger, &owner, (&network.pools, &wish.ips), |addresses| {
+        let spec = with_addresses(&bare, addresses);
+        bridge_mac = attach::connect(&mut host, Some(&mut sandbox), &shared, &spec)?;
+        Ok(())
+    })?;
+    Ok(network.describe(wish, &with_addresses(&bare, &addresses), bridge_mac, &call.netns))
+}
+
+fn with_addresses(bare: &EndpointSpec, addresses: &[InterfaceAddress]) -> EndpointSpec {
+    let mac = addresses.first().map(|first| Mac::for_address(first.address()));
+    EndpointSpec { addresses: addresses.to_vec(), mac: bare.mac.or(mac), ..bare.clone() }
+}
+
+/// Deletes the veth pair by whatever end can be found. `network` is what its host's end is named after.
+pub(crate) fn unlink(call: &Call, network: &str, previous: Option<&Value>) -> Result<(), CniError> {
+    let owner = call.attachment()?;
+    let mut host = Kernel::open()?;
+    if host.delete_link(owner.host_link(network))? {
+        return Ok(());
+    }
+    // Not made by us, or gone already.
+    if let Some(mut sandbox) = sandbox::find(call) {
+        return delete_veth(&mut sandbox, call.link()?);
+    }
+    match previous.and_then(Previous::read).and_then(|previous| previous.host_veth()) {
+        Some(host_link) => delete_veth(&mut host, host_link),
+        None => Ok(()),
+    }
+}
+
+fn delete_veth(world: &mut Kernel, name: LinkName) -> Result<(), CniError> {
+    let link = world.link(name)?;
+    if link.is_some_and(|link| matches!(link.kind, LinkKind::Veth { .. })) {
+        world.delete_link(name)?;
+    }
+    Ok(())
+}
+
+/// Frees the attachment's addresses. The answer is everyone else's entries.
+pub(crate) fn release(ledger: Option<&Ledger>, owner: &Attachment) -> Result<Vec<Entry>, CniError> {
+    let Some(ledger) = ledger else { return Ok(Vec::new()) };
+    let held = ledger.lock()?;
+    let mut entries = held.entries()?;
+    let released = held.release_among(&entries, owner)?;
+    entries.retain(|entry| !released.contains(&entry.address));
+    Ok(entries)
+}

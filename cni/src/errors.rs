@@ -1,0 +1,46 @@
+//! What the core says went wrong, with the code that the runtime is told.
+
+use flannel_core::act::attach::{AttachError, ClaimError};
+use flannel_core::act::pass::chain;
+use flannel_core::decide::pool::PoolError;
+use flannel_core::touch::ledger::LedgerError;
+use flannel_core::touch::world::WorldError;
+use flannel_core::words::code::Code;
+
+use crate::result::CniError;
+
+impl From<WorldError> for CniError {
+    fn from(error: WorldError) -> Self {
+        Self::new(Code::CHANGE_FAILED.number().into(), chain(&error))
+    }
+}
+
+impl From<LedgerError> for CniError {
+    fn from(error: LedgerError) -> Self {
+        let code = match &error {
+            LedgerError::Locked { .. } => Self::TRY_AGAIN,
+            LedgerError::Taken { .. } => Code::ADDRESS_TAKEN.number().into(),
+            LedgerError::Clash { .. } | LedgerError::Foreign { .. } => Self::CONFIG,
+            LedgerError::Io { .. } => Self::INPUT,
+        };
+        Self::new(code, chain(&error))
+    }
+}
+
+impl From<AttachError> for CniError {
+    fn from(error: AttachError) -> Self {
+        let code = match &error {
+            AttachError::Claim(ClaimError::Pool(PoolError::Exhausted { .. })) => Self::TRY_AGAIN,
+            AttachError::Claim(ClaimError::Ledger(LedgerError::Locked { .. })) => Self::TRY_AGAIN,
+            AttachError::Claim(ClaimError::Ledger(LedgerError::Taken { .. })) => {
+                Code::ADDRESS_TAKEN.number().into()
+            }
+            AttachError::Claim(ClaimError::Ledger(_)) => Self::INPUT,
+            AttachError::Claim(_) | AttachError::Plan(_) | AttachError::NoBridge { .. } => Self::CONFIG,
+            AttachError::Exists { .. } => Code::ATTACHMENT_EXISTS.number().into(),
+            AttachError::World(_) | AttachError::Unsettled { .. } => Code::CHANGE_FAILED.number().into(),
+            AttachError::Undo { .. } => Code::LEFTOVER.number().into(),
+        };
+        Self::new(code, chain(&error))
+    }
+}

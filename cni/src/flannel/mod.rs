@@ -1,0 +1,195 @@
+//! The plugin `flannel`: a container on the node's bridge of a flannel network, as `subnet.env` describes it.
+//!
+//! The work is done here, unless the configuration names another plugin to do it (upstream: flannel-io/cni-plugin flannel.go).
+
+mod conf;
+mod scratch;
+mod upkeep;
+
+use std::io::ErrorKind;
+
+use flannel_core::act::pass::chain;
+use flannel_core::decide::pool::Pool;
+use flannel_core::touch::ledger::Ledger;
+use flannel_core::touch::marker;
+use flannel_core::touch::subnet_env::{SubnetEnv, SubnetEnvError};
+use serde_json::{Value, json};
+
+use crate::args::{Call, CniArgs, Verb};
+use crate::bridge::{self, Network, check, wish, wish::Wish};
+use crate::conf::Conf;
+use crate::delegate;
+use crate::extras::Extras;
+use crate::result::{Answer, CniError, Route};
+use crate::sandbox;
+use conf::{FlannelConf, Worker};
+use scratch::{Kept, Scratch};
+
+/// Does what the call asks for.
+pub(crate) fn run(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
+    let conf = &FlannelConf::read(conf)?;
+    match call.verb {
+        Verb::Add => add(call, conf),
+        Verb::Del => del(call, conf),
+        Verb::Check => check(call, conf),
+        Verb::Gc => upkeep::gc(call, conf),
+        Verb::Status => upkeep::status(call, conf),
+    }
+}
+
+fn add(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
+    let owner = call.attachment()?;
+    sandbox::refuse_own(call)?;
+    let env = subnet_env(conf, CniError::TRY_AGAIN)?;
+    if let Worker::Plugin(kind) = conf.worker() {
+        return delegate_add(call, conf, &env, &kind);
+    }
+    let extras = Extras::read(conf.common)?;
+    // Before anything is settled for the node.
+    let home = sandbox::Home::open(call)?;
+    let (network, wish) = network(call, conf, &env)?;
+    let ledger = Ledger::open_for(&conf.subnet_file, &conf.ledger_root(), &conf.common.name)?;
+    let scratch = Scratch::of(conf, &owner);
+    let fresh = scratch.keep(&kept(conf, &env))?;
+    let made = bridge::add(call, home, &ledger, &network, &wish).and_then(|attached| {
+        extras.add(call, conf.common, &attached).map(|()| attached).map_err(|error| {
+            let undone = bridge::unlink(call, &network.name, None)
+                .and_then(|()| bridge::release(Some(&ledger), &owner).map(drop));
+            match undone {
+                Ok(()) => error,
+                Err(undo) => error.but_left(&undo),
+            }
+        })
+    });
+    match made {
+        Ok(attached) => Ok(Answer::Value(attached.render(conf.common.version))),
+        Err(error) => {
+            if fresh {
+                scratch.remove();
+            }
+            Err(error)
+        }
+    }
+}
+
+/// The other plugin gets upstream's configuration, and upstream's file is kept for DEL.
+fn delegate_add(
+    call: &Call,
+    conf: &FlannelConf<'_>,
+    env: &SubnetEnv,
+    kind: &str,
+) -> Result<Answer, CniError> {
+    let delegated = Value::Object(conf.delegated(env));
+    let scratch = Scratch::of(conf, &call.attachment()?);
+    scratch.keep(&delegated)?;
+    match delegate::run(kind, &call.path, None, &delegated) {
+        Ok(printed) => Ok(Answer::Printed(printed)),
+        Err(error) => {
+            if let Err(undo) = delegate::run(kind, &call.path, Some("DEL"), &delegated) {
+                eprintln!("flannel: taking back a failed ADD: {undo}");
+            }
+            scratch.remove();
+            Err(error)
+        }
+    }
+}
+
+fn del(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
+    let owner = call.attachment()?;
+    let scratch = Scratch::of(conf, &owner);
+    let kept = scratch.read();
+    match kept.as_ref().map_or_else(|| conf.worker(), Kept::worker) {
+        Worker::Plugin(kind) => {
+            // Without the file there is nothing to undo: ADD never came so far.
+            let Some(kept) = kept else { return Ok(Answer::Nothing) };
+            let done = delegate::run(&kind, &call.path, None, &kept.to_value());
+            scratch.remove();
+            return done.map(Answer::Printed);
+        }
+        Worker::Ourselves => {}
+    }
+    if let Some(kept) = kept.filter(Kept::masquerades) {
+        // Made by upstream's plugins, with rules for this container alone, which only they know how to find.
+        if let Err(error) = delegate::run("bridge", &call.path, None, &kept.to_value()) {
+            eprintln!("flannel: rules that the bridge plugin made for this container may be left: {error}");
+        }
+    }
+    // Dropped last.
+    let _closing = Extras::del(call, conf.common)?;
+    bridge::unlink(call, conf.network().as_str(), conf.common.previous.as_ref())?;
+    let ledger = Ledger::find(&conf.subnet_file, &conf.ledger_root(), &conf.common.name)?;
+    let others = bridge::release(ledger.as_ref(), &owner)?;
+    // Upstream keeps one file for all interfaces of a container; the last one takes it along.
+    if !others.iter().any(|entry| entry.owner.container == owner.container) {
+        scratch.remove();
+    }
+    Ok(Answer::Nothing)
+}
+
+fn check(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
+    let owner = call.attachment()?;
+    sandbox::refuse_own(call)?;
+    let kept = Scratch::of(conf, &owner).read();
+    if let Worker::Plugin(kind) = kept.as_ref().map_or_else(|| conf.worker(), Kept::worker) {
+        let Some(kept) = kept else {
+            return Err(check::drift(format!("nothing is known of container {}", owner.container)));
+        };
+        let conf = kept.with("prevResult", conf.common.previous.clone());
+        return delegate::run(&kind, &call.path, None, &conf.to_value()).map(Answer::Printed);
+    }
+    let env = subnet_env(conf, CniError::TRY_AGAIN)?;
+    let extras = Extras::read(conf.common)?;
+    let (network, wish) = network(call, conf, &env)?;
+    let ledger = Ledger::find(&conf.subnet_file, &conf.ledger_root(), &conf.common.name)?;
+    let mut missing = check::check(call, conf.common, ledger.as_ref(), &network, &wish)?;
+    missing.extend(extras.check(call, conf.common)?);
+    if missing.is_empty() { Ok(Answer::Nothing) } else { Err(check::drift(missing.join("; "))) }
+}
+
+/// The node's bridge network, as the agent and this configuration want it.
+fn network(call: &Call, conf: &FlannelConf<'_>, env: &SubnetEnv) -> Result<(Network, Wish), CniError> {
+    let wish = Wish::read(&conf.delegate, "delegate.", conf.common, &CniArgs::parse(&call.args)?)?;
+    let name = conf.network();
+    let bridge = marker::settle_bridge(&conf.subnet_file, wish.bridge, name.bridge())
+        .map_err(|error| CniError::config(chain(&error)))?;
+    let given = wish::routes(conf.ipam()?)?;
+    let networks = env.networks.iter().map(|network| Route { destination: *network, via: None, metric: 0 });
+    let network = Network {
+        name: name.as_str().to_owned(),
+        bridge,
+        mtu: wish.mtu.unwrap_or(env.mtu),
+        pools: pools(env)?,
+        routes: given.into_iter().chain(networks).collect(),
+        masquerade: wish.ip_masq.unwrap_or(!env.ip_masq).then(|| env.networks.clone()),
+    };
+    Ok((network, wish))
+}
+
+fn pools(env: &SubnetEnv) -> Result<Vec<Pool>, CniError> {
+    let pools: Result<Vec<_>, _> = env.subnets.iter().map(|subnet| Pool::new(subnet.prefix())).collect();
+    pools.map_err(|error| CniError::config(error.to_string()))
+}
+
+fn subnet_env(conf: &FlannelConf<'_>, code: u32) -> Result<SubnetEnv, CniError> {
+    SubnetEnv::read(&conf.subnet_file).map_err(|error| {
+        let hint = match &error {
+            SubnetEnvError::Read { source, .. } if source.kind() == ErrorKind::NotFound => {
+                "; is flanneld (or the flannel Docker plugin) running on this node, and has it a lease?"
+            }
+            _ => "",
+        };
+        CniError::new(code, "failed to load flannel 'subnet.env' file")
+            .with_details(format!("{}{hint}", chain(&error)))
+    })
+}
+
+/// Upstream's text, but for one thing: rules for this container alone are never made, so nobody has to look for them.
+fn kept(conf: &FlannelConf<'_>, env: &SubnetEnv) -> Value {
+    let mut delegated = conf.delegated(env);
+    delegated.retain(|key, _| !key.eq_ignore_ascii_case("ipMasq"));
+    delegated.insert("ipMasq".to_owned(), json!(false));
+    Value::Object(delegated)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,116 @@
+//! The file that upstream's flannel plugin keeps for a container: with it there, a node can go back to upstream's plugin at any
+//! time, and containers that upstream's plugin made can be taken down.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use flannel_core::words::name::Attachment;
+use serde_json::Value;
+
+use super::conf::{FlannelConf, Worker, worker};
+use crate::json::{Object, field, flag, object};
+use crate::result::CniError;
+
+/// A container's file.
+pub(crate) struct Scratch {
+    file: PathBuf,
+}
+
+impl Scratch {
+    pub(crate) fn of(conf: &FlannelConf<'_>, owner: &Attachment) -> Self {
+        Self { file: conf.data_dir.join(&owner.container) }
+    }
+
+    /// Writes it; true if it was not there before. Not synced: it is void after a crash of the host.
+    pub(crate) fn keep(&self, conf: &Value) -> Result<bool, CniError> {
+        self.write(conf.to_string().as_bytes()).map_err(|error| {
+            CniError::new(CniError::INPUT, format!("could not write {}", self.file.display()))
+                .with_details(error.to_string())
+        })
+    }
+
+    fn write(&self, text: &[u8]) -> io::Result<bool> {
+        let open = |new: bool| {
+            let mut options = OpenOptions::new();
+            options.write(true).truncate(!new).create_new(new).create(!new).mode(0o600);
+            options.open(&self.file)
+        };
+        let (mut file, fresh) = match open(true) {
+            Ok(file) => (file, true),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => (open(false)?, false),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                let dir = self.file.parent().unwrap_or_else(|| Path::new("/"));
+                fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+                (open(true)?, true)
+            }
+            Err(error) => return Err(error),
+        };
+        file.write_all(text)?;
+        Ok(fresh)
+    }
+
+    /// What was kept; none if there is nothing that can be read.
+    pub(crate) fn read(&self) -> Option<Kept> {
+        let text = match fs::read_to_string(&self.file) {
+            Ok(text) => text,
+            Err(error) if error.kind() == ErrorKind::NotFound => return None,
+            Err(error) => {
+                eprintln!("flannel: could not read {}: {error}", self.file.display());
+                return None;
+            }
+        };
+        match serde_json::from_str(&text) {
+            Ok(kept) => Some(Kept(kept)),
+            Err(error) => {
+                eprintln!("flannel: {} cannot be used: {error}", self.file.display());
+                None
+            }
+        }
+    }
+
+    pub(crate) fn remove(&self) {
+        match fs::remove_file(&self.file) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                eprintln!("flannel: could not remove {}: {error}", self.file.display());
+            }
+            _ => {}
+        }
+    }
+}
+
+/// What upstream kept for a container when it made it.
+#[derive(Clone, PartialEq, Debug)]
+pub(crate) struct Kept(Object);
+
+impl Kept {
+    /// Who did the work, and has to undo it.
+    pub(crate) fn worker(&self) -> Worker {
+        worker(&self.0, &object(&self.0, "ipam").ok().flatten().unwrap_or_default())
+    }
+
+    /// Whether rules for this container alone were made. This plugin never makes such, and says so in what it keeps, so a yes comes from
+    /// upstream's.
+    pub(crate) fn masquerades(&self) -> bool {
+        flag(&self.0, "ipMasq").ok().flatten().unwrap_or(false)
+    }
+
+    /// Name of the configuration that made it.
+    pub(crate) fn name(&self) -> Option<&str> {
+        field(&self.0, "name").and_then(Value::as_str)
+    }
+
+    /// For the plugin that does the work.
+    pub(crate) fn to_value(&self) -> Value {
+        Value::Object(self.0.clone())
+    }
+
+    /// With what the runtime sent along this time.
+    pub(crate) fn with(mut self, key: &str, value: Option<Value>) -> Self {
+        if let Some(value) = value {
+            self.0.insert(key.to_owned(), value);
+        }
+        self
+    }
+}

@@ -1,0 +1,50 @@
+//! The plugins that this binary is: runtimes and configurations look for them by name, and each is a file that they execute.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use crate::args::{Call, Verb};
+use crate::conf::Conf;
+use crate::flannel;
+use crate::result::{Answer, CniError, Version};
+
+/// A plugin, by the name of the file that was executed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Plugin {
+    Flannel,
+}
+
+impl Plugin {
+    pub(crate) const ALL: [Self; 1] = [Self::Flannel];
+
+    /// The plugin of that name. A name nobody knows is flannel's: somebody keeps two versions side by side.
+    pub(crate) fn called_by(argv0: Option<OsString>) -> Self {
+        let name = argv0.as_deref().map(Path::new).and_then(Path::file_name);
+        Self::ALL
+            .into_iter()
+            .find(|plugin| name.is_some_and(|name| name == plugin.name()))
+            .unwrap_or(Self::Flannel)
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Flannel => "flannel",
+        }
+    }
+
+    /// Does what the call asks for.
+    pub(crate) fn run(self, call: &Call, conf: &Conf) -> Result<Answer, CniError> {
+        let since = match call.verb {
+            Verb::Add | Verb::Del => Version::V0_1_0,
+            Verb::Check => Version::V0_4_0,
+            Verb::Gc | Verb::Status => Version::V1_1_0,
+        };
+        if conf.version < since {
+            let msg = format!("config version does not allow {}", call.verb.name());
+            return Err(CniError::new(CniError::INCOMPATIBLE, msg));
+        }
+        match self {
+            Self::Flannel => flannel::run(call, conf),
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! A result that somebody printed before: an earlier plugin of the chain, or our own ADD. Ours or upstream's, of version 0.3.0 or later.
+
+use std::net::IpAddr;
+
+use flannel_core::decide::endpoint::EndpointRoute;
+use flannel_core::words::addr::{InterfaceAddress, Mac};
+use flannel_core::words::name::LinkName;
+use serde_json::Value;
+
+/// The result, by reference.
+pub(crate) struct Previous<'a> {
+    interfaces: &'a [Value],
+    ips: &'a [Value],
+    routes: &'a [Value],
+}
+
+impl<'a> Previous<'a> {
+    /// None if it is no object.
+    pub(crate) fn read(result: &'a Value) -> Option<Self> {
+        let list = |key| result.get(key).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        result.is_object().then(|| Self {
+            interfaces: list("interfaces"),
+            ips: list("ips"),
+            routes: list("routes"),
+        })
+    }
+
+    /// The host's end of the container's interface: the one on the host that is not the bridge.
+    pub(crate) fn host_link(&self, bridge: LinkName) -> Option<LinkName> {
+        self.on_host().find(|name| *name != bridge)
+    }
+
+    /// The host's end, by the name that every bridge plugin gives it: for who does not know the bridge.
+    pub(crate) fn host_veth(&self) -> Option<LinkName> {
+        self.on_host().find(|name| name.as_str().starts_with("veth"))
+    }
+
+    fn on_host(&self) -> impl Iterator<Item = LinkName> {
+        self.interfaces
+            .iter()
+            .filter(|interface| text(interface, "sandbox").is_none_or(str::is_empty))
+            .filter_map(|interface| LinkName::new(text(interface, "name")?).ok())
+    }
+
+    fn container(&self, link: LinkName) -> Option<(usize, &'a Value)> {
+        self.interfaces.iter().enumerate().find(|(_, interface)| {
+            text(interface, "name") == Some(link.as_str())
+                && text(interface, "sandbox").is_some_and(|sandbox| !sandbox.is_empty())
+        })
+    }
+
+    /// MAC of the container's interface.
+    pub(crate) fn mac(&self, link: LinkName) -> Option<Mac> {
+        text(self.container(link)?.1, "mac")?.parse().ok()
+    }
+
+    /// Addresses of the container's interface.
+    pub(crate) fn addresses(&self, link: LinkName) -> Vec<InterfaceAddress> {
+        let container = self.container(link).map(|(index, _)| index as u64);
+        self.ips
+            .iter()
+            .filter(|ip| match ip.get("interface").and_then(Value::as_u64) {
+                Some(index) => Some(index) == container,
+                None => true,
+            })
+            .filter_map(|ip| text(ip, "address")?.parse().ok())
+            .collect()
+    }
+
+    /// Gateways, in the order of the addresses.
+    pub(crate) fn gateways(&self) -> Vec<IpAddr> {
+        self.ips.iter().filter_map(|ip| text(ip, "gateway")?.parse().ok()).collect()
+    }
+
+    /// The container's routes.
+    pub(crate) fn routes(&self) -> Vec<EndpointRoute> {
+        let route = |route: &Value| {
+            Some(EndpointRoute {
+                destination: text(route, "dst")?.parse::<InterfaceAddress>().ok()?.prefix(),
+                via: text(route, "gw").and_then(|via| via.parse().ok()),
+                metric: route
+                    .get("priority")
+                    .and_then(Value::as_u64)
+                    .and_then(|m| u32::try_from(m).ok())
+                    .unwrap_or(0),
+            })
+        };
+        self.routes.iter().filter_map(route).collect()
+    }
+}
+
+fn text<'a>(value: &'a Value, key: &str) -> Option<&'a str> {
+    value.get(key).and_then(Value::as_str)
+}
