@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic, and so may what only tests call")]
 
 mod any;
+mod foreign;
 mod iptables;
 mod packets;
 mod published;

@@ -28,13 +28,16 @@ impl Legacy {
 
     /// Whether a filter table is in use here, and there is a command to write it with.
     pub(super) fn is_writable(&self, family: Family) -> bool {
-        self.in_use(family) && command(family, "-restore").is_some() && command(family, "").is_some()
+        self.in_use(family, "filter")
+            && command(family, "-restore").is_some()
+            && command(family, "").is_some()
     }
 
     /// What to tell the operator, if the filter table is in use and we cannot write it.
     pub(super) fn hint(&self) -> Option<String> {
-        let family =
-            [Family::V4, Family::V6].into_iter().find(|f| self.in_use(*f) && !self.is_writable(*f))?;
+        let family = [Family::V4, Family::V6]
+            .into_iter()
+            .find(|f| self.in_use(*f, "filter") && !self.is_writable(*f))?;
         Some(format!(
             "this host also has rules of the older {0}, whose FORWARD chain may drop what we forward, and no {0}-restore to \
              add ours with: install it, or accept the network there by hand",
@@ -44,13 +47,13 @@ impl Legacy {
 
     /// The kernel lists a table once somebody used it. `thread-self`, because our thread may be in another namespace
     /// than the process; if it has left the one we were made in, we know nothing.
-    fn in_use(&self, family: Family) -> bool {
+    fn in_use(&self, family: Family, table: &str) -> bool {
         let list = match family {
             Family::V4 => "/proc/thread-self/net/ip_tables_names",
             Family::V6 => "/proc/thread-self/net/ip6_tables_names",
         };
         let names = fs::read_to_string(list).unwrap_or_default();
-        names.lines().any(|name| name == "filter") && namespace().is_ok_and(|here| here == self.namespace)
+        names.lines().any(|name| name == table) && namespace().is_ok_and(|here| here == self.namespace)
     }
 
     /// Those of `cidrs` that our chain accepts; none if the table is not in use or cannot be written.
@@ -102,6 +105,27 @@ impl Legacy {
         }
         text.push_str("COMMIT\n");
         run(family, "-restore", &["--noflush", "--wait", "5"], &text).map(drop)
+    }
+
+    /// Deletes a chain of table `nat` and the rules that jump there; false if there is none. Two commands at most, and none
+    /// where the table is not in use.
+    pub(super) fn remove_nat_chain(&self, family: Family, chain: &str) -> Result<bool, WorldError> {
+        if !self.in_use(family, "nat") || command(family, "").is_none() {
+            return Ok(false);
+        }
+        let rules = run(family, "", &["--wait", "5", "-t", "nat", "-S"], "")?;
+        if !rules.lines().any(|line| line == format!("-N {chain}")) {
+            return Ok(false);
+        }
+        let mut text = String::from("*nat\n");
+        for rule in rules.lines().filter_map(|line| line.strip_prefix("-A ")) {
+            let mut words = rule.split(' ').rev();
+            if words.next() == Some(chain) && matches!(words.next(), Some("-j" | "-g")) {
+                text.push_str(&format!("-D {rule}\n"));
+            }
+        }
+        text.push_str(&format!("-F {chain}\n-X {chain}\nCOMMIT\n"));
+        run(family, "-restore", &["--noflush", "--wait", "5"], &text).map(|_| true)
     }
 
     fn rules(&self, family: Family) -> Result<String, WorldError> {

@@ -7,6 +7,7 @@ pub mod conntrack;
 mod decode;
 mod encode;
 mod expression;
+mod foreign;
 mod forward_chain;
 mod port_map;
 mod wire;
@@ -136,6 +137,36 @@ impl Netfilter {
             None => Socket::open_to(conntrack::SUBSYSTEM)?,
         };
         conntrack::forget(self.connections.insert(opened), changed)
+    }
+
+    /// Deletes a chain of iptables' table `nat` of either family, with every rule that jumps there: in nftables, and in the older
+    /// tables where they are in use. False if there was none.
+    ///
+    /// # Errors
+    /// `Refused` if the kernel or `iptables-legacy-restore` says no.
+    pub fn remove_foreign_chain(&mut self, chain: &str) -> Result<bool, WorldError> {
+        let mut found = false;
+        let absent = self.is_absent()?;
+        for family in [Family::V4, Family::V6] {
+            found |= !absent && foreign::remove_chain(&mut self.socket, family, chain)?;
+            found |= self.legacy.remove_nat_chain(family, chain)?;
+        }
+        Ok(found)
+    }
+
+    /// Deletes the rules of another program's table whose comment is meant, and says how many there were.
+    ///
+    /// # Errors
+    /// `Refused` if the kernel says no.
+    pub fn remove_foreign_rules(
+        &mut self,
+        table: &TableName,
+        is_meant: &dyn Fn(&str) -> bool,
+    ) -> Result<usize, WorldError> {
+        if self.is_absent()? {
+            return Ok(0);
+        }
+        foreign::remove_commented(&mut self.socket, table, is_meant)
     }
 
     /// What the operator should know: a FORWARD chain is there that we cannot write.
