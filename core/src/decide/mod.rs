@@ -11,3 +11,4 @@ pub mod publish;
 pub mod ranges;
 pub mod reader;
 pub mod scene;
+pub mod shaping;

@@ -3,6 +3,7 @@
 pub mod addr;
 pub mod code;
 pub mod config;
+pub mod digest;
 pub mod exposure;
 pub mod fact;
 pub mod lease;
@@ -11,5 +12,6 @@ pub mod node;
 pub mod report;
 pub mod rule;
 pub mod secret;
+pub mod shaping;
 pub mod territory;
 pub mod units;

@@ -14,7 +14,9 @@ mod netns;
 pub mod nftables;
 mod read;
 mod route;
+mod shaper;
 mod sysctl;
+mod traffic;
 mod writer;
 
 use std::collections::{BTreeSet, HashMap};
@@ -26,6 +28,7 @@ use self::netlink::{Refusal, Socket};
 pub use self::netns::Namespace;
 pub use self::nftables::Netfilter;
 pub use self::read::{DefaultRoute, HostAddress, Interface};
+pub use self::shaper::{MadeFunnel, SeenBucket, SeenShaping};
 use self::writer::Writer;
 use super::{World, WorldError};
 use crate::words::addr::Family;
@@ -351,7 +354,9 @@ impl Ours {
 fn leads_to(seen: &link::Seen) -> impl Iterator<Item = u32> + use<> {
     let underlay = match &seen.kind {
         link::SeenKind::Vxlan(vxlan) => vxlan.underlay,
-        link::SeenKind::Bridge | link::SeenKind::Veth | link::SeenKind::Other => None,
+        link::SeenKind::Bridge | link::SeenKind::Veth | link::SeenKind::Funnel | link::SeenKind::Other => {
+            None
+        }
     };
     underlay.into_iter().chain(seen.master)
 }

@@ -72,6 +72,7 @@ pub(super) enum SeenKind {
     Bridge,
     Veth,
     Vxlan(SeenVxlan),
+    Funnel,
     Other,
 }
 
@@ -91,6 +92,19 @@ impl Seen {
         self.flags & LinkFlags::Up.bits() != 0
     }
 
+    /// Whether it is an intermediate functional block device, which packets are sent through to be shaped.
+    pub(super) const fn is_funnel(&self) -> bool {
+        matches!(self.kind, SeenKind::Funnel)
+    }
+
+    pub(super) fn alias(&self) -> Option<&str> {
+        self.alias.as_deref()
+    }
+
+    pub(super) const fn mac(&self) -> Option<Mac> {
+        self.mac
+    }
+
     pub(super) fn is_loopback(&self) -> bool {
         self.flags & LinkFlags::Loopback.bits() != 0
     }
@@ -102,7 +116,7 @@ impl Seen {
             SeenKind::Bridge => LinkKind::Bridge,
             SeenKind::Veth => LinkKind::Veth { peer: None },
             SeenKind::Vxlan(vxlan) => vxlan.fact(name_of).map_or(LinkKind::Given, LinkKind::Vxlan),
-            SeenKind::Other => LinkKind::Given,
+            SeenKind::Funnel | SeenKind::Other => LinkKind::Given,
         };
         Link {
             name: self.name,
@@ -225,6 +239,7 @@ impl Place {
                 b"bridge" => SeenKind::Bridge,
                 b"veth" => SeenKind::Veth,
                 b"vxlan" => SeenKind::Vxlan(vxlan_of(data)),
+                b"ifb" => SeenKind::Funnel,
                 _ => SeenKind::Other,
             },
             port: (port_kind.strip_suffix(b"\0").unwrap_or(port_kind) == b"bridge").then_some(modes),

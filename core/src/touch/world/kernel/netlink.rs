@@ -111,12 +111,22 @@ impl Socket {
     pub(super) fn ask<T>(
         &mut self,
         questions: &[RouteNetlinkMessage],
+        take: impl FnMut(u16, &[u8]) -> Option<T>,
+    ) -> io::Result<Vec<Result<Option<T>, Refusal>>> {
+        self.ask_with(questions, 0, take)
+    }
+
+    /// The same, with these flags beside NLM_F_REQUEST.
+    pub(super) fn ask_with<T>(
+        &mut self,
+        questions: &[RouteNetlinkMessage],
+        flags: u16,
         mut take: impl FnMut(u16, &[u8]) -> Option<T>,
     ) -> io::Result<Vec<Result<Option<T>, Refusal>>> {
         let mut answers = Vec::with_capacity(questions.len());
         for some in questions.chunks(QUESTIONS_MAX) {
             let mut batch = Batch::default();
-            some.iter().for_each(|question| batch.push(question, 0));
+            some.iter().for_each(|question| batch.push(question, flags));
             let first = self.send(&mut batch)?;
             let mut here: Vec<_> = some.iter().map(|_| None).collect();
             let mut missing = here.len();

@@ -155,7 +155,10 @@ impl Kernel {
         let Some(seen) = found.into_iter().flatten().next() else { return Ok(None) };
         let underlay = match &seen.kind {
             link::SeenKind::Vxlan(vxlan) => vxlan.underlay,
-            link::SeenKind::Bridge | link::SeenKind::Veth | link::SeenKind::Other => None,
+            link::SeenKind::Bridge
+            | link::SeenKind::Veth
+            | link::SeenKind::Funnel
+            | link::SeenKind::Other => None,
         };
         let names = self.names(underlay)?;
         Ok(Some(seen.fact(|index| names.get(&index).copied())))
