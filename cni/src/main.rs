@@ -9,11 +9,13 @@ mod delegate;
 mod errors;
 mod extras;
 mod flannel;
+mod go_leftovers;
 mod json;
 mod plugin;
 mod previous;
 mod result;
 mod sandbox;
+mod sha512;
 
 use std::env;
 use std::io::{self, Read, Write};

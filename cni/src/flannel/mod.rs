@@ -20,6 +20,7 @@ use crate::bridge::{self, Network, check, wish, wish::Wish};
 use crate::conf::Conf;
 use crate::delegate;
 use crate::extras::Extras;
+use crate::go_leftovers;
 use crate::result::{Answer, CniError, Route};
 use crate::sandbox;
 use conf::{FlannelConf, Worker};
@@ -108,14 +109,16 @@ fn del(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
         }
         Worker::Ourselves => {}
     }
-    if let Some(kept) = kept.filter(Kept::masquerades) {
-        // Made by upstream's plugins, with rules for this container alone, which only they know how to find.
-        if let Err(error) = delegate::run("bridge", &call.path, None, &kept.to_value()) {
-            eprintln!("flannel: rules that the bridge plugin made for this container may be left: {error}");
-        }
-    }
-    // Dropped last.
+    // Both are dropped last.
     let _closing = Extras::del(call, conf.common)?;
+    let _rules = kept.filter(Kept::is_upstreams).and_then(|kept| {
+        let network = kept.name().unwrap_or(&conf.common.name);
+        go_leftovers::remove(network, &owner)
+            .inspect_err(|error| {
+                eprintln!("flannel: rules that upstream's plugins made may be left: {error}")
+            })
+            .ok()
+    });
     bridge::unlink(call, conf.network().as_str(), conf.common.previous.as_ref())?;
     let ledger = Ledger::find(&conf.subnet_file, &conf.ledger_root(), &conf.common.name)?;
     let others = bridge::release(ledger.as_ref(), &owner)?;
@@ -183,11 +186,13 @@ fn subnet_env(conf: &FlannelConf<'_>, code: u32) -> Result<SubnetEnv, CniError> 
     })
 }
 
-/// Upstream's text, but for one thing: rules for this container alone are never made, so nobody has to look for them.
+/// Upstream's text, but for two things: rules for this container alone are never made, so nobody has to look for them,
+/// and it says whose it is.
 fn kept(conf: &FlannelConf<'_>, env: &SubnetEnv) -> Value {
     let mut delegated = conf.delegated(env);
     delegated.retain(|key, _| !key.eq_ignore_ascii_case("ipMasq"));
     delegated.insert("ipMasq".to_owned(), json!(false));
+    delegated.insert(scratch::MAKER.0.to_owned(), json!(scratch::MAKER.1));
     Value::Object(delegated)
 }
 

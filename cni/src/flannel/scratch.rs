@@ -10,8 +10,11 @@ use flannel_core::words::name::Attachment;
 use serde_json::Value;
 
 use super::conf::{FlannelConf, Worker, worker};
-use crate::json::{Object, field, flag, object};
+use crate::json::{Object, field, object};
 use crate::result::CniError;
+
+/// What this plugin adds to what it keeps, as key and value: upstream's plugins skip keys that they do not know.
+pub(super) const MAKER: (&str, &str) = ("madeBy", "flannel-cni");
 
 /// A container's file.
 pub(crate) struct Scratch {
@@ -23,7 +26,8 @@ impl Scratch {
         Self { file: conf.data_dir.join(&owner.container) }
     }
 
-    /// Writes it; true if it was not there before. Not synced: it is void after a crash of the host.
+    /// Writes it; true if it was not there before. Upstream's, of another interface, is left as it is: it says what there is to clean
+    /// up. Not synced: it is void after a crash of the host.
     pub(crate) fn keep(&self, conf: &Value) -> Result<bool, CniError> {
         self.write(conf.to_string().as_bytes()).map_err(|error| {
             CniError::new(CniError::INPUT, format!("could not write {}", self.file.display()))
@@ -39,7 +43,12 @@ impl Scratch {
         };
         let (mut file, fresh) = match open(true) {
             Ok(file) => (file, true),
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => (open(false)?, false),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                if self.read().is_some_and(|kept| kept.is_upstreams()) {
+                    return Ok(false);
+                }
+                (open(false)?, false)
+            }
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 let dir = self.file.parent().unwrap_or_else(|| Path::new("/"));
                 fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
@@ -90,10 +99,10 @@ impl Kept {
         worker(&self.0, &object(&self.0, "ipam").ok().flatten().unwrap_or_default())
     }
 
-    /// Whether rules for this container alone were made. This plugin never makes such, and says so in what it keeps, so a yes comes from
-    /// upstream's.
-    pub(crate) fn masquerades(&self) -> bool {
-        flag(&self.0, "ipMasq").ok().flatten().unwrap_or(false)
+    /// Whether upstream's plugins made the container's interface: with a chain of iptables for its masquerading, and one for
+    /// its ports if `portmap` came after them.
+    pub(crate) fn is_upstreams(&self) -> bool {
+        self.0.get(MAKER.0).is_none_or(|maker| maker != MAKER.1)
     }
 
     /// Name of the configuration that made it.
