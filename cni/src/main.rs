@@ -10,6 +10,7 @@ mod errors;
 mod extras;
 mod flannel;
 mod go_leftovers;
+mod install;
 mod json;
 mod plugin;
 mod previous;
@@ -27,6 +28,10 @@ use plugin::Plugin;
 use result::{Answer, CniError, Version};
 
 fn main() -> ExitCode {
+    // No runtime gives arguments; a person does, and sets no variables.
+    if env::var_os("CNI_COMMAND").is_none_or(|verb| verb.is_empty()) && env::args_os().len() > 1 {
+        return install::command_line(env::args_os().skip(1));
+    }
     let plugin = Plugin::called_by(env::args_os().next());
     let (version, outcome) = match Call::from_env() {
         Ok(Asked::Nothing) => return about(plugin),
