@@ -4,15 +4,17 @@ CARGO ?= cargo
 TARGET := x86_64-unknown-linux-gnu
 DIST := target/$(TARGET)/release
 PLUGIN ?= flannel:latest
+CNI_BIN ?= /opt/cni/bin
+CNI_CONF ?= /etc/cni/net.d
 # Skips, one line each: nextest keeps to itself what a passing test says.
 SKIPS := $(CURDIR)/target/skipped
 # nextest runs every test in a process of its own and says which was slow; plain cargo test does without.
 NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
 
-.PHONY: help setup build test quickstart bench check dist rootfs plugin
+.PHONY: help setup build test quickstart bench check dist cni-install rootfs plugin
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
 setup: ## install what is missing (Debian packages, nothing is started)
 	@tests/setup
@@ -48,6 +50,11 @@ check: ## format, lints, documentation
 dist: setup ## static release binaries in target/x86_64-unknown-linux-gnu/release
 	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --locked --release --target $(TARGET) -p flannel-core -p flannel-docker-plugin
 	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --locked --release --target $(TARGET) -p flannel-cni
+
+# Needs nothing of what `setup` installs: this one is for nodes.
+cni-install: ## the CNI plugin, its other names and a network on this machine (CNI_BIN, CNI_CONF)
+	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --locked --release --target $(TARGET) -p flannel-cni
+	$(DIST)/flannel --install --bin-dir $(CNI_BIN) --conf-dir $(CNI_CONF)
 
 rootfs: dist ## config.json and rootfs/ of the managed plugin in build/plugin
 	rm -rf build/plugin && mkdir -p build/plugin/rootfs

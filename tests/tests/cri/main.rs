@@ -2,6 +2,7 @@
 //! them.
 
 mod client;
+mod install;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -88,19 +89,37 @@ fn start_all(lab: &Lab, chain: Chain) -> Result<[Node<'_>; 2]> {
     })
 }
 
+/// containerd with the image, and its socket.
+fn start_containerd(host: &Host) -> Result<(Daemon, Cri)> {
+    host.write("/etc/containerd/config.toml", containerd_config())?;
+    let containerd = host.start_containerd()?;
+    host.import_image_into("k8s.io")?;
+    let cri = Cri::connect(&host.path("/run/containerd/containerd.sock"))?;
+    Ok((containerd, cri))
+}
+
 impl<'a> Node<'a> {
     fn start(lab: &Lab, host: &'a Host, chain: Chain) -> Result<Self> {
         let flanneld = Flanneld::start(lab, host)?;
         chain.install(host)?;
-        host.write("/etc/containerd/config.toml", containerd_config())?;
-        let containerd = host.start_containerd()?;
-        host.import_image_into("k8s.io")?;
-        let cri = Cri::connect(&host.path("/run/containerd/containerd.sock"))?;
+        let (containerd, cri) = start_containerd(host)?;
         flanneld.ready()?;
         Ok(Self { host, cri, _flanneld: flanneld, _containerd: containerd })
     }
 
     fn pod(&self, name: &str, ports: Vec<PortMapping>, annotations: &[(&str, &str)]) -> Result<Pod> {
+        Pod::run(self.host, &self.cri, name, ports, annotations)
+    }
+}
+
+impl Pod {
+    fn run(
+        host: &Host,
+        cri: &Cri,
+        name: &str,
+        ports: Vec<PortMapping>,
+        annotations: &[(&str, &str)],
+    ) -> Result<Self> {
         let metadata = PodSandboxMetadata {
             name: name.to_owned(),
             uid: format!("{name}-uid"),
@@ -117,13 +136,13 @@ impl<'a> Node<'a> {
             annotations,
             linux: Some(LinuxPodSandboxConfig { cgroup_parent: "/kubepods".to_owned() }),
         };
-        let id = self.cri.run_pod(config)?;
-        let (addresses, verbose) = self.cri.pod(&id)?;
+        let id = cri.run_pod(config)?;
+        let (addresses, verbose) = cri.pod(&id)?;
         let pid = verbose["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
-        let container = self.host.container(name, pid.with_context(|| format!("no pid in {verbose}"))?)?;
+        let container = host.container(name, pid.with_context(|| format!("no pid in {verbose}"))?)?;
         let ip = addresses.into_iter().next().context("no address")?;
         ensure!(container.ip()? == ip, "{} is not {ip}", container.ip()?);
-        Ok(Pod { id, container, ip })
+        Ok(Self { id, container, ip })
     }
 }
 
