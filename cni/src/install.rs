@@ -19,8 +19,12 @@ use thiserror::Error;
 
 use crate::plugin::Plugin;
 
-/// The file that everything else is a name of.
+/// The plugin that networks name.
 const BINARY: &str = "flannel";
+
+/// The same again; the other names lead here. kube-flannel's pods copy Go's plugin over `flannel` whenever they start: a `bridge`
+/// that leads there would be Go's flannel then, which executes `bridge`, for ever.
+const LINKED: &str = "flannel-plugins";
 
 const CONFLIST: &str = "10-flannel.conflist";
 const CONFLIST_TEXT: &str = include_str!("../../deploy/cni/10-flannel.conflist");
@@ -32,8 +36,8 @@ flannel: a CNI plugin. Runtimes call it with CNI_COMMAND in its environment and 
   flannel --version
   flannel --help
 
---install copies this binary, links the names of the other plugins that it is to it, and writes 10-flannel.conflist. It may
-be run on a live node, and again.
+--install copies this binary, links the names of the other plugins that it is to a second copy (flannel-plugins), and writes
+10-flannel.conflist. It may be run on a live node, and again.
   --bin-dir DIR   where runtimes look for plugins; /opt/cni/bin
   --conf-dir DIR  where runtimes look for networks; /etc/cni/net.d
   --link NAME     link this name only; may be given again
@@ -168,23 +172,26 @@ fn install(wish: &Wish, program: &Path) -> Result<String, Trouble> {
         let _ = writeln!(report, "{what} {}{why}", path.display());
     };
 
-    let binary = wish.bin_dir.join(BINARY);
-    if holds(&binary, &bytes) {
-        say("unchanged", &binary, "");
-    } else {
-        replace(&binary, |draft| write(draft, &bytes, 0o755))?;
-        say("installed", &binary, concat!(" (", env!("CARGO_PKG_VERSION"), ")"));
+    let copies = if wish.names.is_empty() { &[BINARY][..] } else { &[BINARY, LINKED] };
+    for name in copies {
+        let path = wish.bin_dir.join(name);
+        if holds(&path, &bytes) {
+            say("unchanged", &path, "");
+        } else {
+            replace(&path, |draft| write(draft, &bytes, 0o755))?;
+            say("installed", &path, concat!(" (", env!("CARGO_PKG_VERSION"), ")"));
+        }
     }
     for name in &wish.names {
         let path = wish.bin_dir.join(name);
-        match occupant(&path, &binary)? {
-            Occupant::Ours => say("unchanged", &path, " -> flannel"),
+        match occupant(&path)? {
+            Occupant::Ours => say("unchanged", &path, ""),
             Occupant::Foreign if !wish.force => {
                 say("kept", &path, ": another program's; --force replaces it");
             }
             _ => {
-                replace(&path, |draft| symlink(BINARY, draft))?;
-                say("linked", &path, " -> flannel");
+                replace(&path, |draft| symlink(LINKED, draft))?;
+                say("linked", &path, "");
             }
         }
     }
@@ -216,16 +223,17 @@ enum Occupant {
     Foreign,
 }
 
-fn occupant(path: &Path, binary: &Path) -> Result<Occupant, Trouble> {
+fn occupant(path: &Path) -> Result<Occupant, Trouble> {
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Occupant::Nobody),
         Err(error) => return Err(trouble("look at", path)(error)),
         Ok(_) => {}
     }
+    if fs::read_link(path).is_ok_and(|to| to == Path::new(LINKED)) {
+        return Ok(Occupant::Ours);
+    }
     // A link that leads nowhere is nobody's program.
-    let Ok(leads_to) = fs::canonicalize(path) else { return Ok(Occupant::Nobody) };
-    let ours = fs::canonicalize(binary).is_ok_and(|binary| binary == leads_to);
-    Ok(if ours { Occupant::Ours } else { Occupant::Foreign })
+    Ok(if path.exists() { Occupant::Foreign } else { Occupant::Nobody })
 }
 
 /// Why the configuration is not written.

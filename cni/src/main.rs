@@ -46,10 +46,16 @@ fn main() -> ExitCode {
     }
 }
 
-/// Somebody wants to know what this is. Tools read the first line (nerdctl does).
+/// The release of upstream's plugins that ours of the same names do the work of.
+const UPSTREAM: &str = "1.9.1";
+
+/// Somebody wants to know what this is. Tools read the first line: nerdctl isolates networks when `firewall` is 1.1.0 or newer.
 fn about(plugin: Plugin) -> ExitCode {
     let versions = Version::ALL.map(Version::text).join(", ");
-    eprintln!("CNI {} plugin v{}", plugin.name(), env!("CARGO_PKG_VERSION"));
+    let own = env!("CARGO_PKG_VERSION");
+    let version =
+        if plugin == Plugin::Flannel { own.to_owned() } else { format!("{UPSTREAM}+flannel.{own}") };
+    eprintln!("CNI {} plugin v{version}", plugin.name());
     eprintln!("CNI protocol versions supported: {versions}");
     ExitCode::SUCCESS
 }

@@ -68,14 +68,14 @@ fn a_command_line_is_understood_or_refused_by_name() {
 fn everything_is_put_in_place_and_again() {
     let temp = tempfile::tempdir().unwrap();
     let (dir, wish) = (temp.path(), wish(temp.path()));
-    let first = "installed bin/flannel (0.1.0)\nlinked bin/bridge -> flannel\nlinked bin/portmap -> flannel\n\
+    let first = "installed bin/flannel (0.1.0)\ninstalled bin/flannel-plugins (0.1.0)\nlinked bin/bridge\nlinked bin/portmap\n\
                  installed net.d/10-flannel.conflist\n";
     assert_eq!(done(dir, &wish, "one"), first.replace("0.1.0", env!("CARGO_PKG_VERSION")));
     let mode = |name: &str| fs::metadata(dir.join(name)).unwrap().mode() & 0o7777;
     assert_eq!((mode("bin/flannel"), mode("net.d/10-flannel.conflist")), (0o755, 0o644));
-    assert_eq!(fs::read_link(dir.join("bin/bridge")).unwrap(), Path::new("flannel"));
+    assert_eq!(fs::read_link(dir.join("bin/bridge")).unwrap(), Path::new("flannel-plugins"));
 
-    let again = "unchanged bin/flannel\nunchanged bin/bridge -> flannel\nunchanged bin/portmap -> flannel\n\
+    let again = "unchanged bin/flannel\nunchanged bin/flannel-plugins\nunchanged bin/bridge\nunchanged bin/portmap\n\
                  unchanged net.d/10-flannel.conflist\n";
     assert_eq!(done(dir, &wish, "one"), again);
     // The new binary is another file: whoever runs the old one keeps it.
@@ -83,8 +83,11 @@ fn everything_is_put_in_place_and_again() {
     assert!(done(dir, &wish, "two").starts_with("installed bin/flannel"));
     assert_eq!(old.metadata().unwrap().nlink(), 0);
     assert_eq!(fs::read_to_string(dir.join("bin/portmap")).unwrap(), "two");
+    // Whoever overwrites `flannel` in place, as `cp` does, changes that one only.
+    fs::write(dir.join("bin/flannel"), "Go").unwrap();
+    assert_eq!(fs::read_to_string(dir.join("bin/bridge")).unwrap(), "two");
     let names: Vec<_> = fs::read_dir(dir.join("bin")).unwrap().map(|e| e.unwrap().file_name()).collect();
-    assert_eq!(names.len(), 3, "{names:?}");
+    assert_eq!(names.len(), 4, "{names:?}");
 }
 
 #[test]
@@ -100,7 +103,7 @@ fn what_others_put_there_stays_unless_told_otherwise() {
     let said = done(dir, &wish, "ours");
     for line in [
         "kept bin/bridge: another program's; --force replaces it\n",
-        "linked bin/portmap -> flannel\n",
+        "linked bin/portmap\n",
         "kept net.d/10-flannel.conflist: it was edited; --force replaces it\n",
         "note: net.d/05-other.conflist comes first; containerd uses that one alone\n",
     ] {
@@ -134,7 +137,10 @@ fn a_flannel_network_of_another_name_is_enough() {
         fs::remove_file(file).unwrap();
     }
     wish.conf_dir = None;
-    assert!(!done(dir, &wish, "ours").contains("net.d"));
+    wish.names.clear();
+    assert!(done(dir, &wish, "new").starts_with("installed bin/flannel ("));
+    assert!(!done(dir, &wish, "new").contains("net.d"));
+    assert_eq!(fs::read_to_string(dir.join("bin/flannel-plugins")).unwrap(), "ours");
 }
 
 #[test]
