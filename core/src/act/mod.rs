@@ -1,4 +1,5 @@
 //! Where deciding meets touching, synchronously: all that the CNI binary needs.
 
 pub mod attach;
+pub mod hostports;
 pub mod pass;

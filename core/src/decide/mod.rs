@@ -5,6 +5,7 @@ pub mod backend;
 pub mod bridge;
 pub mod endpoint;
 pub mod firewall;
+pub mod hostports;
 pub mod plan;
 pub mod pool;
 pub mod publish;

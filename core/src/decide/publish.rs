@@ -17,8 +17,8 @@ use crate::words::exposure::{Exposure, PublishedPort};
 use crate::words::fact::{Conflict, Fact, Facts, Sysctl};
 use crate::words::name::{LinkName, NetworkName};
 use crate::words::rule::{
-    Base, Chain, ChainKind, Hook, Match, PortKey, PortMap, PortMapKind, Rule, Set, Side, Table, TableFamily,
-    TableName, Verdict,
+    Base, Chain, ChainKind, Hook, Match, PortKey, PortMap, PortMapKind, PortTarget, Rule, Set, Side, Table,
+    TableFamily, TableName, Verdict,
 };
 
 /// What the rules of a node's endpoints follow from.
@@ -81,17 +81,17 @@ pub fn plan(scene: &PublishScene<'_>) -> Result<Facts, Conflict> {
 
 /// Rules by chain.
 #[derive(Default)]
-struct Chains {
-    guard: Vec<Rule>,
-    destination: Vec<Rule>,
-    hairpin: Vec<Rule>,
+pub(super) struct Chains {
+    pub(super) guard: Vec<Rule>,
+    pub(super) destination: Vec<Rule>,
+    pub(super) hairpin: Vec<Rule>,
     source: Vec<Rule>,
     input: Vec<Rule>,
     forward: Vec<Rule>,
 }
 
 impl Chains {
-    fn into_table(mut self, table: &mut Table) {
+    pub(super) fn into_table(mut self, table: &mut Table) {
         self.hairpin.append(&mut self.source);
         let (filter, nat) = (ChainKind::Filter, ChainKind::Nat);
         for (name, kind, hook, priority, rules) in [
@@ -119,35 +119,47 @@ fn plan_published(scene: &PublishScene<'_>, range: Range, table: &mut Table, cha
         let elements: BTreeMap<_, _> = ports
             .iter()
             .filter(|port| port.host_ip.is_some() == bound)
-            .map(|port| (key(port), (port.address, port.port)))
+            .map(|port| (key(port), target(port, None)))
             .collect();
         if elements.is_empty() {
             continue;
         }
-        let map = named(if bound { "bound" } else { "published" }, family);
-        let dnat = Verdict::Dnat { kind, map: map.clone() };
-        let matches = match bound {
-            // The address in the key says the family.
-            true => vec![Match::LocalDestination],
-            false => vec![Match::Family(family), Match::LocalDestination],
-        };
-        chains.destination.push(rule(matches, dnat));
-        table.maps.insert(map, PortMap { kind, elements });
+        chains.destination.push(translation(kind));
+        table.maps.insert(map_name(kind), PortMap { kind, elements });
     }
     if ports.is_empty() {
         return;
     }
-    let masquerade = Verdict::Masquerade { fully_random: false };
     for source in [range.subnet, Prefix::loopback(family)] {
         let matches = vec![TRANSLATED, is(Side::Source, source), is(Side::Destination, range.subnet)];
-        chains.hairpin.push(rule(matches, masquerade.clone()));
+        chains.hairpin.push(rule(matches, MASQUERADE));
     }
     if family == Family::V4 && scene.bridge.is_some() {
-        // With route_localnet a neighbor on the wire could reach what listens on 127.0.0.1 only (CVE-2020-8558).
-        let outside = Match::Input { negated: true, link: LinkName::loopback() };
-        let matches = vec![is(Side::Destination, Prefix::loopback(family)), outside];
-        chains.guard.push(Rule { matches, counter: true, verdict: Verdict::Drop });
+        chains.guard.push(guard());
     }
+}
+
+pub(super) const MASQUERADE: Verdict = Verdict::Masquerade { fully_random: false };
+
+/// With route_localnet a neighbor on the wire could reach what listens on 127.0.0.1 only (CVE-2020-8558).
+pub(super) fn guard() -> Rule {
+    let outside = Match::Input { negated: true, link: LinkName::loopback() };
+    denied(vec![is(Side::Destination, Prefix::loopback(Family::V4)), outside])
+}
+
+/// Name of the map of published ports.
+pub(super) fn map_name(kind: PortMapKind) -> String {
+    named(if kind.bound { "bound" } else { "published" }, kind.family)
+}
+
+/// Sends what comes to a published port where its map says.
+pub(super) fn translation(kind: PortMapKind) -> Rule {
+    let matches = match kind.bound {
+        // The address in the key says the family.
+        true => vec![Match::LocalDestination],
+        false => vec![Match::Family(kind.family), Match::LocalDestination],
+    };
+    rule(matches, Verdict::Dnat { kind, map: map_name(kind) })
 }
 
 /// An endpoint's source is kept by giving it its own: other tables, whosever they are, then leave it alone.
@@ -193,20 +205,25 @@ fn set(table: &mut Table, name: &str, range: Range, addresses: &BTreeSet<IpAddr>
     })
 }
 
-fn named(name: &str, family: Family) -> String {
+pub(super) fn named(name: &str, family: Family) -> String {
     match family {
         Family::V4 => name.to_owned(),
         Family::V6 => format!("{name}6"),
     }
 }
 
-fn key(port: &PublishedPort) -> PortKey {
+pub(super) fn key(port: &PublishedPort) -> PortKey {
     PortKey { address: port.host_ip, protocol: port.protocol, port: port.host_port }
 }
 
-const TRANSLATED: Match = Match::Translated { negated: false };
+/// Where a port leads.
+pub(super) fn target(port: &PublishedPort, owner: Option<String>) -> PortTarget {
+    PortTarget { address: port.address, port: port.port, owner }
+}
 
-fn rule(matches: Vec<Match>, verdict: Verdict) -> Rule {
+pub(super) const TRANSLATED: Match = Match::Translated { negated: false };
+
+pub(super) fn rule(matches: Vec<Match>, verdict: Verdict) -> Rule {
     Rule { matches, counter: false, verdict }
 }
 
@@ -215,14 +232,14 @@ fn denied(matches: Vec<Match>) -> Rule {
     Rule { matches, counter: true, verdict: Verdict::Drop }
 }
 
-fn within(side: Side, family: Family, set: &str) -> Match {
+pub(super) fn within(side: Side, family: Family, set: &str) -> Match {
     Match::AddressIn { side, negated: false, family, set: set.to_owned() }
 }
 
-fn is(side: Side, prefix: Prefix) -> Match {
+pub(super) fn is(side: Side, prefix: Prefix) -> Match {
     Match::Address { side, negated: false, prefix }
 }
 
-fn is_not(side: Side, prefix: Prefix) -> Match {
+pub(super) fn is_not(side: Side, prefix: Prefix) -> Match {
     Match::Address { side, negated: true, prefix }
 }

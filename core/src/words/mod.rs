@@ -6,6 +6,7 @@ pub mod config;
 pub mod digest;
 pub mod exposure;
 pub mod fact;
+pub mod hostport;
 pub mod lease;
 pub mod name;
 pub mod node;

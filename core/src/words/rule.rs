@@ -76,11 +76,13 @@ impl Table {
     }
 }
 
-/// A named set of prefixes (`flags interval`).
+/// A named set of prefixes (`flags interval`), or of single addresses.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Set {
     /// Family of the elements.
     pub family: Family,
+    /// Whether it holds single addresses only: those the kernel finds by hash, one costs as much as among thousands.
+    pub single: bool,
     /// The elements; disjoint, as the kernel wants interval sets.
     pub elements: BTreeSet<Prefix>,
 }
@@ -96,7 +98,13 @@ impl Set {
                 elements.insert(prefix);
             }
         }
-        Self { family, elements }
+        Self { family, single: false, elements }
+    }
+
+    /// The addresses of that family.
+    pub fn of_addresses(family: Family, addresses: impl IntoIterator<Item = IpAddr>) -> Self {
+        let elements = addresses.into_iter().filter(|address| Family::of(*address) == family);
+        Self { family, single: true, elements: elements.map(Prefix::host).collect() }
     }
 }
 
@@ -106,8 +114,23 @@ pub struct PortMap {
     /// How its keys are made.
     pub kind: PortMapKind,
     /// The elements. Every key has an address exactly if the kind says so, and all addresses are of its family.
-    pub elements: BTreeMap<PortKey, (IpAddr, u16)>,
+    pub elements: BTreeMap<PortKey, PortTarget>,
 }
+
+/// Where a port map leads to.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PortTarget {
+    /// The container's address.
+    pub address: IpAddr,
+    /// The port there.
+    pub port: u16,
+    /// Whose it is, where several programs share a map: the element's comment, at most [`OWNER_MAX`] bytes.
+    pub owner: Option<String>,
+}
+
+/// Longest comment of an element, in bytes: its length and that of all attributes of nft's own have one byte
+/// (libnftnl `NFT_USERDATA_MAXLEN`).
+pub const OWNER_MAX: usize = 250;
 
 /// How the keys of a port map are made.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -278,6 +301,8 @@ pub enum Verdict {
     },
     /// Give it its own source address, so that nobody gives it another.
     KeepSource(Family),
+    /// Set these bits of its mark and go on.
+    AddMark(u32),
 }
 
 impl fmt::Display for Match {
@@ -343,6 +368,7 @@ impl fmt::Display for Verdict {
                 write!(f, "dnat {ip} to {address}meta l4proto . th dport map @{map}")
             }
             Self::KeepSource(family) => write!(f, "snat {0} to {0} saddr", ip(*family)),
+            Self::AddMark(bits) => write!(f, "meta mark set meta mark | {bits:#010x}"),
         }
     }
 }
@@ -403,6 +429,16 @@ impl fmt::Display for PortKey {
     }
 }
 
+/// As it follows its key.
+impl fmt::Display for PortTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(owner) = &self.owner {
+            write!(f, " comment \"{owner}\"")?;
+        }
+        write!(f, " : {} . {}", self.address, self.port)
+    }
+}
+
 impl fmt::Display for PortMapKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let address = address_type(self.family);
@@ -427,15 +463,15 @@ impl fmt::Display for Table {
         for (name, set) in &self.sets {
             let kind = address_type(set.family);
             let elements = set.elements.iter().map(operand).collect::<Vec<_>>().join(", ");
-            write!(f, "\tset {name} {{ type {kind}; flags interval; ")?;
+            let flags = if set.single { "" } else { "flags interval; " };
+            write!(f, "\tset {name} {{ type {kind}; {flags}")?;
             if !elements.is_empty() {
                 write!(f, "elements = {{ {elements} }}; ")?;
             }
             writeln!(f, "}}")?;
         }
         for (name, map) in &self.maps {
-            let one =
-                |(key, (address, port)): (&PortKey, &(IpAddr, u16))| format!("{key} : {address} . {port}");
+            let one = |(key, target): (&PortKey, &PortTarget)| format!("{key}{target}");
             let elements = map.elements.iter().map(one).collect::<Vec<_>>().join(", ");
             write!(f, "\tmap {name} {{ type {}; ", map.kind)?;
             if !elements.is_empty() {

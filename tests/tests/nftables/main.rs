@@ -4,6 +4,7 @@
 
 mod any;
 mod foreign;
+mod hostports;
 mod iptables;
 mod packets;
 mod published;

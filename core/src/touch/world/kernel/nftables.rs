@@ -5,6 +5,7 @@
 
 pub mod conntrack;
 mod decode;
+mod element;
 mod encode;
 mod expression;
 mod foreign;
@@ -15,6 +16,7 @@ mod wire;
 use std::collections::BTreeSet;
 use std::io;
 
+pub use self::element::Amended;
 pub(super) use self::forward_chain::{CHAIN, COMMENT};
 use self::wire::{Socket, error_code};
 use super::iptables::Legacy;

@@ -39,14 +39,33 @@ pub(super) fn read(socket: &mut Socket, name: &TableName) -> Result<Option<Table
     for set in socket.dump(&format!("read sets of table {name}"), kind::GET_SET, family, &of_table)? {
         add_set(socket, &mut table, &set)?;
     }
-    let known = Named {
-        sets: table.sets.iter().map(|(name, set)| (name.clone(), set.family)).collect(),
-        maps: table.maps.iter().map(|(name, map)| (name.clone(), map.kind)).collect(),
-    };
+    let known = Named::of(&table);
     for rule in socket.dump(&format!("read rules of table {name}"), kind::GET_RULE, family, &of_table)? {
         add_rule(&mut table, &known, &rule);
     }
     Ok(Some(table))
+}
+
+/// The chains of a table with their rules, which may look into these; the sets themselves are not read. Chains that are not
+/// there are not in the answer.
+pub(super) fn read_chains(
+    socket: &mut Socket,
+    name: &TableName,
+    known: &Named,
+) -> Result<BTreeMap<String, Chain>, WorldError> {
+    let family = number_of(name.family);
+    let mut table = Table::new(name.clone());
+    let mut of_table = Attributes::default();
+    of_table.text(1, &name.name);
+    let what = format!("read chains of table {name}");
+    let chains = socket.dump(&what, kind::GET_CHAIN, family, &Attributes::default())?;
+    for chain in chains.iter().filter(|chain| text(chain, 1) == Some(&name.name)) {
+        add_chain(&mut table, chain);
+    }
+    for rule in socket.dump(&format!("read rules of table {name}"), kind::GET_RULE, family, &of_table)? {
+        add_rule(&mut table, known, &rule);
+    }
+    Ok(table.chains)
 }
 
 /// What rules may look into, by name.
@@ -54,6 +73,16 @@ pub(super) fn read(socket: &mut Socket, name: &TableName) -> Result<Option<Table
 pub(super) struct Named {
     sets: BTreeMap<String, Family>,
     maps: BTreeMap<String, PortMapKind>,
+}
+
+impl Named {
+    /// What there is in a table.
+    pub(super) fn of(table: &Table) -> Self {
+        Self {
+            sets: table.sets.iter().map(|(name, set)| (name.clone(), set.family)).collect(),
+            maps: table.maps.iter().map(|(name, map)| (name.clone(), map.kind)).collect(),
+        }
+    }
 }
 
 fn add_chain(table: &mut Table, found: &[u8]) {
@@ -107,18 +136,35 @@ fn add_set(socket: &mut Socket, table: &mut Table, found: &[u8]) -> Result<(), W
         let (kind, length) = key_of(*family);
         key == (Some(kind), Some(length))
     });
-    let Some(family) = family.filter(|_| number(found, 3) == Some(INTERVAL)) else {
+    let single = number(found, 3).unwrap_or(0) == 0;
+    let Some(family) = family.filter(|_| single || number(found, 3) == Some(INTERVAL)) else {
         table.strange.push(format!("set {name} is of another kind"));
         return Ok(());
     };
     let lists = socket.dump(&what, kind::GET_ELEMENTS, family_of_table, &of_set)?;
-    match read_elements(family, &lists) {
+    let read = if single { read_addresses } else { read_elements };
+    match read(family, &lists) {
         Some(elements) => {
-            table.sets.insert(name.to_owned(), Set { family, elements });
+            table.sets.insert(name.to_owned(), Set { family, single, elements });
         }
         None => table.strange.push(format!("set {name} has elements that are not prefixes")),
     }
     Ok(())
+}
+
+/// The addresses that the elements are; none if one has flags or another length.
+fn read_addresses(family: Family, lists: &[Vec<u8>]) -> Option<BTreeSet<Prefix>> {
+    let mut addresses = BTreeSet::new();
+    for list in lists {
+        for (_, element) in attributes(attribute(list, 3).unwrap_or_default()) {
+            let key = attribute(attribute(element, 1)?, 1)?;
+            if number(element, 3).unwrap_or(0) != 0 || key.len() != key_of(family).1 as usize {
+                return None;
+            }
+            addresses.insert(prefix_of(family, key, family.bits())?);
+        }
+    }
+    Some(addresses)
 }
 
 /// The prefixes that the elements bound; none if one of the intervals is no prefix.
@@ -240,6 +286,9 @@ fn raise_verdict<'a>(
             let kind = *named.maps.get(map)?;
             let verdict = Verdict::Dnat { kind, map: map.clone() };
             Some((verdict.clone(), before(table, list, verdict)?))
+        }
+        [rest @ .., Expression::Meta(Meta::Mark), Expression::AddBits(bits), Expression::SetMark] => {
+            plain(Verdict::AddMark(*bits), rest)
         }
         [.., Expression::Nat { kind: NatKind::Source, family, port: None }] => {
             let verdict = Verdict::KeepSource(*family);

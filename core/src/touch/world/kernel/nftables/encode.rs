@@ -4,11 +4,11 @@ use std::net::IpAddr;
 
 use super::expression::{Expression, Meta};
 use super::port_map;
-use super::wire::{APPEND, Attributes, Batch, CREATE, kind};
+use super::wire::{APPEND, Attributes, Batch, CREATE, NEW, kind};
 use crate::words::addr::{Family, Prefix};
 use crate::words::rule::{
-    Base, Chain, ChainKind, Hook, Match, PortKey, PortMap, Rule, Set, Side, Table, TableFamily, TableName,
-    Verdict,
+    Base, Chain, ChainKind, Hook, Match, PortKey, PortMap, PortTarget, Rule, Set, Side, Table, TableFamily,
+    TableName, Verdict,
 };
 
 /// Netfilter's number of a table's family (uapi/linux/netfilter.h `NFPROTO_*`).
@@ -95,7 +95,7 @@ pub(super) fn difference(old: &Table, new: &Table) -> Batch {
         }
     }
     for (name, set) in &old.sets {
-        if new.sets.get(name).is_none_or(|wanted| wanted.family != set.family) {
+        if new.sets.get(name).is_none_or(|wanted| !alike(wanted, set)) {
             to.delete_set(&mut batch, name);
         }
     }
@@ -110,11 +110,12 @@ pub(super) fn difference(old: &Table, new: &Table) -> Batch {
         }
     }
     for (name, set) in &new.sets {
-        match old.sets.get(name).filter(|had| had.family == set.family) {
+        match old.sets.get(name).filter(|had| alike(had, set)) {
             None => to.new_set(&mut batch, name, set),
             Some(had) => {
-                to.elements(&mut batch, kind::DELETE_ELEMENTS, name, had.elements.difference(&set.elements));
-                to.elements(&mut batch, kind::NEW_ELEMENTS, name, set.elements.difference(&had.elements));
+                let (delete, add) = (kind::DELETE_ELEMENTS, kind::NEW_ELEMENTS);
+                to.elements(&mut batch, delete, (name, set.single), had.elements.difference(&set.elements));
+                to.elements(&mut batch, add, (name, set.single), set.elements.difference(&had.elements));
             }
         }
     }
@@ -130,6 +131,11 @@ pub(super) fn difference(old: &Table, new: &Table) -> Batch {
         }
     }
     batch
+}
+
+/// Whether one set can become the other by its elements.
+fn alike(one: &Set, other: &Set) -> bool {
+    (one.family, one.single) == (other.family, other.single)
 }
 
 struct Writer<'a> {
@@ -192,12 +198,12 @@ impl Writer<'_> {
         batch.step(step, (kind::NEW_SET, CREATE), self.family(), |out| {
             out.text(1, &self.table.name)
                 .text(2, name)
-                .number(3, INTERVAL)
+                .number(3, if set.single { 0 } else { INTERVAL })
                 .number(4, kind_of_key)
                 .number(5, length);
             out.number(10, id).bytes(13, &KEY_IN_NETWORK_ORDER);
         });
-        self.elements(batch, kind::NEW_ELEMENTS, name, &set.elements);
+        self.elements(batch, kind::NEW_ELEMENTS, (name, set.single), &set.elements);
     }
 
     fn new_map(&self, batch: &mut Batch, name: &str, map: &PortMap) {
@@ -232,10 +238,13 @@ impl Writer<'_> {
         &self,
         batch: &mut Batch,
         kind: u8,
-        set: &str,
+        (set, single): (&str, bool),
         prefixes: impl IntoIterator<Item = &'a Prefix>,
     ) {
-        self.in_messages(batch, kind, set, prefixes, write_interval);
+        self.in_messages(batch, (kind, CREATE), set, prefixes, |out, prefix| match single {
+            true => write_element(out, &octets(prefix.base()), 0, false),
+            false => write_interval(out, prefix),
+        });
     }
 
     /// Adds or deletes ports.
@@ -244,9 +253,10 @@ impl Writer<'_> {
         batch: &mut Batch,
         kind: u8,
         map: &str,
-        pairs: impl IntoIterator<Item = (&'a PortKey, &'a (IpAddr, u16))>,
+        pairs: impl IntoIterator<Item = (&'a PortKey, &'a PortTarget)>,
     ) {
-        self.in_messages(batch, kind, map, pairs, |out, (key, value)| {
+        // A port that somebody has is refused, also if it leads to the same place.
+        self.in_messages(batch, (kind, CREATE | NEW), map, pairs, |out, (key, value)| {
             port_map::write_element(out, key, (kind == kind::NEW_ELEMENTS).then_some(value));
         });
     }
@@ -255,29 +265,27 @@ impl Writer<'_> {
     fn in_messages<Element>(
         &self,
         batch: &mut Batch,
-        kind: u8,
+        (kind, flags): (u8, u16),
         set: &str,
         elements: impl IntoIterator<Item = Element>,
         write: impl Fn(&mut Attributes, Element),
     ) {
+        let of_kind = (kind, if kind == kind::NEW_ELEMENTS { flags } else { 0 });
         let mut waiting = Attributes::default();
         for element in elements {
             write(&mut waiting, element);
             if waiting.as_bytes().len() > ELEMENTS_MAX {
-                self.element_message(batch, kind, set, &waiting);
+                self.element_message(batch, of_kind, set, &waiting);
                 waiting = Attributes::default();
             }
         }
         if !waiting.as_bytes().is_empty() {
-            self.element_message(batch, kind, set, &waiting);
+            self.element_message(batch, of_kind, set, &waiting);
         }
     }
 
-    fn element_message(&self, batch: &mut Batch, kind: u8, set: &str, elements: &Attributes) {
-        let (verb, flags) = match kind {
-            kind::NEW_ELEMENTS => ("add elements to", CREATE),
-            _ => ("delete elements of", 0),
-        };
+    fn element_message(&self, batch: &mut Batch, (kind, flags): (u8, u16), set: &str, elements: &Attributes) {
+        let verb = if kind == kind::NEW_ELEMENTS { "add elements to" } else { "delete elements of" };
         batch.step(
             format!("{verb} set {set} of table {}", self.table),
             (kind, flags),
@@ -334,7 +342,7 @@ fn write_interval(out: &mut Attributes, prefix: &Prefix) {
     }
 }
 
-fn write_element(out: &mut Attributes, key: &[u8], flags: u32, open: bool) {
+pub(super) fn write_element(out: &mut Attributes, key: &[u8], flags: u32, open: bool) {
     const ELEMENT: u16 = 1;
     out.nest(ELEMENT, |out| {
         if flags != 0 {
@@ -424,6 +432,9 @@ pub(super) fn lower(table: TableFamily, rule: &Rule) -> Vec<Expression> {
         }
         Verdict::Dnat { kind, map } => port_map::lower_dnat(&mut out, &mut known, *kind, map),
         Verdict::KeepSource(family) => port_map::lower_keep_source(&mut out, &mut known, *family),
+        Verdict::AddMark(bits) => {
+            out.extend([Expression::Meta(Meta::Mark), Expression::AddBits(*bits), Expression::SetMark]);
+        }
     }
     out
 }

@@ -16,6 +16,10 @@ pub(super) enum Expression {
     Payload { offset: u32, length: u32 },
     /// Keep these bits of what was loaded.
     Mask(Vec<u8>),
+    /// Set these bits, in the host's byte order, of what was loaded.
+    AddBits(u32),
+    /// Make what was loaded the packet's mark.
+    SetMark,
     /// Go on if what was loaded is, or is not, this.
     Compare { equal: bool, value: Vec<u8> },
     /// Go on if what was loaded is, or is not, in a set of the table.
@@ -153,7 +157,8 @@ impl Expression {
         match self {
             Self::Meta(_) => "meta",
             Self::Payload { .. } => "payload",
-            Self::Mask(_) => "bitwise",
+            Self::Mask(_) | Self::AddBits(_) => "bitwise",
+            Self::SetMark => "meta",
             Self::Compare { .. } => "cmp",
             Self::Lookup { .. } => "lookup",
             Self::Counter => "counter",
@@ -181,6 +186,14 @@ impl Expression {
                 out.number(1, REGISTER).number(2, REGISTER).number(3, mask.len() as u32);
                 value(out, 4, mask);
                 value(out, 5, &vec![0; mask.len()]);
+            }
+            Self::AddBits(bits) => {
+                out.number(1, REGISTER).number(2, REGISTER).number(3, 4);
+                value(out, 4, &(!bits).to_ne_bytes());
+                value(out, 5, &bits.to_ne_bytes());
+            }
+            Self::SetMark => {
+                out.number(2, Meta::Mark.code()).number(3, REGISTER);
             }
             Self::Compare { equal, value: bytes } => {
                 out.number(1, REGISTER).number(2, u32::from(!equal));
@@ -241,6 +254,7 @@ impl Expression {
             "meta" if number(arguments, 2) == Some(L4_PROTOCOL) => {
                 Some(Self::KeyPart { part: KeyPart::Protocol, register: number(arguments, 1)? })
             }
+            "meta" if in_register(3) => (number(arguments, 2)? == Meta::Mark.code()).then_some(Self::SetMark),
             "meta" if in_register(1) => Some(Self::Meta(Meta::of(number(arguments, 2)?)?)),
             "payload" if number(arguments, 2)? == TRANSPORT_HEADER => {
                 let place = (number(arguments, 3)?, number(arguments, 4)?);
@@ -253,6 +267,7 @@ impl Expression {
             "bitwise" if in_register(1) && in_register(2) && plain_mask(arguments) => {
                 Some(Self::Mask(attribute(attribute(arguments, 4)?, 1)?.to_vec()))
             }
+            "bitwise" if in_register(1) && in_register(2) => added_bits(arguments).map(Self::AddBits),
             "cmp" if in_register(1) => Some(Self::Compare {
                 equal: match number(arguments, 2)? {
                     0 => true,
@@ -346,9 +361,18 @@ fn read_verdict(verdict: &[u8]) -> Option<Expression> {
     }
 }
 
+/// The bits that a bitwise sets, if it does nothing else: `(register & !bits) ^ bits`.
+fn added_bits(arguments: &[u8]) -> Option<u32> {
+    let word = |kind| Some(u32::from_ne_bytes(attribute(attribute(arguments, kind)?, 1)?.try_into().ok()?));
+    let (mask, xor) = (word(4)?, word(5)?);
+    (number(arguments, 6).unwrap_or(MASK_AND_XOR) == MASK_AND_XOR && mask == !xor).then_some(xor)
+}
+
+/// NFT_BITWISE_MASK_XOR.
+const MASK_AND_XOR: u32 = 0;
+
 /// Whether a bitwise is `register & mask`, without an exclusive or and without a shift.
 fn plain_mask(arguments: &[u8]) -> bool {
-    const MASK_AND_XOR: u32 = 0;
     let xor = attribute(arguments, 5).and_then(|data| attribute(data, 1)).unwrap_or_default();
     number(arguments, 6).unwrap_or(MASK_AND_XOR) == MASK_AND_XOR && xor.iter().all(|byte| *byte == 0)
 }

@@ -8,7 +8,7 @@ use super::expression::{Connection, Expression, KeyPart, NatKind};
 use super::wire::{Attributes, attribute, attributes, number};
 use crate::words::addr::Family;
 use crate::words::exposure::Transport;
-use crate::words::rule::{Match, PortKey, PortMap, PortMapKind, Side};
+use crate::words::rule::{Match, OWNER_MAX, PortKey, PortMap, PortMapKind, PortTarget, Side};
 
 /// Flag of a set: every element has a value.
 pub(super) const MAP: u32 = 8;
@@ -53,18 +53,38 @@ pub(super) fn kind_of(set: &[u8]) -> Option<PortMapKind> {
 }
 
 /// Writes an element; to delete one, its key is enough.
-pub(super) fn write_element(out: &mut Attributes, key: &PortKey, value: Option<&(IpAddr, u16)>) {
+pub(super) fn write_element(out: &mut Attributes, key: &PortKey, value: Option<&PortTarget>) {
     const ELEMENT: u16 = 1;
     out.nest(ELEMENT, |out| {
         out.nest(1, |out| {
             out.bytes(1, &key_bytes(key));
         });
-        if let Some((address, port)) = value {
+        if let Some(PortTarget { address, port, owner }) = value {
             out.nest(2, |out| {
                 out.bytes(1, &[octets(*address).as_slice(), &padded(&port.to_be_bytes())].concat());
             });
+            if let Some(owner) = owner {
+                out.bytes(USER_DATA, &comment(owner));
+            }
         }
     });
+}
+
+/// NFTA_SET_ELEM_USERDATA: what the kernel keeps for nft.
+const USER_DATA: u16 = 6;
+/// nft's attribute for a comment in it (libnftnl `NFTNL_UDATA_SET_ELEM_COMMENT`): type, length, text, NUL.
+const COMMENT: u8 = 0;
+
+fn comment(text: &str) -> Vec<u8> {
+    let text = &text.as_bytes()[..text.len().min(OWNER_MAX)];
+    [&[COMMENT, text.len() as u8 + 1], text, &[0]].concat()
+}
+
+/// The comment of an element.
+fn read_comment(element: &[u8]) -> Option<String> {
+    let [COMMENT, length, rest @ ..] = attribute(element, USER_DATA)? else { return None };
+    let text = rest.get(..usize::from(*length))?;
+    String::from_utf8(text.strip_suffix(&[0]).unwrap_or(text).to_vec()).ok()
 }
 
 fn key_bytes(key: &PortKey) -> Vec<u8> {
@@ -90,7 +110,8 @@ pub(super) fn read_elements(kind: PortMapKind, lists: &[Vec<u8>]) -> Option<Port
             }
             let key = read_key(kind, attribute(attribute(element, 1)?, 1)?)?;
             let (address, port) = read_address(kind.family, attribute(attribute(element, 2)?, 1)?)?;
-            elements.insert(key, (address, read_port(port)?));
+            let target = PortTarget { address, port: read_port(port)?, owner: read_comment(element) };
+            elements.insert(key, target);
         }
     }
     Some(PortMap { kind, elements })
@@ -220,10 +241,13 @@ mod tests {
                 let kind = PortMapKind { family, bound };
                 let key =
                     PortKey { address: bound.then_some(address), protocol: Transport::Sctp, port: 8080 };
-                let mut out = Attributes::default();
-                out.nest(3, |out| write_element(out, &key, Some(&(address, 80))));
-                let read = read_elements(kind, &[out.as_bytes().to_vec()]).unwrap();
-                assert_eq!(read.elements, BTreeMap::from([(key, (address, 80))]));
+                for owner in [None, Some("cbr0 c1 eth0".to_owned()), Some("x".repeat(OWNER_MAX))] {
+                    let target = PortTarget { address, port: 80, owner };
+                    let mut out = Attributes::default();
+                    out.nest(3, |out| write_element(out, &key, Some(&target)));
+                    let read = read_elements(kind, &[out.as_bytes().to_vec()]).unwrap();
+                    assert_eq!(read.elements, BTreeMap::from([(key, target)]));
+                }
                 assert_eq!(key_bytes(&key).len(), key_of(kind).1 as usize);
             }
         }

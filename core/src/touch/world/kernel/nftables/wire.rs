@@ -33,6 +33,8 @@ const DUMP_INTERRUPTED: u16 = 0x10;
 
 /// Make it if it is not there.
 pub(super) const CREATE: u16 = 0x400;
+/// Only if it is not there (NLM_F_EXCL).
+pub(super) const NEW: u16 = 0x200;
 /// Behind the others of its kind.
 pub(super) const APPEND: u16 = 0x800;
 
