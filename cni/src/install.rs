@@ -43,7 +43,7 @@ flannel: a CNI plugin. Runtimes call it with CNI_COMMAND in its environment and 
   --link NAME     link this name only; may be given again
   --no-links      link no name
   --no-conf       write no configuration
-  --force         replace other programs of these names, and a 10-flannel.conflist that was edited
+  --force         replace other programs of these names, and a 10-flannel.conflist that differs
 ";
 
 /// What could not be done.
@@ -200,7 +200,7 @@ fn install(wish: &Wish, program: &Path) -> Result<String, Trouble> {
         let path = dir.join(CONFLIST);
         match obstacle(dir, &path, wish.force)? {
             Obstacle::Same => say("unchanged", &path, ""),
-            Obstacle::Edited => say("kept", &path, ": it was edited; --force replaces it"),
+            Obstacle::Different => say("kept", &path, ": it differs; --force replaces it"),
             Obstacle::Other(other) => {
                 say("kept", &other, ": it is a flannel network; --force adds 10-flannel.conflist");
             }
@@ -240,7 +240,7 @@ fn occupant(path: &Path) -> Result<Occupant, Trouble> {
 enum Obstacle {
     None,
     Same,
-    Edited,
+    Different,
     Other(PathBuf),
 }
 
@@ -252,7 +252,7 @@ fn obstacle(dir: &Path, path: &Path, force: bool) -> Result<Obstacle, Trouble> {
         return Ok(Obstacle::None);
     }
     if path.exists() {
-        return Ok(Obstacle::Edited);
+        return Ok(Obstacle::Different);
     }
     let other = networks(dir)?.into_iter().find(|file| is_flannel(file));
     Ok(other.map_or(Obstacle::None, Obstacle::Other))

@@ -4,7 +4,9 @@
 //! that begins with `systemctl` is done by the test as the units would do it.
 
 use anyhow::{Context, Result, bail, ensure};
-use flannel_tests::{Daemon, Host, Lab, LabPlan, eventually, http_get, in_lab, ping, ping_within, secs};
+use flannel_tests::{
+    Daemon, Host, Lab, LabPlan, blocks, eventually, http_get, in_lab, ping, ping_within, secs,
+};
 
 const CONFIG: &str = r#"{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}"#;
 
@@ -15,12 +17,6 @@ fn plan(name: &str) -> LabPlan {
         "docker-compose",
         "busybox",
     ])
-}
-
-/// The fenced blocks whose first line says that, in order.
-fn blocks<'a>(guide: &'a str, says: &str) -> Vec<&'a str> {
-    let begins = format!("```{says}\n");
-    guide.split(&begins).skip(1).filter_map(|rest| rest.split("```").next()).collect()
 }
 
 /// A host with what runs on it.

@@ -104,7 +104,7 @@ fn what_others_put_there_stays_unless_told_otherwise() {
     for line in [
         "kept bin/bridge: another program's; --force replaces it\n",
         "linked bin/portmap\n",
-        "kept net.d/10-flannel.conflist: it was edited; --force replaces it\n",
+        "kept net.d/10-flannel.conflist: it differs; --force replaces it\n",
         "note: net.d/05-other.conflist comes first; containerd uses that one alone\n",
     ] {
         assert!(said.contains(line), "{said}");
