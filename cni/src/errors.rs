@@ -36,7 +36,12 @@ impl From<AttachError> for CniError {
                 Code::ADDRESS_TAKEN.number().into()
             }
             AttachError::Claim(ClaimError::Ledger(_)) => Self::INPUT,
-            AttachError::Claim(_) | AttachError::Plan(_) | AttachError::NoBridge { .. } => Self::CONFIG,
+            AttachError::Claim(_)
+            | AttachError::Plan(_)
+            | AttachError::NoBridge { .. }
+            | AttachError::OtherAddress { .. } => Self::CONFIG,
+            AttachError::NoVlans => Self::UNSUPPORTED_FIELD,
+            AttachError::Occupied { .. } => Code::ATTACHMENT_EXISTS.number().into(),
             AttachError::Exists { .. } => Code::ATTACHMENT_EXISTS.number().into(),
             AttachError::World(_) | AttachError::Unsettled { .. } => Code::CHANGE_FAILED.number().into(),
             AttachError::Undo { .. } => Code::LEFTOVER.number().into(),

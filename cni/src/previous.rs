@@ -75,14 +75,15 @@ impl<'a> Previous<'a> {
     /// The container's routes.
     pub(crate) fn routes(&self) -> Vec<EndpointRoute> {
         let route = |route: &Value| {
+            let destination = text(route, "dst")?.parse::<InterfaceAddress>().ok()?.prefix();
             Some(EndpointRoute {
-                destination: text(route, "dst")?.parse::<InterfaceAddress>().ok()?.prefix(),
                 via: text(route, "gw").and_then(|via| via.parse().ok()),
                 metric: route
                     .get("priority")
                     .and_then(Value::as_u64)
                     .and_then(|m| u32::try_from(m).ok())
                     .unwrap_or(0),
+                ..EndpointRoute::to(destination)
             })
         };
         self.routes.iter().filter_map(route).collect()

@@ -5,9 +5,9 @@
 
 use std::collections::BTreeSet;
 
-use flannel_core::act::attach::{AttachError, Shared, connect, disconnect};
-use flannel_core::decide::bridge::BridgeSpec;
-use flannel_core::decide::endpoint::{Birth, EndpointSpec};
+use flannel_core::act::attach::{AttachError, OtherAddresses, Shared, connect, disconnect};
+use flannel_core::decide::bridge::{BridgeOptions, BridgeSpec};
+use flannel_core::decide::endpoint::{Birth, EndpointOptions, EndpointSpec};
 use flannel_core::touch::world::World as _;
 use flannel_core::touch::world::kernel::Kernel;
 use flannel_core::words::addr::{InterfaceAddress, Mac};
@@ -53,11 +53,13 @@ pub(crate) fn attach(endpoint_id: &str, port: &Port) -> Result<LinkName, Refusal
         addresses: Vec::new(),
         gateways: Vec::new(),
         routes: Vec::new(),
+        options: EndpointOptions::default(),
     };
     let gateways = port.gateways.clone();
-    let bridge = BridgeSpec { name: port.bridge, gateways, mtu: port.bridge_mtu, alias: None };
+    let options = BridgeOptions::default();
+    let bridge = BridgeSpec { name: port.bridge, gateways, mtu: port.bridge_mtu, alias: None, options };
     // The rules of the network are the agent's.
-    let shared = Shared { bridge, rules: Vec::new(), force_address: false };
+    let shared = Shared { bridge, masquerade: None, others: OtherAddresses::Keep };
     match connect(&mut kernel, None, &shared, &spec) {
         Ok(_) | Err(AttachError::Exists { .. }) => Ok(spec.container_link),
         Err(error) => Err(Refusal::of(&error)),

@@ -10,7 +10,8 @@ use std::net::IpAddr;
 use flannel_core::touch::world::{World, WorldError};
 use flannel_core::words::addr::{Family, Mac};
 use flannel_core::words::fact::{
-    Accept, Address, Change, Fact, Facts, Forward, Key, Link, LinkKind, Route, RouteScope, Sysctl,
+    Accept, Address, Change, Fact, Facts, Forward, Key, Link, LinkKind, LinkModes, PortVlans, Route,
+    RouteScope, Sysctl,
 };
 use flannel_core::words::name::LinkName;
 use flannel_core::words::territory::Territory;
@@ -130,6 +131,9 @@ impl FakeWorld {
                 }
                 self.link(port.link).ok_or(libc::ENODEV)?;
             }
+            Fact::PortVlans(PortVlans { link, .. }) => {
+                self.link(*link).ok_or(libc::ENODEV)?;
+            }
             Fact::Address(address) => {
                 self.link(address.link).ok_or(libc::ENODEV)?;
             }
@@ -145,7 +149,7 @@ impl FakeWorld {
             Fact::Sysctl(Sysctl { link: Some(link), .. }) => {
                 self.link(*link).ok_or(libc::ENOENT)?;
             }
-            Fact::Sysctl(_) | Fact::Table(_) | Fact::Accept(_) => {}
+            Fact::Sysctl(_) | Fact::Table(_) | Fact::Accept(_) | Fact::Guard(_) => {}
         }
         self.facts.set(fact.clone());
         Ok(())
@@ -180,6 +184,7 @@ impl FakeWorld {
                 mac: peer.mac.or_else(|| Some(Mac::locally_administered(arbitrary(peer.name)))),
                 alias: None,
                 up: false,
+                modes: LinkModes::default(),
             })));
         }
         self.facts.set(Fact::Link(Box::new(made)));
@@ -216,6 +221,10 @@ impl FakeWorld {
             mac: new.mac.or(old.mac),
             alias: new.alias.clone().or(old.alias),
             up: new.up || old.up,
+            modes: LinkModes {
+                promiscuous: new.modes.promiscuous || old.modes.promiscuous,
+                vlan_filtering: new.modes.vlan_filtering || old.modes.vlan_filtering,
+            },
             ..old
         })));
         Ok(())
@@ -287,7 +296,7 @@ impl FakeWorld {
         // A route's place is its destination and metric, with or without a gateway (net/ipv4/fib_trie.c
         // `fib_table_insert`).
         for gateway in [true, false] {
-            self.facts.remove(&Key::Route(gateway, route.destination, route.metric));
+            self.facts.remove(&Key::Route(gateway, route.extras.table, route.destination, route.metric));
         }
         self.facts.set(Fact::Route(route));
         Ok(())
@@ -374,6 +383,8 @@ impl FakeWorld {
             .filter(|fact| match fact {
                 Fact::Link(link) => territory.holds_link(link),
                 Fact::BridgePort(port) => ours.contains(&port.link),
+                Fact::PortVlans(vlans) => territory.vlans.contains(&vlans.link),
+                Fact::Guard(guard) => territory.guards.contains(&guard.link),
                 Fact::Address(address) => territory.holds_address(&ours, address),
                 Fact::Neighbor(neighbor) => ours.contains(&neighbor.link),
                 Fact::Forward(forward) => ours.contains(&forward.link),

@@ -334,6 +334,7 @@ fn parse_address(link: &str, address: &str) -> Fact {
         link: link_name(link),
         address: address.parse().unwrap(),
         no_prefix_route: false,
+        detect_duplicates: false,
     })
 }
 

@@ -5,9 +5,9 @@ pub(crate) mod wish;
 
 use std::net::IpAddr;
 
-use flannel_core::act::attach::{self, Shared};
-use flannel_core::decide::bridge::{self, BridgeSpec};
-use flannel_core::decide::endpoint::{Birth, EndpointRoute, EndpointSpec, host_mac};
+use flannel_core::act::attach::{self, OtherAddresses, Shared};
+use flannel_core::decide::bridge::{self, BridgeOptions, BridgeSpec, Masquerade};
+use flannel_core::decide::endpoint::{Birth, EndpointOptions, EndpointRoute, EndpointSpec, host_mac};
 use flannel_core::decide::pool::Pool;
 use flannel_core::touch::ledger::{Entry, Ledger};
 use flannel_core::touch::world::kernel::Kernel;
@@ -44,12 +44,22 @@ impl Network {
     /// The bridge with what belongs to it.
     fn shared(&self, wish: &Wish) -> Shared {
         let subnets: Vec<Prefix> = self.pools.iter().map(Pool::subnet).collect();
-        let masquerade = |spared: &Vec<Prefix>| bridge::masquerade(self.bridge, &subnets, spared);
+        let masquerade = |spared: &Vec<Prefix>| Masquerade {
+            table: bridge::masquerade_table(self.bridge),
+            subnets: subnets.clone(),
+            spared: spared.clone(),
+        };
         let gateways = self.pools.iter().map(Pool::gateway).collect();
         Shared {
-            bridge: BridgeSpec { name: self.bridge, gateways, mtu: self.mtu, alias: None },
-            rules: self.masquerade.iter().map(masquerade).collect(),
-            force_address: wish.force_address,
+            bridge: BridgeSpec {
+                name: self.bridge,
+                gateways,
+                mtu: self.mtu,
+                alias: None,
+                options: BridgeOptions::default(),
+            },
+            masquerade: self.masquerade.as_ref().map(masquerade),
+            others: if wish.force_address { OtherAddresses::Remove } else { OtherAddresses::Keep },
         }
     }
 
@@ -60,7 +70,11 @@ impl Network {
         addresses: &[InterfaceAddress],
     ) -> Result<EndpointSpec, CniError> {
         let mac = addresses.first().map(|first| Mac::for_address(first.address()));
-        let to = |Route { destination, via, metric }| EndpointRoute { destination, via, metric };
+        let to = |Route { destination, via, metric }| EndpointRoute {
+            via,
+            metric,
+            ..EndpointRoute::to(destination)
+        };
         Ok(EndpointSpec {
             host_link: call.attachment()?.host_link(&self.name),
             container_link: call.link()?,
@@ -68,6 +82,7 @@ impl Network {
             bridge: self.bridge,
             hairpin: wish.hairpin,
             isolated: false,
+            options: EndpointOptions::default(),
             mtu: Some(self.mtu),
             mac: wish.mac.or(mac),
             addresses: addresses.to_vec(),

@@ -10,13 +10,16 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use super::pass::{ROUNDS_MAX, chain};
-use crate::decide::bridge::{self, BridgeSpec};
+use crate::decide::bridge::{self, BridgeSpec, Masquerade};
 use crate::decide::endpoint::{self, EndpointPlan, EndpointSpec};
 use crate::decide::pool::{Pool, PoolError};
 use crate::touch::ledger::{HeldLedger, Ledger, LedgerError};
 use crate::touch::world::{World, WorldError};
 use crate::words::addr::{Family, InterfaceAddress, Mac};
-use crate::words::fact::{Change, Conflict, Fact, Facts, Key, Link, LinkKind, diff};
+use crate::words::fact::{
+    Address, Change, Conflict, Fact, Facts, Guard, Key, Link, LinkKind, LinkModes, RouteProtocol, RouteTable,
+    diff,
+};
 use crate::words::name::{Attachment, LinkName};
 use crate::words::territory::Territory;
 
@@ -57,6 +60,31 @@ pub enum AttachError {
         /// The host's end.
         host_link: LinkName,
     },
+    /// The container has an interface of that name already.
+    #[error(
+        "container veth name provided ({link}) already exists: the container has an interface of that name already, which this attachment did not make"
+    )]
+    Occupied {
+        /// The name.
+        link: LinkName,
+    },
+    /// The bridge is the gateway of something else. Upstream's words, which people look for.
+    #[error(
+        "{link:?} already has an IP address different from {wanted}: it has {there}; with forceAddress that one is taken off"
+    )]
+    OtherAddress {
+        /// The bridge.
+        link: String,
+        /// What it should have.
+        wanted: InterfaceAddress,
+        /// What stands in the way.
+        there: InterfaceAddress,
+    },
+    /// The kernel keeps no VLANs apart.
+    #[error(
+        "this kernel has no VLANs on bridges (CONFIG_BRIDGE_VLAN_FILTERING), and the configuration asks for one"
+    )]
+    NoVlans,
     /// The bridge's name belongs to something else.
     #[error("{link} exists and is no bridge: choose another bridge name, or remove it")]
     NoBridge {
@@ -144,17 +172,68 @@ fn claim_from(
 pub struct Shared {
     /// The bridge.
     pub bridge: BridgeSpec,
-    /// Rules that belong to it.
-    pub rules: Vec<Fact>,
-    /// Take addresses off the bridge that are not planned.
-    pub force_address: bool,
+    /// What leaves its subnets gets the node's address.
+    pub masquerade: Option<Masquerade>,
+    /// What becomes of other addresses that the bridge has.
+    pub others: OtherAddresses,
+}
+
+/// What becomes of addresses of the bridge that are not planned and in the way of those that are: any IPv4 address, and IPv6
+/// addresses whose subnets overlap.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OtherAddresses {
+    /// They stay: they are the gateways of containers that are still there.
+    Keep,
+    /// It is an error.
+    Refuse,
+    /// They go.
+    Remove,
 }
 
 impl Shared {
     fn plan(&self) -> Result<Facts, Conflict> {
         let mut facts = bridge::plan(&self.bridge)?;
-        self.rules.iter().try_for_each(|rule| facts.add(rule.clone()))?;
+        if let Some(wanted) = &self.masquerade {
+            facts.add(bridge::masquerade(wanted))?;
+        }
         Ok(facts)
+    }
+
+    /// Addresses where the gateways are that are not planned.
+    fn other_addresses<'a>(&'a self, observed: &'a Facts) -> impl Iterator<Item = &'a Address> {
+        let link = self.bridge.gateway_link();
+        observed.iter().filter_map(move |fact| match fact {
+            Fact::Address(there) if there.link == link => {
+                (!self.bridge.gateways.contains(&there.address)).then_some(there)
+            }
+            _ => None,
+        })
+    }
+
+    /// The planned gateway that another address is in the way of.
+    fn hindered_by(&self, there: &Address) -> Option<InterfaceAddress> {
+        self.bridge.gateways.iter().copied().find(|gateway| match gateway.family() {
+            Family::V4 => there.address.family() == Family::V4,
+            Family::V6 => gateway.prefix().overlaps(&there.address.prefix()),
+        })
+    }
+
+    /// Who lives in a subnet that was the node's before keeps being masqueraded, as long as the bridge keeps its address, which is
+    /// not `going`. An address is ours if it is the network's, or has a route that we made.
+    fn keep_masquerading(&self, wanted: &mut Facts, observed: &Facts, going: &[InterfaceAddress]) {
+        let Some(planned) = &self.masquerade else { return };
+        let mut masquerade = planned.clone();
+        for address in self.other_addresses(observed).map(|there| there.address) {
+            let subnet = address.prefix();
+            let route = Key::Route(false, RouteTable::MAIN, subnet, 0);
+            let made =
+                matches!(observed.get(&route), Some(Fact::Route(r)) if r.protocol == RouteProtocol::FLANNEL);
+            let ours = made || planned.spared.iter().any(|network| network.covers(&subnet));
+            if ours && !going.contains(&address) && !masquerade.subnets.contains(&subnet) {
+                masquerade.subnets.push(subnet);
+            }
+        }
+        wanted.set(bridge::masquerade(&masquerade));
     }
 }
 
@@ -170,17 +249,31 @@ pub fn connect(
 ) -> Result<Option<Mac>, AttachError> {
     let plan = endpoint::plan(spec)?;
     let mac = prepare(host, shared, spec)?;
-    let made = create(host, &plan.host).and_then(|()| match sandbox {
-        Some(sandbox) => configure(sandbox, &plan, spec),
+    let mut sandbox = sandbox;
+    let made = create(host, &plan.host).and_then(|()| match &mut sandbox {
+        Some(sandbox) => configure(*sandbox, &plan, spec),
         None => Ok(()),
     });
-    match made {
-        Ok(()) => Ok(mac),
-        Err(error) => Err(match take_back(host, spec) {
-            Ok(()) => error.into(),
-            Err(undo) => AttachError::Undo { error: Box::new(error.into()), undo: chain(&undo) },
-        }),
-    }
+    let Err(error) = made else { return Ok(mac) };
+    let undone = take_back(host, spec);
+    let occupied = sandbox.is_some_and(|sandbox| is_occupied(sandbox, &error, spec));
+    let error = match occupied {
+        true => AttachError::Occupied { link: spec.container_link },
+        false => error.into(),
+    };
+    Err(match undone {
+        Ok(()) => error,
+        Err(undo) => AttachError::Undo { error: Box::new(error), undo: chain(&undo) },
+    })
+}
+
+/// Whether the pair could not be made because the container has an interface of that name.
+fn is_occupied(sandbox: &mut dyn World, error: &WorldError, spec: &EndpointSpec) -> bool {
+    let WorldError::Refused { source, .. } = error else { return false };
+    let name = spec.container_link;
+    let territory = Territory { links: BTreeSet::from([name]), ..Territory::default() };
+    source.raw_os_error() == Some(libc::EEXIST)
+        && sandbox.observe(&territory).is_ok_and(|seen| seen.get(&Key::Link(name)).is_some())
 }
 
 /// Deletes the veth pair of a failed attach, unless it is of another one: the same attachment may be made twice at the
@@ -189,6 +282,9 @@ fn take_back(host: &mut dyn World, spec: &EndpointSpec) -> Result<(), WorldError
     let territory = Territory { links: BTreeSet::from([spec.host_link]), ..Territory::default() };
     match host.observe(&territory)?.get(&Key::Link(spec.host_link)) {
         Some(Fact::Link(link)) if spec.mac.is_none() || link.mac == spec.mac.map(endpoint::host_mac) => {
+            if spec.options.guarded {
+                lift_guard(host, spec.host_link)?;
+            }
             disconnect(host, spec.host_link)
         }
         _ => Ok(()),
@@ -199,6 +295,45 @@ fn take_back(host: &mut dyn World, spec: &EndpointSpec) -> Result<(), WorldError
 pub fn disconnect(host: &mut dyn World, host_link: LinkName) -> Result<(), WorldError> {
     let link = veth(host_link, None);
     host.apply(&[Change::Delete(&link)]).into_iter().collect()
+}
+
+/// Forgets which MAC an endpoint's port may use. One that was free is no error.
+pub fn lift_guard(host: &mut dyn World, host_link: LinkName) -> Result<(), WorldError> {
+    // It goes by the name.
+    let guard = Fact::Guard(Guard { link: host_link, mac: Mac([0; 6]) });
+    host.apply(&[Change::Delete(&guard)]).into_iter().collect()
+}
+
+/// Takes addresses off the bridge that earlier subnets of the node left there: those in whose subnet one of the
+/// released addresses was, and none of those still held is.
+pub fn retire_subnets(
+    host: &mut dyn World,
+    shared: &Shared,
+    released: &[IpAddr],
+    held: &[IpAddr],
+) -> Result<(), AttachError> {
+    let planned = shared.plan()?;
+    let observed = host.observe(&Territory::of(planned.iter()))?;
+    let left = |there: &&Address| {
+        let lives = |ips: &[IpAddr]| ips.iter().any(|ip| there.address.prefix().contains(*ip));
+        lives(released) && !lives(held)
+    };
+    let going: Vec<Fact> =
+        shared.other_addresses(&observed).filter(left).cloned().map(Fact::Address).collect();
+    if going.is_empty() {
+        return Ok(());
+    }
+    let addresses: Vec<_> =
+        shared.other_addresses(&observed).filter(left).map(|there| there.address).collect();
+    let mut wanted = planned.clone();
+    shared.keep_masquerading(&mut wanted, &observed, &addresses);
+    wanted.retain(|fact| matches!(fact, Fact::Table(_)));
+    let mut rules = observed.clone();
+    rules.retain(|fact| matches!(fact, Fact::Table(_)));
+    let mut changes: Vec<_> = going.iter().map(Change::Delete).collect();
+    changes.extend(diff(&wanted, &rules));
+    host.apply(&changes).into_iter().collect::<Result<(), _>>()?;
+    Ok(())
 }
 
 /// What keeps an endpoint from being as planned, as the lines that would repair it. What others added is nobody's
@@ -216,10 +351,14 @@ pub fn check(
     wanted.join(plan.host)?;
     let observed = host.observe(&Territory::of(wanted.iter()))?;
     settle_for(&mut wanted, &observed, shared.bridge.name);
+    shared.keep_masquerading(&mut wanted, &observed, &[]);
     let mut missing = missing(&wanted, &observed);
     if let Some(sandbox) = sandbox {
-        let observed = sandbox.observe(&Territory::of(plan.container.iter()))?;
-        missing.extend(self::missing(&plan.container, &observed));
+        let mut container = plan.container;
+        // Settings count when addresses come; other plugins, and the container, may have their own afterwards.
+        container.retain(|fact| !matches!(fact, Fact::Sysctl(_)));
+        let observed = sandbox.observe(&Territory::of(container.iter()))?;
+        missing.extend(self::missing(&container, &observed));
     }
     Ok(missing)
 }
@@ -264,11 +403,21 @@ fn prepare(host: &mut dyn World, shared: &Shared, spec: &EndpointSpec) -> Result
         }
         let mut wanted = planned.clone();
         let mac = settle_for(&mut wanted, &observed, name);
+        match shared.others {
+            OtherAddresses::Keep => shared.keep_masquerading(&mut wanted, &observed, &[]),
+            OtherAddresses::Refuse => refuse_others(shared, &observed)?,
+            OtherAddresses::Remove => {}
+        }
         let changes: Vec<_> = diff(&wanted, &observed)
             .into_iter()
             .filter(|change| match change {
                 Change::Create(_) | Change::Replace { .. } => true,
-                Change::Delete(fact) => shared.force_address && matches!(fact, Fact::Address(_)),
+                Change::Delete(Fact::Address(there)) => {
+                    shared.others == OtherAddresses::Remove
+                        && shared.other_addresses(&observed).any(|other| other == there)
+                        && shared.hindered_by(there).is_some()
+                }
+                Change::Delete(_) => false,
             })
             .collect();
         if changes.iter().any(|change| is_other_device(change, name)) {
@@ -278,12 +427,36 @@ fn prepare(host: &mut dyn World, shared: &Shared, spec: &EndpointSpec) -> Result
             return Ok(mac);
         }
         match host.apply(&changes).into_iter().collect::<Result<(), _>>() {
-            Ok(()) => return Ok(mac),
+            Ok(()) if mac.is_some() => return Ok(mac),
+            // The kernel made one up: look what it is.
+            Ok(()) => {}
             // The first containers of a node come at once, and each makes the bridge: look what the others have done.
             Err(error) => failed = Some(error),
         }
     }
-    Err(failed.map_or(AttachError::Unsettled { link: name }, AttachError::World))
+    match failed {
+        Some(WorldError::Refused { source, .. })
+            if shared.bridge.options.vlan_filtering && source.raw_os_error() == Some(libc::EOPNOTSUPP) =>
+        {
+            Err(AttachError::NoVlans)
+        }
+        Some(error) => Err(AttachError::World(error)),
+        None => Err(AttachError::Unsettled { link: name }),
+    }
+}
+
+/// Fails if something is in the way of an address that is not there yet, as upstream does.
+fn refuse_others(shared: &Shared, observed: &Facts) -> Result<(), AttachError> {
+    let link = shared.bridge.gateway_link();
+    let hindered = shared.other_addresses(observed).find_map(|there| {
+        let wanted = shared.hindered_by(there)?;
+        let missing = observed.get(&Key::Address(link, wanted)).is_none();
+        missing.then_some((wanted, there.address))
+    });
+    match hindered {
+        Some((wanted, there)) => Err(AttachError::OtherAddress { link: link.to_string(), wanted, there }),
+        None => Ok(()),
+    }
 }
 
 /// A bridge that exists keeps its MAC and MTU: its containers know the one and were made for the other. The answer is its
@@ -333,7 +506,15 @@ fn configure(sandbox: &mut dyn World, plan: &EndpointPlan, spec: &EndpointSpec) 
 
 fn veth(name: LinkName, mac: Option<Mac>) -> Fact {
     let kind = LinkKind::Veth { peer: None };
-    Fact::Link(Box::new(Link { name, kind, mtu: None, mac, alias: None, up: false }))
+    Fact::Link(Box::new(Link {
+        name,
+        kind,
+        mtu: None,
+        mac,
+        alias: None,
+        up: false,
+        modes: LinkModes::default(),
+    }))
 }
 
 fn missing(wanted: &Facts, observed: &Facts) -> Vec<String> {

@@ -6,9 +6,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::words::addr::{Family, InterfaceAddress, Mac, Prefix};
 use crate::words::fact::{
-    Address, Conflict, Fact, Facts, Key, Link, LinkKind, Route, RouteProtocol, RouteScope, Sysctl,
+    Address, BridgePort, Conflict, Fact, Facts, Key, Link, LinkKind, LinkModes, PortVlans, Route,
+    RouteExtras, RouteProtocol, RouteScope, Sysctl, VethPeer, VlanMember,
 };
-use crate::words::name::LinkName;
+use crate::words::name::{Attachment, LinkName, NameError};
 use crate::words::rule::{
     Base, Chain, ChainKind, Hook, Match, Rule, Side, Table, TableFamily, TableName, Verdict,
 };
@@ -25,6 +26,52 @@ pub struct BridgeSpec {
     pub mtu: Mtu,
     /// Mark of the owner, if it is marked.
     pub alias: Option<String>,
+    /// What few bridges have.
+    pub options: BridgeOptions,
+}
+
+/// What few bridges have.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct BridgeOptions {
+    /// Takes frames that are not for it.
+    pub promiscuous: bool,
+    /// Keeps the VLANs of its ports apart.
+    pub vlan_filtering: bool,
+    /// The gateway is in a VLAN, on an interface of its own.
+    pub vlan_gateway: Option<VlanGateway>,
+}
+
+/// A veth pair that is the gateway's place in one VLAN of the bridge. Its upper end is called as upstream's bridge plugin calls it
+/// (`ensureVlanInterface`), so that the two share it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VlanGateway {
+    /// The end with the address: `cni0.100`.
+    pub link: LinkName,
+    /// The end on the bridge.
+    pub port: LinkName,
+    /// The VLAN.
+    pub vlan: u16,
+    /// The end on the bridge is not in VLAN 1.
+    pub not_default: bool,
+}
+
+impl VlanGateway {
+    /// That of a bridge in a VLAN.
+    ///
+    /// # Errors
+    /// The bridge's name leaves no room for the VLAN's number.
+    pub fn new(bridge: LinkName, vlan: u16, not_default: bool) -> Result<Self, NameError> {
+        let link = LinkName::new(&format!("{bridge}.{vlan}"))?;
+        let port = Attachment { container: bridge.to_string(), interface: vlan.to_string() };
+        Ok(Self { link, port: port.host_link("vlan gateway"), vlan, not_default })
+    }
+}
+
+impl BridgeSpec {
+    /// The interface that has the gateways' addresses.
+    pub fn gateway_link(&self) -> LinkName {
+        self.options.vlan_gateway.as_ref().map_or(self.name, |gateway| gateway.link)
+    }
 }
 
 /// The bridge's facts.
@@ -34,27 +81,65 @@ pub struct BridgeSpec {
 /// (libnetwork netutils `CheckRouteOverlaps`).
 pub fn plan(spec: &BridgeSpec) -> Result<Facts, Conflict> {
     let mut facts = Facts::default();
+    let mac = spec.gateways.first().map(|gateway| Mac::for_address(gateway.address()));
     facts.add(Fact::Link(Box::new(Link {
         name: spec.name,
         kind: LinkKind::Bridge,
         mtu: Some(spec.mtu),
         // Pinned: a bridge without a MAC of its own takes its lowest port's, and changes it when that leaves.
-        mac: spec.gateways.first().map(|gateway| Mac::for_address(gateway.address())),
+        // Without an address nobody knows it, and a derived one could be that of another node's bridge on the same wire.
+        mac: mac.filter(|_| spec.options.vlan_gateway.is_none()),
         alias: spec.alias.clone(),
         up: true,
+        modes: LinkModes {
+            promiscuous: spec.options.promiscuous,
+            vlan_filtering: spec.options.vlan_filtering,
+        },
     })))?;
+    if let Some(gateway) = &spec.options.vlan_gateway {
+        plan_vlan(spec, gateway, mac, &mut facts)?;
+    }
     for gateway in &spec.gateways {
         match gateway.family() {
-            Family::V4 => plan_v4(spec.name, *gateway, &mut facts)?,
-            Family::V6 => plan_v6(spec.name, *gateway, &mut facts)?,
+            Family::V4 => plan_v4(spec.gateway_link(), *gateway, &mut facts)?,
+            Family::V6 => plan_v6(spec.gateway_link(), *gateway, &mut facts)?,
         }
     }
     Ok(facts)
 }
 
+/// The pair is made by the end whose name comes first, because facts are made in the order of their keys.
+fn plan_vlan(
+    spec: &BridgeSpec,
+    gateway: &VlanGateway,
+    mac: Option<Mac>,
+    facts: &mut Facts,
+) -> Result<(), Conflict> {
+    let VlanGateway { link, port, vlan, not_default } = *gateway;
+    let mut ends = [(link, mac), (port, None)];
+    ends.sort_by_key(|(name, _)| *name);
+    let [(first, first_mac), (second, second_mac)] = ends;
+    let mtu = Some(spec.mtu);
+    let peer = VethPeer { name: second, mac: second_mac, mtu, in_sandbox: false };
+    for (name, mac, peer) in [(first, first_mac, Some(peer)), (second, second_mac, None)] {
+        let kind = LinkKind::Veth { peer };
+        let modes = LinkModes::default();
+        facts.add(Fact::Link(Box::new(Link { name, kind, mtu, mac, alias: None, up: true, modes })))?;
+    }
+    let bridge = spec.name;
+    facts.add(Fact::BridgePort(BridgePort { link: port, bridge, hairpin: false, isolated: false }))?;
+    let members = BTreeMap::from([(vlan, VlanMember::Access)]);
+    facts.add(Fact::PortVlans(PortVlans { link: port, members, not_default }))
+}
+
 fn plan_v4(bridge: LinkName, gateway: InterfaceAddress, facts: &mut Facts) -> Result<(), Conflict> {
     facts.add(sysctl(None, "net/ipv4/ip_forward".to_owned(), "1"))?;
-    facts.add(Fact::Address(Address { link: bridge, address: gateway, no_prefix_route: true }))?;
+    facts.add(Fact::Address(Address {
+        link: bridge,
+        address: gateway,
+        no_prefix_route: true,
+        detect_duplicates: false,
+    }))?;
     facts.add(Fact::Route(Route {
         destination: gateway.prefix(),
         via: None,
@@ -64,6 +149,7 @@ fn plan_v4(bridge: LinkName, gateway: InterfaceAddress, facts: &mut Facts) -> Re
         scope: RouteScope::Global,
         source: Some(gateway.address()),
         protocol: RouteProtocol::FLANNEL,
+        extras: RouteExtras::default(),
     }))
 }
 
@@ -76,7 +162,12 @@ fn plan_v6(bridge: LinkName, gateway: InterfaceAddress, facts: &mut Facts) -> Re
     for setting in ["disable_ipv6", "accept_ra", "accept_dad"] {
         facts.add(sysctl(Some(bridge), format!("net/ipv6/conf/{bridge}/{setting}"), "0"))?;
     }
-    facts.add(Fact::Address(Address { link: bridge, address: gateway, no_prefix_route: false }))
+    facts.add(Fact::Address(Address {
+        link: bridge,
+        address: gateway,
+        no_prefix_route: false,
+        detect_duplicates: false,
+    }))
 }
 
 fn sysctl(link: Option<LinkName>, path: String, value: &str) -> Fact {
@@ -96,7 +187,18 @@ pub fn adopt(plan: &mut Facts, observed: &Facts, bridge: LinkName) {
     }
 }
 
-/// Name of the table that [`masquerade`] plans.
+/// Who keeps its source when it leaves a bridge's subnets.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Masquerade {
+    /// Where the rules are.
+    pub table: TableName,
+    /// What leaves these gets the node's address...
+    pub subnets: Vec<Prefix>,
+    /// ...unless it goes to these.
+    pub spared: Vec<Prefix>,
+}
+
+/// Name of the table that [`masquerade`] plans for a flannel network's bridge.
 pub fn masquerade_table(bridge: LinkName) -> TableName {
     const FIRST: &str = "flannel_cni";
     let name = match bridge.as_str() {
@@ -109,11 +211,11 @@ pub fn masquerade_table(bridge: LinkName) -> TableName {
 /// What leaves the networks gets the node's address, for a node whose agent does not see to that itself: one static rule
 /// for each subnet, nothing for a container, so that nothing can be left behind by one. Traffic to other nodes' containers and
 /// multicast keep their source.
-pub fn masquerade(bridge: LinkName, subnets: &[Prefix], networks: &[Prefix]) -> Fact {
+pub fn masquerade(wanted: &Masquerade) -> Fact {
     const SRCNAT: i32 = 100;
-    let rules = subnets.iter().map(|subnet| {
+    let rules = wanted.subnets.iter().map(|subnet| {
         let family = subnet.family();
-        let inside = networks.iter().filter(|network| network.family() == family);
+        let inside = wanted.spared.iter().filter(|network| network.family() == family);
         let kept: BTreeSet<Prefix> = inside.copied().chain([Prefix::multicast(family)]).collect();
         let mut matches = vec![Match::Address { side: Side::Source, negated: false, prefix: *subnet }];
         matches.extend(kept.into_iter().map(|prefix| Match::Address {
@@ -129,7 +231,7 @@ pub fn masquerade(bridge: LinkName, subnets: &[Prefix], networks: &[Prefix]) -> 
     };
     Fact::Table(Box::new(Table {
         chains: BTreeMap::from([("postrouting".to_owned(), chain)]),
-        ..Table::new(masquerade_table(bridge))
+        ..Table::new(wanted.table.clone())
     }))
 }
 
@@ -143,6 +245,7 @@ mod tests {
             gateways: gateways.iter().map(|gateway| gateway.parse().unwrap()).collect(),
             mtu: Mtu::new(1450).unwrap(),
             alias: None,
+            options: BridgeOptions::default(),
         }
     }
 
@@ -180,7 +283,9 @@ mod tests {
     fn masquerading_spares_the_networks_and_multicast() {
         let subnets = ["10.5.29.0/24".parse().unwrap(), "fd00:5::/64".parse().unwrap()];
         let networks = ["10.5.0.0/16".parse().unwrap(), "fd00::/16".parse().unwrap()];
-        let table = masquerade(LinkName::new("cni0").unwrap(), &subnets, &networks).to_string();
+        let table = masquerade_table(LinkName::new("cni0").unwrap());
+        let wanted = Masquerade { table, subnets: subnets.into(), spared: networks.into() };
+        let table = masquerade(&wanted).to_string();
         assert!(table.contains("table inet flannel_cni {"), "{table}");
         assert!(
             table

@@ -1,11 +1,12 @@
 //! One endpoint: a container's place on a network, as facts of the host and facts of the container.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use crate::words::addr::{Family, InterfaceAddress, Mac, Prefix};
 use crate::words::fact::{
-    Address, BridgePort, Conflict, Fact, Facts, Link, LinkKind, Route, RouteProtocol, RouteScope, Sysctl,
-    VethPeer,
+    Address, BridgePort, Conflict, Fact, Facts, Guard, Link, LinkKind, LinkModes, PortVlans, Route,
+    RouteExtras, RouteProtocol, RouteScope, Sysctl, VethPeer, VlanMember,
 };
 use crate::words::name::LinkName;
 use crate::words::units::Mtu;
@@ -28,12 +29,16 @@ pub struct EndpointRoute {
     pub via: Option<IpAddr>,
     /// Metric; 0 for what the kernel takes.
     pub metric: u32,
+    /// Scope; none for the one that suits the gateway.
+    pub scope: Option<RouteScope>,
+    /// What few routes have.
+    pub extras: RouteExtras,
 }
 
 impl EndpointRoute {
     /// Through the gateway.
     pub fn to(destination: Prefix) -> Self {
-        Self { destination, via: None, metric: 0 }
+        Self { destination, via: None, metric: 0, scope: None, extras: RouteExtras::default() }
     }
 }
 
@@ -62,6 +67,30 @@ pub struct EndpointSpec {
     pub gateways: Vec<IpAddr>,
     /// Its routes, beside those to its own subnets.
     pub routes: Vec<EndpointRoute>,
+    /// What few endpoints have.
+    pub options: EndpointOptions,
+}
+
+/// What few endpoints have.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct EndpointOptions {
+    /// The VLANs of its port; none where the bridge keeps none apart.
+    pub vlans: Option<EndpointVlans>,
+    /// What it sends from another MAC than its own is dropped.
+    pub guarded: bool,
+    /// Its IPv6 addresses are not used before nobody objects.
+    pub detect_duplicates: bool,
+    /// Its interface is left down.
+    pub down: bool,
+}
+
+/// The VLANs of an endpoint's port.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct EndpointVlans {
+    /// By number.
+    pub members: BTreeMap<u16, VlanMember>,
+    /// Not in VLAN 1, which every port joins by itself.
+    pub not_default: bool,
 }
 
 /// An endpoint's facts, by the namespace they are true of.
@@ -105,6 +134,7 @@ fn host(spec: &EndpointSpec) -> Result<Facts, Conflict> {
         mac: spec.mac.map(host_mac),
         alias: None,
         up: true,
+        modes: LinkModes::default(),
     })))?;
     facts.add(Fact::BridgePort(BridgePort {
         link: spec.host_link,
@@ -112,6 +142,12 @@ fn host(spec: &EndpointSpec) -> Result<Facts, Conflict> {
         hairpin: spec.hairpin,
         isolated: spec.isolated,
     }))?;
+    if let Some(EndpointVlans { members, not_default }) = spec.options.vlans.clone() {
+        facts.add(Fact::PortVlans(PortVlans { link: spec.host_link, members, not_default }))?;
+    }
+    if let Some(mac) = spec.mac.filter(|_| spec.options.guarded) {
+        facts.add(Fact::Guard(Guard { link: spec.host_link, mac }))?;
+    }
     Ok(facts)
 }
 
@@ -124,16 +160,21 @@ fn container(spec: &EndpointSpec) -> Result<Facts, Conflict> {
         mtu: spec.mtu,
         mac: spec.mac,
         alias: None,
-        up: true,
+        up: !spec.options.down,
+        modes: LinkModes::default(),
     })))?;
     for address in &spec.addresses {
-        if address.family() == Family::V6 {
-            for (setting, value) in [("disable_ipv6", "0"), ("accept_dad", "0")] {
-                let path = format!("net/ipv6/conf/{link}/{setting}");
-                facts.add(Fact::Sysctl(Sysctl { link: Some(link), path, value: value.to_owned() }))?;
-            }
+        for (setting, value) in settings(address.family(), spec.options.detect_duplicates) {
+            let path = format!("net/{setting}").replace("IFNAME", link.as_str());
+            facts.add(Fact::Sysctl(Sysctl { link: Some(link), path, value: (*value).to_owned() }))?;
         }
-        facts.add(Fact::Address(Address { link, address: *address, no_prefix_route: false }))?;
+        let detect_duplicates = spec.options.detect_duplicates;
+        facts.add(Fact::Address(Address {
+            link,
+            address: *address,
+            no_prefix_route: false,
+            detect_duplicates,
+        }))?;
     }
     for route in &spec.routes {
         let family = route.destination.family();
@@ -147,12 +188,37 @@ fn container(spec: &EndpointSpec) -> Result<Facts, Conflict> {
                 (0, Family::V6) => IPV6_METRIC,
                 (metric, _) => metric,
             },
-            scope: if via.is_some() { RouteScope::Global } else { RouteScope::Link },
+            scope: match (route.scope, family) {
+                (Some(scope), Family::V4) => scope,
+                (None, Family::V4) if via.is_none() => RouteScope::Link,
+                // The kernel has no scopes of IPv6 routes: whatever was asked for, it shows this one.
+                _ => RouteScope::Global,
+            },
             source: None,
             protocol: RouteProtocol::BOOT,
+            extras: route.extras,
         }))?;
     }
     Ok(facts)
+}
+
+/// How an interface treats addresses of a family: as upstream's bridge and ipam package set it. The neighbors hear of a link that
+/// comes up; IPv6 addresses survive one that goes down.
+fn settings(family: Family, detect_duplicates: bool) -> &'static [(&'static str, &'static str)] {
+    match (family, detect_duplicates) {
+        (Family::V4, _) => &[("ipv4/conf/IFNAME/arp_notify", "1")],
+        (Family::V6, false) => &[
+            ("ipv6/conf/IFNAME/disable_ipv6", "0"),
+            ("ipv6/conf/IFNAME/accept_dad", "0"),
+            ("ipv6/conf/IFNAME/keep_addr_on_down", "1"),
+        ],
+        (Family::V6, true) => &[
+            ("ipv6/conf/IFNAME/disable_ipv6", "0"),
+            ("ipv6/conf/IFNAME/accept_dad", "1"),
+            ("ipv6/conf/IFNAME/enhanced_dad", "1"),
+            ("ipv6/conf/IFNAME/keep_addr_on_down", "1"),
+        ],
+    }
 }
 
 /// What the kernel fills in for IPv6 (uapi/linux/ipv6_route.h `IP6_RT_PRIO_USER`).
@@ -182,8 +248,11 @@ mod tests {
                     destination: "10.9.0.0/16".parse().unwrap(),
                     via: Some("10.5.29.9".parse().unwrap()),
                     metric: 7,
+                    scope: None,
+                    extras: RouteExtras::default(),
                 },
             ],
+            options: EndpointOptions::default(),
         }
     }
 
@@ -199,8 +268,10 @@ mod tests {
         assert_eq!(
             plan.container.to_string(),
             "ip link add eth0 address 0a:58:0a:05:1d:07 mtu 1450 up type veth\n\
+             sysctl -w net.ipv4.conf.eth0.arp_notify=1\n\
              sysctl -w net.ipv6.conf.eth0.accept_dad=0\n\
              sysctl -w net.ipv6.conf.eth0.disable_ipv6=0\n\
+             sysctl -w net.ipv6.conf.eth0.keep_addr_on_down=1\n\
              ip addr replace 10.5.29.7/24 dev eth0\n\
              ip addr replace fd00:5::7/64 dev eth0\n\
              ip route replace default via 10.5.29.1 dev eth0\n\
@@ -226,6 +297,8 @@ mod tests {
             destination: "10.9.0.0/16".parse().unwrap(),
             via: Some(via.parse().unwrap()),
             metric: 0,
+            scope: None,
+            extras: RouteExtras::default(),
         };
         spec.routes = vec![to("10.5.29.8"), to("10.5.29.9")];
         assert!(plan(&spec).unwrap_err().to_string().contains("10.5.29.9"));

@@ -10,7 +10,7 @@ use crate::words::addr::{Family, InterfaceAddress, Prefix};
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
 use crate::words::exposure::Exposure;
-use crate::words::fact::{BridgePort, Fact, Facts, Link, LinkKind, Sysctl};
+use crate::words::fact::{BridgePort, Fact, Facts, Link, LinkKind, LinkModes, Sysctl};
 use crate::words::lease::{LeaseSet, OwnLease};
 use crate::words::name::{LinkName, NetworkName};
 use crate::words::node::{HostRoute, Node};
@@ -150,7 +150,13 @@ pub(super) fn bridge_and_ports(
     ports: &BTreeSet<LinkName>,
     draft: &mut Draft,
 ) {
-    draft.join(bridge::plan(&bridge::BridgeSpec { name, gateways, mtu, alias: None }));
+    draft.join(bridge::plan(&bridge::BridgeSpec {
+        name,
+        gateways,
+        mtu,
+        alias: None,
+        options: bridge::BridgeOptions::default(),
+    }));
     for port in ports {
         draft.add(Fact::Link(Box::new(Link {
             name: *port,
@@ -159,6 +165,7 @@ pub(super) fn bridge_and_ports(
             mac: None,
             alias: None,
             up: true,
+            modes: LinkModes::default(),
         })));
         draft.add(Fact::BridgePort(BridgePort {
             link: *port,

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 
+use super::bridge::Masquerade;
 use super::firewall::{self, FirewallScene, Range};
 use super::plan::{Plan, bridge_and_ports};
 use super::publish::PublishScene;
@@ -92,8 +93,10 @@ fn table(scene: &ReaderScene<'_>, ranges: &[Range]) -> Result<Option<Table>, Con
         .unwrap_or_else(|| Table::new(table_name(scene.network)));
     if let Some(bridge) = scene.bridge.filter(|_| scene.masquerade) {
         let subnets: Vec<Prefix> = scene.gateways.iter().map(InterfaceAddress::prefix).collect();
-        let planned = bridge::masquerade(bridge, &subnets, scene.networks);
-        let chains = take_table(&mut Facts::from_iter([planned]), bridge::masquerade_table(bridge));
+        let name = bridge::masquerade_table(bridge);
+        let planned =
+            bridge::masquerade(&Masquerade { table: name.clone(), subnets, spared: scene.networks.to_vec() });
+        let chains = take_table(&mut Facts::from_iter([planned]), name);
         table.chains.extend(chains.into_iter().flat_map(|table| table.chains));
     }
     table.name = table_name(scene.network);

@@ -4,6 +4,7 @@
 //! log, the documentation and `plan`.
 
 mod display;
+mod port;
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -13,6 +14,8 @@ use super::addr::{InterfaceAddress, Mac, Prefix};
 use super::name::LinkName;
 use super::rule::{Table, TableName};
 use super::units::{Mtu, Port, Vni};
+
+pub use port::{BridgePort, Guard, PortVlans, VlanMember};
 
 /// One thing that is true of a kernel, or should be. Holds only fields that we set; a `None` in a desired fact means
 /// that any value will do.
@@ -24,6 +27,10 @@ pub enum Fact {
     Link(Box<Link>),
     /// An interface's place on a bridge.
     BridgePort(BridgePort),
+    /// The VLANs that a bridge's port is in.
+    PortVlans(PortVlans),
+    /// Frames from a bridge's port carry one source MAC only.
+    Guard(Guard),
     /// An address of an interface.
     Address(Address),
     /// A permanent neighbor entry.
@@ -52,6 +59,10 @@ pub enum Key {
     LinkSysctl(LinkName, String),
     /// An interface on a bridge.
     BridgePort(LinkName),
+    /// VLANs of an interface on a bridge.
+    PortVlans(LinkName),
+    /// Source MAC of what comes from an interface on a bridge.
+    Guard(LinkName),
     /// An address on an interface.
     Address(LinkName, InterfaceAddress),
     /// A neighbor on an interface.
@@ -62,9 +73,9 @@ pub enum Key {
     Table(TableName),
     /// A network in the FORWARD chain.
     Accept(Prefix),
-    /// A route of the main table: the kernel tells routes apart by destination and metric. Connected routes (false)
-    /// come before those through a gateway (true).
-    Route(bool, Prefix, u32),
+    /// A route: the kernel tells routes apart by table, destination and metric. Connected routes (false) come before
+    /// those through a gateway (true).
+    Route(bool, RouteTable, Prefix, u32),
 }
 
 /// A kernel setting under /proc/sys.
@@ -93,6 +104,17 @@ pub struct Link {
     pub alias: Option<String>,
     /// Administratively up.
     pub up: bool,
+    /// What else it does.
+    pub modes: LinkModes,
+}
+
+/// What an interface does only when asked to. A mode that is not asked for is let be.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct LinkModes {
+    /// Takes frames that are not for it.
+    pub promiscuous: bool,
+    /// Of a bridge: keeps VLANs apart.
+    pub vlan_filtering: bool,
 }
 
 /// Kinds of interface.
@@ -142,19 +164,6 @@ pub struct VethPeer {
     pub in_sandbox: bool,
 }
 
-/// An interface's place on a bridge.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct BridgePort {
-    /// The port.
-    pub link: LinkName,
-    /// The bridge.
-    pub bridge: LinkName,
-    /// Frames may leave by the port they came in by. When not asked for, it is let be.
-    pub hairpin: bool,
-    /// Frames do not go between this port and others that are isolated. When not asked for, it is let be.
-    pub isolated: bool,
-}
-
 /// An address of an interface.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Address {
@@ -164,6 +173,8 @@ pub struct Address {
     pub address: InterfaceAddress,
     /// Ask the kernel not to make the subnet's route by itself. Counts at creation only.
     pub no_prefix_route: bool,
+    /// IPv6: not to be used before nobody objects (duplicate address detection). Counts at creation only.
+    pub detect_duplicates: bool,
 }
 
 /// A permanent neighbor entry.
@@ -213,9 +224,59 @@ pub enum RouteScope {
     Global,
     /// `RT_SCOPE_LINK`
     Link,
+    /// Any other, by its number.
+    Other(u8),
 }
 
-/// A unicast route of the main table.
+impl RouteScope {
+    const LINK: u8 = 253;
+
+    /// That of a number (uapi/linux/rtnetlink.h `rt_scope_t`).
+    pub const fn of(number: u8) -> Self {
+        match number {
+            0 => Self::Global,
+            Self::LINK => Self::Link,
+            other => Self::Other(other),
+        }
+    }
+
+    /// Its number.
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Global => 0,
+            Self::Link => Self::LINK,
+            Self::Other(number) => number,
+        }
+    }
+}
+
+/// A table of routes, by number.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct RouteTable(pub u32);
+
+impl RouteTable {
+    /// The one that is looked at without further rules (`RT_TABLE_MAIN`).
+    pub const MAIN: Self = Self(254);
+}
+
+impl Default for RouteTable {
+    fn default() -> Self {
+        Self::MAIN
+    }
+}
+
+/// What few routes have.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct RouteExtras {
+    /// Its table.
+    pub table: RouteTable,
+    /// Largest packet to there, in bytes. None is let be.
+    pub mtu: Option<u32>,
+    /// Largest TCP segment that is announced to there, in bytes. None is let be.
+    pub advmss: Option<u32>,
+}
+
+/// A unicast route.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Route {
     /// Destination.
@@ -234,6 +295,8 @@ pub struct Route {
     pub source: Option<IpAddr>,
     /// Owner.
     pub protocol: RouteProtocol,
+    /// What few routes have.
+    pub extras: RouteExtras,
 }
 
 impl Fact {
@@ -246,12 +309,16 @@ impl Fact {
             Self::Sysctl(Sysctl { link: Some(link), path, .. }) => Key::LinkSysctl(*link, path.clone()),
             Self::Link(link) => Key::Link(link.name),
             Self::BridgePort(port) => Key::BridgePort(port.link),
+            Self::PortVlans(vlans) => Key::PortVlans(vlans.link),
+            Self::Guard(guard) => Key::Guard(guard.link),
             Self::Address(address) => Key::Address(address.link, address.address),
             Self::Neighbor(neighbor) => Key::Neighbor(neighbor.link, neighbor.ip),
             Self::Forward(forward) => Key::Forward(forward.link, forward.mac),
             Self::Table(table) => Key::Table(table.name.clone()),
             Self::Accept(accept) => Key::Accept(accept.cidr),
-            Self::Route(route) => Key::Route(route.via.is_some(), route.destination, route.metric),
+            Self::Route(route) => {
+                Key::Route(route.via.is_some(), route.extras.table, route.destination, route.metric)
+            }
         }
     }
 
@@ -261,6 +328,8 @@ impl Fact {
             Self::Sysctl(sysctl) => sysctl.link,
             Self::Link(link) => Some(link.name),
             Self::BridgePort(port) => Some(port.link),
+            Self::PortVlans(vlans) => Some(vlans.link),
+            Self::Guard(guard) => Some(guard.link),
             Self::Address(address) => Some(address.link),
             Self::Neighbor(neighbor) => Some(neighbor.link),
             Self::Forward(forward) => Some(forward.link),
@@ -275,6 +344,8 @@ impl Fact {
             Self::Sysctl(_) => "sysctl",
             Self::Link(_) => "link",
             Self::BridgePort(_) => "bridge_port",
+            Self::PortVlans(_) => "port_vlans",
+            Self::Guard(_) => "guard",
             Self::Address(_) => "address",
             Self::Neighbor(_) => "neighbor",
             Self::Forward(_) => "forward",
@@ -291,11 +362,9 @@ impl Fact {
             (Self::Address(want), Self::Address(have)) => {
                 want.link == have.link && want.address == have.address
             }
-            // Whoever made the port chose its modes; only a plan that needs one asks.
-            (Self::BridgePort(want), Self::BridgePort(have)) => {
-                let modes = (have.hairpin || !want.hairpin) && (have.isolated || !want.isolated);
-                want.link == have.link && want.bridge == have.bridge && modes
-            }
+            (Self::BridgePort(want), Self::BridgePort(have)) => want.satisfied_by(have),
+            (Self::PortVlans(want), Self::PortVlans(have)) => want.satisfied_by(have),
+            (Self::Route(want), Self::Route(have)) => want.satisfied_by(have),
             (want, have) => want == have,
         }
     }
@@ -309,6 +378,8 @@ impl Link {
             && (self.mac.is_none() || self.mac == have.mac)
             && (self.alias.is_none() || self.alias == have.alias)
             && (!self.up || have.up)
+            && (!self.modes.promiscuous || have.modes.promiscuous)
+            && (!self.modes.vlan_filtering || have.modes.vlan_filtering)
     }
 
     /// Whether the two cannot exist at the same time although their names differ: the kernel refuses a second VXLAN
@@ -327,6 +398,16 @@ impl Link {
 }
 
 impl Route {
+    fn satisfied_by(&self, have: &Self) -> bool {
+        let RouteExtras { mtu, advmss, .. } = have.extras;
+        let extras = RouteExtras {
+            mtu: self.extras.mtu.or(mtu),
+            advmss: self.extras.advmss.or(advmss),
+            ..self.extras
+        };
+        Self { extras, ..self.clone() } == *have
+    }
+
     /// Whether the old route must go before this one can come: the kernel refuses an IPv6 gateway as on-link while a route
     /// to it leaves by another link (net/ipv6/route.c `ip6_route_check_nh_onlink`), and the route to a peer's
     /// subnet is a route to the gateway in it.

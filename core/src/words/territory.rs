@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use super::addr::Prefix;
-use super::fact::{Address, Fact, Link, Route, RouteProtocol, Sysctl};
+use super::fact::{Address, Fact, Link, Route, RouteProtocol, RouteTable, Sysctl};
 use super::name::{LinkName, NetworkName};
 use super::rule::TableName;
 
@@ -27,6 +27,12 @@ pub struct Territory {
     pub sysctls: BTreeSet<(Option<LinkName>, String)>,
     /// Whether the FORWARD chain of iptables-nft is looked at for `cidrs`.
     pub accepts: bool,
+    /// Interfaces whose VLANs are looked at.
+    pub vlans: BTreeSet<LinkName>,
+    /// Interfaces whose guard is looked at.
+    pub guards: BTreeSet<LinkName>,
+    /// Tables of routes that are looked at beside the main one.
+    pub route_tables: BTreeSet<RouteTable>,
 }
 
 impl Territory {
@@ -49,7 +55,7 @@ impl Territory {
         ours.contains(&address.link) && !automatic
     }
 
-    /// Whether a unicast route of the main table is ours. `ours` are the links found to be ours on this look.
+    /// Whether a unicast route is ours. `ours` are the links found to be ours on this look.
     /// Routes that the kernel made (RTPROT_KERNEL) go with their addresses and are nobody's. A marked route without a
     /// gateway belongs to the bridge it leaves by: where the CNI plugin made that, it is not the agent's.
     pub fn holds_route(&self, ours: &BTreeSet<LinkName>, route: &Route) -> bool {
@@ -86,11 +92,18 @@ impl Territory {
                     territory.accepts = true;
                     territory.cidrs.insert(accept.cidr);
                 }
-                Fact::BridgePort(_)
-                | Fact::Address(_)
-                | Fact::Neighbor(_)
-                | Fact::Forward(_)
-                | Fact::Route(_) => {}
+                Fact::PortVlans(vlans) => {
+                    territory.vlans.insert(vlans.link);
+                }
+                Fact::Guard(guard) => {
+                    territory.guards.insert(guard.link);
+                }
+                Fact::Route(route) => {
+                    if route.extras.table != RouteTable::MAIN {
+                        territory.route_tables.insert(route.extras.table);
+                    }
+                }
+                Fact::BridgePort(_) | Fact::Address(_) | Fact::Neighbor(_) | Fact::Forward(_) => {}
             }
         }
         territory
@@ -100,7 +113,7 @@ impl Territory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::words::fact::RouteScope;
+    use crate::words::fact::{RouteExtras, RouteScope};
 
     #[test]
     fn a_route_belongs_to_who_planned_it() {
@@ -118,6 +131,7 @@ mod tests {
                 scope: RouteScope::Global,
                 source: None,
                 protocol,
+                extras: RouteExtras::default(),
             };
             territory.holds_route(&ours, &route)
         };

@@ -219,7 +219,7 @@ fn a_second_add_is_refused_and_harms_nothing() {
         node.container("c2")?;
         lab.host(1).sh("ip -n c2 link add eth0 type bridge")?;
         let (code, text) = error(&node.call(&Call::new("ADD", "c2"), &conf)?)?;
-        ensure!(code == 115, "{code} {text}");
+        ensure!(code == 141 && text.contains("(eth0) already exists"), "{code} {text}");
         ensure!(node.ledger()? == ["10.244.1.2"]);
         ensure!(lab.host(1).sh("ip -n c2 -o link show eth0")?.contains("eth0"));
         ensure!(node.links()?.matches("veth").count() == 1);

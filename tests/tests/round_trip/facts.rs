@@ -2,7 +2,8 @@
 
 use flannel_core::words::addr::Mac;
 use flannel_core::words::fact::{
-    Address, Fact, Forward, Link, LinkKind, Neighbor, Route, RouteProtocol, RouteScope, VethPeer, Vxlan,
+    Address, Fact, Forward, Link, LinkKind, LinkModes, Neighbor, Route, RouteExtras, RouteProtocol,
+    RouteScope, VethPeer, Vxlan,
 };
 use flannel_core::words::name::LinkName;
 use flannel_core::words::units::{Mtu, Port, Vni};
@@ -27,6 +28,7 @@ pub(crate) fn link(of: &str, kind: LinkKind, address: &str, mtu: u64) -> Fact {
         mac: Some(mac(address)),
         alias: Some("flannel network default".into()),
         up: true,
+        modes: LinkModes::default(),
     }))
 }
 
@@ -53,7 +55,12 @@ pub(crate) fn vxlan(of: &str, vni: u64, local: &str) -> Fact {
 }
 
 pub(crate) fn address(of: &str, text: &str) -> Fact {
-    Fact::Address(Address { link: name(of), address: text.parse().unwrap(), no_prefix_route: false })
+    Fact::Address(Address {
+        link: name(of),
+        address: text.parse().unwrap(),
+        no_prefix_route: false,
+        detect_duplicates: false,
+    })
 }
 
 pub(crate) fn neighbor(of: &str, ip: &str, address: &str) -> Fact {
@@ -74,6 +81,7 @@ pub(crate) fn route(of: &str, destination: &str, via: Option<&str>, metric: u32)
         scope: RouteScope::Global,
         source: None,
         protocol: RouteProtocol::BOOT,
+        extras: RouteExtras::default(),
     }
 }
 

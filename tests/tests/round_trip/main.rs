@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 mod facts;
+mod ports;
 mod scale;
 
 use std::collections::BTreeSet;
@@ -14,7 +15,8 @@ use flannel_core::touch::world::kernel::Kernel;
 use flannel_core::touch::world::{World as _, WorldError};
 use flannel_core::words::addr::Prefix;
 use flannel_core::words::fact::{
-    Address, BridgePort, Change, Fact, Facts, Link, LinkKind, Route, RouteProtocol, RouteScope, Sysctl, diff,
+    Address, BridgePort, Change, Fact, Facts, Link, LinkKind, LinkModes, Route, RouteProtocol, RouteScope,
+    Sysctl, diff,
 };
 use flannel_core::words::territory::Territory;
 use flannel_core::words::units::Mtu;
@@ -87,6 +89,7 @@ fn a_bridge_with_addresses_and_a_route() {
                         link: name("cni0"),
                         address: "10.100.7.1/24".parse()?,
                         no_prefix_route: true,
+                        detect_duplicates: false,
                     }),
                     Fact::Route(connected.clone()),
                     Fact::Route(Route {
@@ -303,6 +306,7 @@ fn a_veth_is_born_with_its_other_end_in_the_container() {
                 mac: None,
                 alias: None,
                 up: true,
+                modes: LinkModes::default(),
             })),
             address("eth0", "10.100.5.2/24"),
             Fact::Route(Route { onlink: false, ..route("eth0", "0.0.0.0/0", Some("10.100.5.1"), 0) }),

@@ -9,8 +9,8 @@ use flannel_core::touch::world::World;
 use flannel_core::words::addr::{Family, InterfaceAddress, Mac, Prefix};
 use flannel_core::words::config::NetworkConfig;
 use flannel_core::words::fact::{
-    Address, Change, Fact, Facts, Forward, Key, Link, LinkKind, Neighbor, Route, RouteProtocol, RouteScope,
-    VethPeer, Vxlan,
+    Address, Change, Fact, Facts, Forward, Key, Link, LinkKind, LinkModes, Neighbor, Route, RouteExtras,
+    RouteProtocol, RouteScope, VethPeer, Vxlan,
 };
 use flannel_core::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
 use flannel_core::words::name::{LinkName, NetworkName};
@@ -406,7 +406,12 @@ fn bent(fact: &Fact) -> Option<Fact> {
 /// What does not belong on a device of ours.
 fn junk(link: LinkName) -> Vec<Fact> {
     vec![
-        Fact::Address(Address { link, address: address("10.66.0.1/24"), no_prefix_route: false }),
+        Fact::Address(Address {
+            link,
+            address: address("10.66.0.1/24"),
+            no_prefix_route: false,
+            detect_duplicates: false,
+        }),
         Fact::Neighbor(Neighbor { link, ip: ip("10.66.0.9"), mac: Mac([2, 6, 6, 0, 0, 9]) }),
         route("10.67.0.0/16".parse().unwrap(), None, link, 4),
     ]
@@ -420,7 +425,15 @@ pub(crate) fn ground() -> Vec<Fact> {
     let eth0 = link_name("eth0");
     let link = |name: &str, mac: u8, kind: LinkKind| {
         let mac = Some(Mac([2, 3, 0, 0, 0, mac]));
-        Fact::Link(Box::new(Link { name: link_name(name), kind, mtu: None, mac, alias: None, up: true }))
+        Fact::Link(Box::new(Link {
+            name: link_name(name),
+            kind,
+            mtu: None,
+            mac,
+            alias: None,
+            up: true,
+            modes: LinkModes::default(),
+        }))
     };
     let pair = |peer: &str, mac: u8| {
         let mac = Some(Mac([2, 3, 0, 0, 0, mac]));
@@ -429,8 +442,18 @@ pub(crate) fn ground() -> Vec<Fact> {
     vec![
         link("eth0", 1, pair("far0", 2)),
         link(PORT, 3, pair("container0", 4)),
-        Fact::Address(Address { link: eth0, address: address("192.168.100.1/24"), no_prefix_route: false }),
-        Fact::Address(Address { link: eth0, address: address("fd00:100::1/64"), no_prefix_route: false }),
+        Fact::Address(Address {
+            link: eth0,
+            address: address("192.168.100.1/24"),
+            no_prefix_route: false,
+            detect_duplicates: false,
+        }),
+        Fact::Address(Address {
+            link: eth0,
+            address: address("fd00:100::1/64"),
+            no_prefix_route: false,
+            detect_duplicates: false,
+        }),
         route("0.0.0.0/0".parse().unwrap(), Some(ip("192.168.100.254")), eth0, 4),
         route("::/0".parse().unwrap(), Some(ip("fd00:100::fe")), eth0, 4),
     ]
@@ -448,13 +471,29 @@ pub(crate) fn others() -> Vec<Fact> {
         scope: RouteScope::Global,
         source: None,
         protocol: RouteProtocol(80),
+        extras: RouteExtras::default(),
     };
     vec![
         Fact::Link(Box::new(Link { kind: LinkKind::Bridge, ..vxlan("docker0", 0, None) })),
         Fact::Link(Box::new(vxlan("vxlan.calico", 4096, Some("flannel network other")))),
-        Fact::Address(Address { link: docker0, address: address("172.17.0.1/16"), no_prefix_route: false }),
-        Fact::Address(Address { link: theirs, address: address("10.200.1.0/32"), no_prefix_route: false }),
-        Fact::Address(Address { link: eth0, address: address("192.168.101.50/24"), no_prefix_route: false }),
+        Fact::Address(Address {
+            link: docker0,
+            address: address("172.17.0.1/16"),
+            no_prefix_route: false,
+            detect_duplicates: false,
+        }),
+        Fact::Address(Address {
+            link: theirs,
+            address: address("10.200.1.0/32"),
+            no_prefix_route: false,
+            detect_duplicates: false,
+        }),
+        Fact::Address(Address {
+            link: eth0,
+            address: address("192.168.101.50/24"),
+            no_prefix_route: false,
+            detect_duplicates: false,
+        }),
         Fact::Neighbor(Neighbor { link: theirs, ip: ip("10.200.7.0"), mac: Mac([2, 7, 7, 7, 7, 7]) }),
         Fact::Neighbor(Neighbor { link: eth0, ip: ip("192.168.100.254"), mac: Mac([2, 7, 7, 7, 7, 8]) }),
         Fact::Forward(Forward { link: theirs, mac: Mac([2, 7, 7, 7, 7, 7]), remote: ip("192.168.100.7") }),
@@ -490,6 +529,7 @@ pub(crate) fn vxlan(link: &str, vni: u64, alias: Option<&str>) -> Link {
         mac: Some(Mac([2, 4, 0, 0, 0, vni as u8])),
         alias: alias.map(str::to_owned),
         up: true,
+        modes: LinkModes::default(),
     }
 }
 
@@ -505,6 +545,7 @@ pub(crate) fn route(destination: Prefix, via: Option<IpAddr>, link: LinkName, pr
         scope,
         source: None,
         protocol: RouteProtocol(protocol),
+        extras: RouteExtras::default(),
     })
 }
 

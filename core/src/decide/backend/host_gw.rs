@@ -4,7 +4,7 @@ use crate::decide::scene::{Draft, Scene};
 use crate::words::addr::Family;
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
-use crate::words::fact::{Fact, Route, RouteProtocol, RouteScope};
+use crate::words::fact::{Fact, Route, RouteExtras, RouteProtocol, RouteScope};
 use crate::words::lease::Advertisement;
 use crate::words::node::Node;
 use crate::words::units::{Mtu, OutOfRange};
@@ -67,6 +67,7 @@ fn plan_family(scene: &Scene<'_>, family: Family, draft: &mut Draft) {
             scope: RouteScope::Global,
             source: None,
             protocol: RouteProtocol::FLANNEL,
+            extras: RouteExtras::default(),
         }));
     }
 }

@@ -14,7 +14,8 @@ use crate::words::addr::{Family, InterfaceAddress, Mac};
 use crate::words::code::Code;
 use crate::words::config::{NetworkConfig, VxlanConfig};
 use crate::words::fact::{
-    self, Address, Fact, Forward, Link, LinkKind, Neighbor, Route, RouteProtocol, RouteScope, Sysctl,
+    self, Address, Fact, Forward, Link, LinkKind, LinkModes, Neighbor, Route, RouteExtras, RouteProtocol,
+    RouteScope, Sysctl,
 };
 use crate::words::lease::Advertisement;
 use crate::words::name::{LinkName, NameError};
@@ -125,6 +126,7 @@ impl Vxlan {
             mac: Some(mac(&scene.node.identity, family)),
             alias: Some(Territory::alias_of(scene.network)),
             up: true,
+            modes: LinkModes::default(),
         })));
         if scene.node.ipv6 {
             let path = format!("net/ipv6/conf/{device}/accept_ra");
@@ -136,7 +138,12 @@ impl Vxlan {
             draft.add(Fact::Sysctl(Sysctl { link: Some(device), path, value: "0".into() }));
         }
         if let Ok(address) = InterfaceAddress::new(own.base(), family.bits()) {
-            draft.add(Fact::Address(Address { link: device, address, no_prefix_route: false }));
+            draft.add(Fact::Address(Address {
+                link: device,
+                address,
+                no_prefix_route: false,
+                detect_duplicates: false,
+            }));
         }
         self.plan_peers(scene, family, device, draft);
     }
@@ -187,6 +194,7 @@ fn direct(node: &Node, place: &Place<'_>, metric: u32) -> Fact {
         scope: RouteScope::Global,
         source: None,
         protocol: RouteProtocol::FLANNEL,
+        extras: RouteExtras::default(),
     })
 }
 
@@ -204,6 +212,7 @@ fn tunnel(device: LinkName, place: &Place<'_>, mac: Mac, metric: u32) -> [Fact; 
             scope: RouteScope::Global,
             source: None,
             protocol: RouteProtocol::BOOT,
+            extras: RouteExtras::default(),
         }),
     ]
 }

@@ -12,6 +12,7 @@ mod neighbor;
 mod netlink;
 mod netns;
 pub mod nftables;
+mod port_vlan;
 mod read;
 mod route;
 mod shaper;
@@ -32,7 +33,7 @@ pub use self::shaper::{MadeFunnel, SeenBucket, SeenShaping};
 use self::writer::Writer;
 use super::{World, WorldError};
 use crate::words::addr::Family;
-use crate::words::fact::{Address, Change, Fact, Facts, Forward, Neighbor, Sysctl};
+use crate::words::fact::{Address, Change, Fact, Facts, Forward, Neighbor, PortVlans, Sysctl};
 use crate::words::name::LinkName;
 use crate::words::territory::Territory;
 
@@ -168,7 +169,8 @@ impl Kernel {
             for seen in settled("look at the addresses", found)? {
                 let Some(link) = ours.name(seen.index) else { continue };
                 let no_prefix_route = seen.no_prefix_route();
-                let address = Address { link, address: seen.address, no_prefix_route };
+                let detect_duplicates = seen.tentative();
+                let address = Address { link, address: seen.address, no_prefix_route, detect_duplicates };
                 if t.holds_address(&ours.links, &address) {
                     facts.set(Fact::Address(address));
                 }
@@ -199,11 +201,17 @@ impl Kernel {
     }
 
     fn observe_routes(&mut self, t: &Territory, ours: &Ours, facts: &mut Facts) -> Result<(), WorldError> {
-        let mut filters: Vec<route::Filter> =
-            ours.asked().map(|index| route::Filter { index, protocol: None, unicast: true }).collect();
+        let mut filters: Vec<route::Filter> = ours
+            .asked()
+            .map(|index| route::Filter { index, unicast: true, ..route::Filter::default() })
+            .collect();
         if !t.cidrs.is_empty() && filters.iter().all(|filter| filter.index.is_some()) {
             let marked = Some(crate::words::fact::RouteProtocol::FLANNEL.0);
-            filters.push(route::Filter { index: None, protocol: marked, unicast: true });
+            filters.push(route::Filter { protocol: marked, unicast: true, ..route::Filter::default() });
+        }
+        for table in &t.route_tables {
+            let unicast = true;
+            filters.push(route::Filter { unicast, table: *table, ..route::Filter::default() });
         }
         for family in [Family::V4, Family::V6] {
             for filter in &filters {
@@ -219,13 +227,27 @@ impl Kernel {
         Ok(())
     }
 
+    fn observe_vlans(&mut self, t: &Territory, ours: &Ours, facts: &mut Facts) -> Result<(), WorldError> {
+        if t.vlans.is_empty() {
+            return Ok(());
+        }
+        let found = settled("look at the VLANs of the bridges' ports", port_vlan::dump(&mut self.socket))?;
+        for port_vlan::Seen { index, members } in found {
+            if let Some(link) = ours.names.get(&index).filter(|link| t.vlans.contains(link)) {
+                let not_default = !members.contains_key(&PortVlans::DEFAULT);
+                facts.set(Fact::PortVlans(PortVlans { link: *link, members, not_default }));
+            }
+        }
+        Ok(())
+    }
+
     /// Names of the interfaces that routes with our mark leave by, when they are not ours.
     fn name_outsiders(&mut self, t: &Territory, ours: &mut Ours) -> Result<(), WorldError> {
         if t.alias.is_some() || t.cidrs.is_empty() {
             return Ok(());
         }
         let marked = Some(crate::words::fact::RouteProtocol::FLANNEL.0);
-        let filter = route::Filter { index: None, protocol: marked, unicast: true };
+        let filter = route::Filter { protocol: marked, unicast: true, ..route::Filter::default() };
         let mut missing = BTreeSet::new();
         for family in [Family::V4, Family::V6] {
             let found = route::dump(&mut self.socket, family, filter, |seen| {
@@ -258,7 +280,8 @@ impl World for Kernel {
         self.observe_neighbors(&ours, &mut facts)?;
         self.name_outsiders(territory, &mut ours)?;
         self.observe_routes(territory, &ours, &mut facts)?;
-        if !territory.tables.is_empty() || territory.accepts {
+        self.observe_vlans(territory, &ours, &mut facts)?;
+        if !territory.tables.is_empty() || territory.accepts || !territory.guards.is_empty() {
             self.netfilter()?.observe(territory, &mut facts)?;
         }
         Ok(facts)
@@ -301,9 +324,10 @@ impl Part {
     fn of(change: &Change<'_>) -> Self {
         match change.fact() {
             Fact::Sysctl(_) => Self::Settings,
-            Fact::Table(_) | Fact::Accept(_) => Self::Netfilter,
+            Fact::Table(_) | Fact::Accept(_) | Fact::Guard(_) => Self::Netfilter,
             Fact::Link(_)
             | Fact::BridgePort(_)
+            | Fact::PortVlans(_)
             | Fact::Address(_)
             | Fact::Neighbor(_)
             | Fact::Forward(_)
@@ -354,9 +378,10 @@ impl Ours {
 fn leads_to(seen: &link::Seen) -> impl Iterator<Item = u32> + use<> {
     let underlay = match &seen.kind {
         link::SeenKind::Vxlan(vxlan) => vxlan.underlay,
-        link::SeenKind::Bridge | link::SeenKind::Veth | link::SeenKind::Funnel | link::SeenKind::Other => {
-            None
-        }
+        link::SeenKind::Bridge { .. }
+        | link::SeenKind::Veth
+        | link::SeenKind::Funnel
+        | link::SeenKind::Other => None,
     };
     underlay.into_iter().chain(seen.master)
 }

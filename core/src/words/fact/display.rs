@@ -2,7 +2,9 @@
 
 use std::fmt;
 
-use super::{Change, Fact, Facts, Link, LinkKind, Route, RouteProtocol, RouteScope};
+use super::{
+    Change, Fact, Facts, Link, LinkKind, PortVlans, Route, RouteProtocol, RouteScope, RouteTable, VlanMember,
+};
 
 impl fmt::Display for Facts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -36,6 +38,13 @@ impl fmt::Display for Fact {
                 }
                 modes.iter().filter(|(on, _)| *on).try_for_each(|(_, mode)| f.write_str(mode))
             }
+            Self::PortVlans(vlans) => write!(f, "{vlans}"),
+            Self::Guard(g) => write!(
+                f,
+                "nft 'add element bridge flannel_cni guarded {{ \"{0}\" }}; \
+                 add element bridge flannel_cni sources {{ \"{0}\" . {1} }}'",
+                g.link, g.mac
+            ),
             Self::Address(a) => {
                 write!(f, "ip addr replace {} dev {}", a.address, a.link)?;
                 if a.no_prefix_route { f.write_str(" noprefixroute") } else { Ok(()) }
@@ -73,7 +82,11 @@ impl fmt::Display for Link {
         if self.up {
             f.write_str(" up")?;
         }
+        if self.modes.promiscuous {
+            f.write_str(" promisc on")?;
+        }
         match &self.kind {
+            LinkKind::Bridge if self.modes.vlan_filtering => f.write_str(" type bridge vlan_filtering 1")?,
             LinkKind::Bridge => f.write_str(" type bridge")?,
             LinkKind::Vxlan(v) => {
                 let no = if v.learning { "" } else { "no" };
@@ -105,6 +118,27 @@ impl fmt::Display for Link {
     }
 }
 
+impl fmt::Display for PortVlans {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut separator = "";
+        if self.leaves_default() {
+            write!(f, "bridge vlan del vid {} dev {}", Self::DEFAULT, self.link)?;
+            separator = "; ";
+        }
+        for (vlan, member) in &self.members {
+            let how = match member {
+                VlanMember::Access => " pvid untagged",
+                VlanMember::Untagged => " untagged",
+                VlanMember::Native => " pvid",
+                VlanMember::Tagged => "",
+            };
+            write!(f, "{separator}bridge vlan add vid {vlan} dev {}{how}", self.link)?;
+            separator = "; ";
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Display for Route {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.destination.is_default() {
@@ -122,12 +156,22 @@ impl fmt::Display for Route {
             (RouteScope::Link, _) => f.write_str(" scope link")?,
             (RouteScope::Global, None) => f.write_str(" scope global")?,
             (RouteScope::Global, Some(_)) => {}
+            (RouteScope::Other(scope), _) => write!(f, " scope {scope}")?,
         }
         if let Some(source) = self.source {
             write!(f, " src {source}")?;
         }
         if self.metric != 0 {
             write!(f, " metric {}", self.metric)?;
+        }
+        if self.extras.table != RouteTable::MAIN {
+            write!(f, " table {}", self.extras.table.0)?;
+        }
+        if let Some(mtu) = self.extras.mtu {
+            write!(f, " mtu {mtu}")?;
+        }
+        if let Some(advmss) = self.extras.advmss {
+            write!(f, " advmss {advmss}")?;
         }
         if self.onlink { f.write_str(" onlink") } else { Ok(()) }
     }

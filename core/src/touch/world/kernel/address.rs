@@ -63,14 +63,24 @@ fn seen(kind: u16, body: &[u8]) -> Option<Seen> {
 }
 
 impl Seen {
+    /// Not to be used yet.
+    pub(super) fn tentative(&self) -> bool {
+        self.flags.contains(AddressFlags::Tentative)
+    }
+
+    /// Not to be used at all: somebody else has it.
+    pub(super) fn duplicate(&self) -> bool {
+        self.flags.contains(AddressFlags::Dadfailed)
+    }
+
     /// Whether the subnet's route was left to us.
     pub(super) fn no_prefix_route(&self) -> bool {
         self.flags.contains(AddressFlags::Noprefixroute)
     }
 }
 
-/// Adds an address, or sets its flags if it is there. An IPv6 address is usable at once: we know that nobody else has it,
-/// and duplicate address detection would cost a second.
+/// Adds an address, or sets its flags if it is there. An IPv6 address is usable at once unless asked otherwise: we know that
+/// nobody else has it, and duplicate address detection would cost a second.
 pub(super) fn add(address: &Address, index: u32) -> Request {
     let mut message = about(address, index);
     let mut flags = AddressFlags::empty();
@@ -83,6 +93,7 @@ pub(super) fn add(address: &Address, index: u32) -> Request {
             message.attributes.push(AddressAttribute::Broadcast(last));
         }
         (IpAddr::V4(_), _) => {}
+        (IpAddr::V6(_), _) if address.detect_duplicates => {}
         (IpAddr::V6(_), _) => flags |= AddressFlags::Nodad,
     }
     if !flags.is_empty() {

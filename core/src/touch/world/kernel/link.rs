@@ -6,13 +6,13 @@ use std::os::fd::RawFd;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVeth, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkHeader, LinkInfo,
-    LinkMessage,
+    InfoBridge, InfoData, InfoKind, InfoVeth, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags,
+    LinkHeader, LinkInfo, LinkMessage,
 };
 
 use super::netlink::{Refusal, Socket, attributes, ip_of, text_of, u32_at};
 use crate::words::addr::Mac;
-use crate::words::fact::{Link, LinkKind, VethPeer, Vxlan};
+use crate::words::fact::{Link, LinkKind, LinkModes, VethPeer, Vxlan};
 use crate::words::name::LinkName;
 use crate::words::units::{Mtu, Port, Vni};
 
@@ -34,6 +34,8 @@ const IFLA_INFO_SLAVE_KIND: u16 = 4;
 const IFLA_INFO_SLAVE_DATA: u16 = 5;
 const IFLA_BRPORT_MODE: u16 = 4;
 const IFLA_BRPORT_ISOLATED: u16 = 33;
+/// ...of a bridge...
+const IFLA_BR_VLAN_FILTERING: u16 = 7;
 /// ...and of a VXLAN device.
 const IFLA_VXLAN_ID: u16 = 1;
 const IFLA_VXLAN_LINK: u16 = 3;
@@ -69,7 +71,7 @@ pub(super) struct PortModes {
 /// What a seen interface is.
 #[derive(Clone, Debug)]
 pub(super) enum SeenKind {
-    Bridge,
+    Bridge { vlan_filtering: bool },
     Veth,
     Vxlan(SeenVxlan),
     Funnel,
@@ -113,7 +115,7 @@ impl Seen {
     /// underlay or source address) is none of the kinds we know.
     pub(super) fn fact(&self, name_of: impl Fn(u32) -> Option<LinkName>) -> Link {
         let kind = match &self.kind {
-            SeenKind::Bridge => LinkKind::Bridge,
+            SeenKind::Bridge { .. } => LinkKind::Bridge,
             SeenKind::Veth => LinkKind::Veth { peer: None },
             SeenKind::Vxlan(vxlan) => vxlan.fact(name_of).map_or(LinkKind::Given, LinkKind::Vxlan),
             SeenKind::Funnel | SeenKind::Other => LinkKind::Given,
@@ -125,6 +127,10 @@ impl Seen {
             mac: self.mac,
             alias: self.alias.clone(),
             up: self.is_up(),
+            modes: LinkModes {
+                promiscuous: self.flags & LinkFlags::Promisc.bits() != 0,
+                vlan_filtering: matches!(self.kind, SeenKind::Bridge { vlan_filtering: true }),
+            },
         }
     }
 }
@@ -229,14 +235,15 @@ impl Place {
                 _ => {}
             }
         }
-        let is_on = |mode: u16| {
-            let found = attributes(port_data).find(|(attribute, _)| *attribute == mode);
+        let is_on = |data, mode: u16| {
+            let found = attributes(data).find(|(attribute, _)| *attribute == mode);
             found.is_some_and(|(_, value)| value.first().is_some_and(|on| *on != 0))
         };
-        let modes = PortModes { hairpin: is_on(IFLA_BRPORT_MODE), isolated: is_on(IFLA_BRPORT_ISOLATED) };
+        let hairpin = is_on(port_data, IFLA_BRPORT_MODE);
+        let modes = PortModes { hairpin, isolated: is_on(port_data, IFLA_BRPORT_ISOLATED) };
         Self {
             kind: match kind.strip_suffix(b"\0").unwrap_or(kind) {
-                b"bridge" => SeenKind::Bridge,
+                b"bridge" => SeenKind::Bridge { vlan_filtering: is_on(data, IFLA_BR_VLAN_FILTERING) },
                 b"veth" => SeenKind::Veth,
                 b"vxlan" => SeenKind::Vxlan(vxlan_of(data)),
                 b"ifb" => SeenKind::Funnel,
@@ -277,7 +284,7 @@ pub(super) fn create(link: &Link, underlay: Option<u32>, sandbox: Option<RawFd>)
         message.attributes.extend(link.mtu.map(|mtu| LinkAttribute::Mtu(mtu.bytes())));
     }
     let (kind, data) = match &link.kind {
-        LinkKind::Bridge => (InfoKind::Bridge, None),
+        LinkKind::Bridge => (InfoKind::Bridge, vlan_filtering(link)),
         LinkKind::Vxlan(vxlan) => (InfoKind::Vxlan, Some(InfoData::Vxlan(vxlan_attributes(vxlan, underlay)))),
         LinkKind::Veth { peer } => {
             let peer = peer.as_ref().map(|peer| InfoVeth::Peer(peer_message(peer, sandbox)));
@@ -326,6 +333,21 @@ pub(super) enum Settle {
     Everything,
 }
 
+/// Makes a bridge that exists keep VLANs apart, if that is wanted. Only NEWLINK looks at what is peculiar to a kind.
+pub(super) fn settle_kind(link: &Link) -> Option<Request> {
+    let mut message = LinkMessage::default();
+    message.attributes.push(LinkAttribute::IfName(link.name.to_string()));
+    let data = vlan_filtering(link)?;
+    message
+        .attributes
+        .push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Bridge), LinkInfo::Data(data)]));
+    Some((RouteNetlinkMessage::NewLink(message), 0))
+}
+
+fn vlan_filtering(link: &Link) -> Option<InfoData> {
+    link.modes.vlan_filtering.then(|| InfoData::Bridge(vec![InfoBridge::VlanFiltering(true)]))
+}
+
 /// Deletes an interface.
 pub(super) fn delete(name: LinkName) -> Request {
     let mut message = LinkMessage::default();
@@ -336,10 +358,10 @@ pub(super) fn delete(name: LinkName) -> Request {
 /// A message about an interface by name, that sets it up if wanted.
 fn named(link: &Link) -> LinkMessage {
     let mut message = LinkMessage::default();
-    if link.up {
-        message.header.flags = LinkFlags::Up;
-        message.header.change_mask = LinkFlags::Up;
-    }
+    let up = if link.up { LinkFlags::Up } else { LinkFlags::empty() };
+    let promiscuous = if link.modes.promiscuous { LinkFlags::Promisc } else { LinkFlags::empty() };
+    message.header.flags = up | promiscuous;
+    message.header.change_mask = message.header.flags;
     message.attributes.push(LinkAttribute::IfName(link.name.to_string()));
     message
 }

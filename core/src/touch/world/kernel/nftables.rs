@@ -10,6 +10,7 @@ mod encode;
 mod expression;
 mod foreign;
 mod forward_chain;
+mod mac_guard;
 mod port_map;
 mod wire;
 
@@ -52,9 +53,13 @@ impl Netfilter {
     /// # Errors
     /// `Refused` if the kernel does not let us look.
     pub fn observe(&mut self, territory: &Territory, facts: &mut Facts) -> Result<(), WorldError> {
-        let asked = !territory.tables.is_empty() || territory.accepts;
+        let asked = !territory.tables.is_empty() || territory.accepts || !territory.guards.is_empty();
         if !asked || self.is_absent()? {
             return Ok(());
+        }
+        if !territory.guards.is_empty() {
+            let guards = mac_guard::look(&mut self.socket, &territory.guards)?;
+            guards.into_iter().for_each(|guard| facts.set(Fact::Guard(guard)));
         }
         for name in &territory.tables {
             if let Some(table) = self.look(name)? {
@@ -176,11 +181,11 @@ impl Netfilter {
         self.legacy.hint()
     }
 
-    /// Makes the changes about tables and accepts, one transaction for each table and one for all accepts of a family.
+    /// Makes the changes about tables, guards and accepts, one transaction for each table and one for all accepts of a family.
     /// The answer has one entry per change.
     pub fn apply(&mut self, changes: &[Change<'_>]) -> Vec<Result<(), WorldError>> {
         let mut results: Vec<Result<(), WorldError>> =
-            changes.iter().map(|change| self.apply_table(change)).collect();
+            changes.iter().map(|change| self.apply_alone(change)).collect();
         for family in [Family::V4, Family::V6] {
             let (mut add, mut remove) = (Vec::new(), Vec::new());
             let mut places = Vec::new();
@@ -205,8 +210,12 @@ impl Netfilter {
         results
     }
 
-    fn apply_table(&mut self, change: &Change<'_>) -> Result<(), WorldError> {
+    fn apply_alone(&mut self, change: &Change<'_>) -> Result<(), WorldError> {
         match change {
+            Change::Create(Fact::Guard(guard)) | Change::Replace { new: Fact::Guard(guard), .. } => {
+                mac_guard::put(&mut self.socket, guard)
+            }
+            Change::Delete(Fact::Guard(guard)) => mac_guard::lift(&mut self.socket, guard.link),
             Change::Create(Fact::Table(new)) => self.socket.commit(encode::whole(new)),
             Change::Replace { old: Fact::Table(old), new: Fact::Table(new) } => self.replace(old, new),
             Change::Delete(Fact::Table(old)) => match self.socket.commit(encode::gone(&old.name)) {

@@ -1,13 +1,15 @@
 //! Reads beside the facts: what planners need to know of the host, and single links.
 
 use std::collections::{BTreeSet, HashMap};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use netlink_packet_route::address::AddressFlags;
 
 use super::{Kernel, address, io_error, link, route, settled, sysctl};
 use crate::touch::world::WorldError;
 use crate::words::addr::{Family, InterfaceAddress};
-use crate::words::fact::{Link, RouteProtocol};
+use crate::words::fact::{Link, RouteProtocol, RouteScope};
 use crate::words::name::LinkName;
 use crate::words::node::HostRoute;
 use crate::words::territory::Territory;
@@ -120,7 +122,7 @@ impl Kernel {
             .collect();
         let bridges: BTreeSet<LinkName> = links
             .iter()
-            .filter(|seen| matches!(seen.kind, link::SeenKind::Bridge))
+            .filter(|seen| matches!(seen.kind, link::SeenKind::Bridge { .. }))
             .map(|seen| seen.name)
             .collect();
         let mut routes = Vec::new();
@@ -140,12 +142,43 @@ impl Kernel {
                     link,
                     bridge: link.is_some_and(|link| bridges.contains(&link)),
                     protocol: RouteProtocol(seen.protocol),
-                    scope_link: seen.scope_link,
+                    scope_link: seen.scope == RouteScope::Link,
                 })
             });
             routes.extend(settled("look at the routes", found)?);
         }
         Ok(routes)
+    }
+
+    /// Waits until every IPv6 address of an interface may be used: duplicate address detection is done. At most this
+    /// long.
+    ///
+    /// # Errors
+    /// `Unsupported` if somebody else has one of them, or if it takes longer.
+    pub fn await_addresses(&mut self, name: LinkName, at_most: Duration) -> Result<(), WorldError> {
+        const PAUSE: Duration = Duration::from_millis(20);
+        let action = || format!("use the addresses of {name}");
+        let failed = |e| io_error(action(), e);
+        let found = link::by_name(&mut self.socket, &[name]).map_err(failed)?;
+        let Some(seen) = found.into_iter().flatten().next() else {
+            return Err(WorldError::NoLink { action: action(), link: name.to_string() });
+        };
+        let since = Instant::now();
+        loop {
+            let here = settled("look at the addresses", address::dump(&mut self.socket, Some(seen.index)))?;
+            if let Some(taken) = here.iter().find(|address| address.duplicate()) {
+                let what = format!("{} is in use on this link already", taken.address.address());
+                return Err(WorldError::Unsupported { action: action(), what });
+            }
+            if !here.iter().any(address::Seen::tentative) {
+                return Ok(());
+            }
+            if since.elapsed() >= at_most {
+                let what = format!("they are not known to be free after {} s", at_most.as_secs());
+                return Err(WorldError::Unsupported { action: action(), what });
+            }
+            sleep(PAUSE);
+        }
     }
 
     /// The interface of this name.
@@ -155,7 +188,7 @@ impl Kernel {
         let Some(seen) = found.into_iter().flatten().next() else { return Ok(None) };
         let underlay = match &seen.kind {
             link::SeenKind::Vxlan(vxlan) => vxlan.underlay,
-            link::SeenKind::Bridge
+            link::SeenKind::Bridge { .. }
             | link::SeenKind::Veth
             | link::SeenKind::Funnel
             | link::SeenKind::Other => None,

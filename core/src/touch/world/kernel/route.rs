@@ -1,18 +1,18 @@
-//! Routes of the main table.
+//! Routes.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteScope as Scope, RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteType,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::link::Request;
 use super::netlink::{Refusal, Socket, attributes, ip_of, u32_at};
 use crate::words::addr::{Family, Prefix};
-use crate::words::fact::{Route, RouteProtocol, RouteScope};
+use crate::words::fact::{Route, RouteExtras, RouteProtocol, RouteScope, RouteTable};
 
 /// uapi/linux/rtnetlink.h
 const RTM_NEWROUTE: u16 = 24;
@@ -26,7 +26,10 @@ const RTA_PREFSRC: u16 = 7;
 const RTA_MULTIPATH: u16 = 9;
 const RTA_TABLE: u16 = 15;
 const RTA_VIA: u16 = 18;
-const RT_SCOPE_LINK: u8 = 253;
+const RTA_METRICS: u16 = 8;
+/// Inside RTA_METRICS.
+const RTAX_MTU: u16 = 2;
+const RTAX_ADVMSS: u16 = 8;
 
 /// A route as the kernel shows it.
 #[derive(Clone, Debug)]
@@ -38,7 +41,8 @@ pub(super) struct Seen {
     pub(super) metric: u32,
     pub(super) protocol: u8,
     pub(super) unicast: bool,
-    pub(super) scope_link: bool,
+    pub(super) scope: RouteScope,
+    pub(super) extras: RouteExtras,
     onlink: bool,
     source: Option<IpAddr>,
 }
@@ -52,9 +56,11 @@ pub(super) struct Filter {
     pub(super) protocol: Option<u8>,
     /// Unicast only.
     pub(super) unicast: bool,
+    /// Of this table.
+    pub(super) table: RouteTable,
 }
 
-/// Routes of the main table for which `take` returns something.
+/// Routes of one table for which `take` returns something.
 pub(super) fn dump<T>(
     socket: &mut Socket,
     family: Family,
@@ -63,24 +69,24 @@ pub(super) fn dump<T>(
 ) -> io::Result<Result<Vec<T>, Refusal>> {
     let mut message = RouteMessage::default();
     message.header.address_family = inet(family);
-    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    set_table(&mut message, filter.table);
     message.header.protocol = filter.protocol.unwrap_or(0).into();
     if filter.unicast {
         message.header.kind = RouteType::Unicast;
     }
     message.attributes.extend(filter.index.map(RouteAttribute::Oif));
     let found = socket.dump(&RouteNetlinkMessage::GetRoute(message), |kind, body| {
-        (kind == RTM_NEWROUTE).then(|| seen(family, body)).flatten().and_then(&mut take)
+        (kind == RTM_NEWROUTE).then(|| seen(family, filter.table, body)).flatten().and_then(&mut take)
     })?;
     Ok(match found {
-        // A namespace that never had a route has no main table; one without IPv6 has no IPv6 routes; and the interface
+        // A namespace that never had a route in a table has no such table; one without IPv6 has no IPv6 routes; and the interface
         // may be gone since it was looked up.
         Err(Refusal { errno: libc::ENOENT | libc::EOPNOTSUPP | libc::ENODEV, .. }) => Ok(Vec::new()),
         found => found,
     })
 }
 
-fn seen(asked: Family, body: &[u8]) -> Option<Seen> {
+fn seen(asked: Family, asked_table: RouteTable, body: &[u8]) -> Option<Seen> {
     let [family, len, _, _, table, protocol, scope, kind] = *body.first_chunk::<8>()?;
     let flags = u32_at(body, 8)?;
     // Without IPv6 the kernel answers for other families.
@@ -88,7 +94,8 @@ fn seen(asked: Family, body: &[u8]) -> Option<Seen> {
         return None;
     }
     let (mut destination, mut via, mut index, mut metric) = (unspecified(asked), None, None, 0);
-    let (mut source, mut several, mut table) = (None, false, u32::from(table));
+    let (mut source, mut several) = (None, false);
+    let mut extras = RouteExtras { table: RouteTable(table.into()), ..RouteExtras::default() };
     for (kind, value) in attributes(body.get(HEADER..)?) {
         match kind {
             RTA_DST => destination = ip_of(value)?,
@@ -98,12 +105,21 @@ fn seen(asked: Family, body: &[u8]) -> Option<Seen> {
             RTA_OIF => index = u32_at(value, 0),
             RTA_PRIORITY => metric = u32_at(value, 0)?,
             RTA_PREFSRC => source = ip_of(value),
-            RTA_TABLE => table = u32_at(value, 0)?,
+            RTA_TABLE => extras.table = RouteTable(u32_at(value, 0)?),
+            RTA_METRICS => {
+                for (kind, value) in attributes(value) {
+                    match kind {
+                        RTAX_MTU => extras.mtu = u32_at(value, 0),
+                        RTAX_ADVMSS => extras.advmss = u32_at(value, 0),
+                        _ => {}
+                    }
+                }
+            }
             RTA_MULTIPATH => several = true,
             _ => {}
         }
     }
-    if table != u32::from(RouteHeader::RT_TABLE_MAIN) {
+    if extras.table != asked_table {
         return None;
     }
     Some(Seen {
@@ -113,7 +129,8 @@ fn seen(asked: Family, body: &[u8]) -> Option<Seen> {
         metric,
         protocol,
         unicast: kind == u8::from(RouteType::Unicast),
-        scope_link: scope == RT_SCOPE_LINK,
+        scope: RouteScope::of(scope),
+        extras,
         onlink: flags & RouteFlags::Onlink.bits() != 0,
         source,
     })
@@ -132,9 +149,10 @@ impl Seen {
             link: name_of(self.index.filter(|_| self.unicast)?)?,
             onlink: self.onlink,
             metric: self.metric,
-            scope: if self.scope_link { RouteScope::Link } else { RouteScope::Global },
+            scope: self.scope,
             source: self.source,
             protocol: RouteProtocol(self.protocol),
+            extras: self.extras,
         })
     }
 }
@@ -153,13 +171,10 @@ fn about(route: &Route, index: u32) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = inet(route.destination.family());
     message.header.destination_prefix_length = route.destination.len();
-    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    set_table(&mut message, route.extras.table);
     message.header.protocol = route.protocol.0.into();
     message.header.kind = RouteType::Unicast;
-    message.header.scope = match route.scope {
-        RouteScope::Global => Scope::Universe,
-        RouteScope::Link => Scope::Link,
-    };
+    message.header.scope = route.scope.number().into();
     if route.onlink {
         message.header.flags = RouteFlags::Onlink;
     }
@@ -170,7 +185,23 @@ fn about(route: &Route, index: u32) -> RouteMessage {
     if route.metric != 0 {
         message.attributes.push(RouteAttribute::Priority(route.metric));
     }
+    let mtu = route.extras.mtu.map(RouteMetric::Mtu);
+    let metrics: Vec<_> = mtu.into_iter().chain(route.extras.advmss.map(RouteMetric::Advmss)).collect();
+    if !metrics.is_empty() {
+        message.attributes.push(RouteAttribute::Metrics(metrics));
+    }
     message
+}
+
+/// A table's number in the header, or beside it where that has only a byte.
+fn set_table(message: &mut RouteMessage, table: RouteTable) {
+    match u8::try_from(table.0) {
+        Ok(number) => message.header.table = number,
+        Err(_) => {
+            message.header.table = RouteHeader::RT_TABLE_UNSPEC;
+            message.attributes.push(RouteAttribute::Table(table.0));
+        }
+    }
 }
 
 fn inet(family: Family) -> AddressFamily {

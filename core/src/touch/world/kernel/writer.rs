@@ -5,7 +5,9 @@ use std::os::fd::RawFd;
 
 use super::link::{Request, Settle};
 use super::netlink::{Batch, Refusal, Socket};
-use super::{action, address, again, bridge_port, forward, io_error, link, neighbor, refused, route};
+use super::{
+    action, address, again, bridge_port, forward, io_error, link, neighbor, port_vlan, refused, route,
+};
 use crate::touch::world::WorldError;
 use crate::words::addr::Prefix;
 use crate::words::fact::{Change, Fact, Link, LinkKind, Route};
@@ -108,6 +110,17 @@ impl<'a> Writer<'a> {
                     self.push(place, &request, pardon);
                 }
             }
+            Fact::PortVlans(vlans) => {
+                let Some(index) = self.index_or_gone(change, vlans.link, delete)? else { return Ok(()) };
+                if delete {
+                    self.push(place, &port_vlan::leave(vlans, index), pardon);
+                    return Ok(());
+                }
+                if let Some(request) = port_vlan::leave_default(vlans, index) {
+                    self.push(place, &request, Pardon::Absence);
+                }
+                self.push(place, &port_vlan::join(vlans, index), pardon);
+            }
             Fact::Address(address) => {
                 let Some(index) = self.index_or_gone(change, address.link, delete)? else { return Ok(()) };
                 let request =
@@ -144,7 +157,7 @@ impl<'a> Writer<'a> {
                 }
             }
             // Not rtnetlink's: the kernel's other parts answer for these.
-            Fact::Sysctl(_) | Fact::Table(_) | Fact::Accept(_) => {}
+            Fact::Sysctl(_) | Fact::Table(_) | Fact::Accept(_) | Fact::Guard(_) => {}
         }
         Ok(())
     }
@@ -167,6 +180,11 @@ impl<'a> Writer<'a> {
                 // With a MAC, even the same one, the kernel forgets the neighbors (net/core/neighbour.c `neigh_changeaddr`).
                 let changed = Link { mac: link.mac.filter(|mac| old.mac != Some(*mac)), ..link.clone() };
                 self.push(place, &link::settle(&changed, Settle::Everything), Pardon::Nothing);
+                if !old.modes.vlan_filtering
+                    && let Some(request) = link::settle_kind(link)
+                {
+                    self.push(place, &request, Pardon::Nothing);
+                }
             }
             Change::Replace { .. } => {
                 // The delete may find that somebody else was faster.
@@ -187,6 +205,10 @@ impl<'a> Writer<'a> {
         let mut underlay = None;
         match &link.kind {
             LinkKind::Given => return Err(no_link(change, link.name)),
+            LinkKind::Veth { peer: None } if self.is_other_end(place, link.name) => {
+                self.push(place, &link::settle(link, Settle::Everything), Pardon::Nothing);
+                return Ok(());
+            }
             LinkKind::Veth { peer: None } => {
                 return Err(unsupported(
                     change,
@@ -205,6 +227,17 @@ impl<'a> Writer<'a> {
         }
         self.unsettled.insert(link.name);
         Ok(())
+    }
+
+    /// Whether an earlier change makes a pair with this other end here.
+    fn is_other_end(&self, place: usize, name: LinkName) -> bool {
+        self.changes.iter().take(place).any(|change| match change.fact() {
+            Fact::Link(link) => match &link.kind {
+                LinkKind::Veth { peer: Some(peer) } => peer.name == name && !peer.in_sandbox,
+                _ => false,
+            },
+            _ => false,
+        })
     }
 
     fn delete_link(&mut self, place: usize, name: LinkName) {
