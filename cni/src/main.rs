@@ -2,6 +2,13 @@
 //!
 //! One exec for each command, no daemon asked, no other plugin needed. stdout is the answer, stderr is talk.
 
+/// Says a line on stderr. Unlike `eprintln!` it does not mind that nobody listens any more.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        let _ = ::std::io::Write::write_all(&mut ::std::io::stderr(), format!("{}\n", format_args!($($text)*)).as_bytes());
+    }};
+}
+
 mod args;
 mod bridge;
 mod conf;
@@ -19,8 +26,12 @@ mod sandbox;
 mod sha512;
 
 use std::env;
+use std::fs;
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use args::{Asked, Call};
 use conf::Conf;
@@ -35,8 +46,9 @@ fn main() -> ExitCode {
     let plugin = Plugin::called_by(env::args_os().next());
     let (version, outcome) = match Call::from_env() {
         Ok(Asked::Nothing) => return about(plugin),
-        // Tools ask for versions all the time, and some leave stdin open.
-        Ok(Asked::Versions) => (Version::NEWEST, Ok(Answer::Value(result::versions()))),
+        Ok(Asked::Versions) => {
+            (Version::NEWEST, Ok(Answer::Value(result::versions(asked_version().as_deref()))))
+        }
         Ok(Asked::Call(call)) => serve(plugin, &call),
         Err(error) => (Version::NEWEST, Err(error)),
     };
@@ -55,26 +67,58 @@ fn about(plugin: Plugin) -> ExitCode {
     let own = env!("CARGO_PKG_VERSION");
     let version =
         if plugin == Plugin::Flannel { own.to_owned() } else { format!("{UPSTREAM}+flannel.{own}") };
-    eprintln!("CNI {} plugin v{version}", plugin.name());
-    eprintln!("CNI protocol versions supported: {versions}");
+    say!("CNI {} plugin v{version}", plugin.name());
+    say!("CNI protocol versions supported: {versions}");
     ExitCode::SUCCESS
 }
 
 /// The answer, and the version to put an error in.
 fn serve(plugin: Plugin, call: &Call) -> (Version, Result<Answer, CniError>) {
-    match read_conf() {
+    let stdin = match read_stdin() {
+        Ok(stdin) => stdin,
+        Err(error) => return (Version::NEWEST, Err(error)),
+    };
+    match Conf::parse(&stdin) {
         Ok(conf) => (conf.version, plugin.run(call, &conf)),
-        Err(error) => (Version::NEWEST, Err(error)),
+        Err(error) => (Version::named_in(&stdin), Err(error)),
     }
 }
 
-fn read_conf() -> Result<Conf, CniError> {
+/// The version in which versions are asked for. Tools ask all the time, and some say nothing and leave stdin open: they
+/// need not be waited for.
+fn asked_version() -> Option<String> {
+    const PATIENCE: Duration = Duration::from_millis(50);
+    if fs::metadata("/proc/self/fd/0").is_ok_and(|stdin| stdin.is_file()) {
+        return read_version();
+    }
+    let (tell, told) = mpsc::channel();
+    thread::spawn(move || tell.send(read_version()));
+    told.recv_timeout(PATIENCE).ok().flatten()
+}
+
+/// From stdin, as soon as what came is complete.
+fn read_version() -> Option<String> {
+    const LENGTH_MAX: usize = 1 << 20;
+    let (mut text, mut chunk) = (Vec::new(), [0; 4096]);
+    while text.len() < LENGTH_MAX {
+        match io::stdin().read(&mut chunk) {
+            Ok(length @ 1..) => text.extend_from_slice(&chunk[..length]),
+            _ => break,
+        }
+        if let Ok(asked) = serde_json::from_slice::<json::Object>(&text) {
+            return json::text(&asked, "cniVersion").ok().flatten();
+        }
+    }
+    None
+}
+
+fn read_stdin() -> Result<Vec<u8>, CniError> {
     // Room for any configuration in one read.
     let mut stdin = Vec::with_capacity(16 * 1024);
     io::stdin().lock().read_to_end(&mut stdin).map_err(|error| {
         CniError::new(CniError::INPUT, "error reading from stdin").with_details(error.to_string())
     })?;
-    Conf::parse(&stdin)
+    Ok(stdin)
 }
 
 fn print(answer: &Answer, code: ExitCode) -> ExitCode {
@@ -87,7 +131,7 @@ fn print(answer: &Answer, code: ExitCode) -> ExitCode {
     match stdout.write_all(&bytes).and_then(|()| stdout.flush()) {
         Ok(()) => code,
         Err(error) => {
-            eprintln!("flannel: could not print the answer: {error}");
+            say!("flannel: could not print the answer: {error}");
             ExitCode::FAILURE
         }
     }

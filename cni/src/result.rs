@@ -51,6 +51,15 @@ impl Version {
     }
 }
 
+impl Version {
+    /// The version of a configuration that has something else wrong with it, for the error that says so.
+    pub(crate) fn named_in(text: &[u8]) -> Self {
+        let version = serde_json::from_slice::<Value>(text).ok();
+        let version = version.as_ref().and_then(|conf| conf.get("cniVersion")).and_then(Value::as_str);
+        version.and_then(|version| Self::negotiate(Some(version)).ok()).unwrap_or(Self::NEWEST)
+    }
+}
+
 impl fmt::Display for Version {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.text())
@@ -68,10 +77,10 @@ pub(crate) enum Answer {
     Printed(Vec<u8>),
 }
 
-/// What VERSION answers.
-pub(crate) fn versions() -> Value {
+/// What VERSION answers. SPEC.md wants the version that was asked in, whatever it is.
+pub(crate) fn versions(asked_in: Option<&str>) -> Value {
     json!({
-        "cniVersion": Version::NEWEST.text(),
+        "cniVersion": asked_in.unwrap_or(Version::NEWEST.text()),
         "supportedVersions": Version::ALL.map(Version::text),
     })
 }
@@ -140,7 +149,7 @@ impl Attached {
                 .routes
                 .iter()
                 .filter(|route| route.destination.family() == family)
-                .map(|route| route.render(Version::V0_2_0))
+                .map(Route::render)
                 .collect();
             let mut ip = json!({ "ip": first.address.to_string(), "gateway": first.gateway.to_string() });
             if !routes.is_empty() {
@@ -154,7 +163,7 @@ impl Attached {
     fn by_interface(&self, version: Version) -> Map<String, Value> {
         let interfaces = self.interfaces.iter().map(|interface| interface.render(version)).collect();
         let ips = self.addresses.iter().map(|address| address.render(version)).collect();
-        let routes: Vec<Value> = self.routes.iter().map(|route| route.render(version)).collect();
+        let routes: Vec<Value> = self.routes.iter().map(Route::render).collect();
         let mut result = Map::new();
         result.insert("interfaces".to_owned(), Value::Array(interfaces));
         result.insert("ips".to_owned(), Value::Array(ips));
@@ -201,12 +210,13 @@ impl Address {
 }
 
 impl Route {
-    fn render(&self, version: Version) -> Value {
+    /// The same in every version: upstream has one type for all of them, and CHECK has to find the route again.
+    fn render(&self) -> Value {
         let mut value = json!({ "dst": self.destination.to_string() });
         if let Some(via) = self.via {
             value["gw"] = json!(via.to_string());
         }
-        if self.metric != 0 && version >= Version::V1_1_0 {
+        if self.metric != 0 {
             value["priority"] = json!(self.metric);
         }
         value
@@ -360,6 +370,6 @@ mod tests {
             error.details.as_deref(),
             Some("config is \"2.0.0\", plugin supports [0.1.0 0.2.0 0.3.0 0.3.1 0.4.0 1.0.0 1.1.0]")
         );
-        assert_eq!(versions()["supportedVersions"].as_array().map(Vec::len), Some(7));
+        assert_eq!(versions(None)["supportedVersions"].as_array().map(Vec::len), Some(7));
     }
 }

@@ -36,9 +36,7 @@ pub(crate) fn find(call: &Call) -> Option<Kernel> {
         return None;
     }
     let namespace = Namespace::open(Path::new(&call.netns)).ok()?;
-    Kernel::open_inside(namespace)
-        .inspect_err(|error| eprintln!("flannel: taken for gone: {}", chain(error)))
-        .ok()
+    Kernel::open_inside(namespace).inspect_err(|error| say!("flannel: taken for gone: {}", chain(error))).ok()
 }
 
 /// ADD into the host's own namespace would take the host's interface for a container's.

@@ -7,6 +7,7 @@ mod scratch;
 mod upkeep;
 
 use std::io::ErrorKind;
+use std::time::Duration;
 
 use flannel_core::act::pass::chain;
 use flannel_core::decide::pool::Pool;
@@ -26,6 +27,9 @@ use crate::sandbox;
 use conf::{FlannelConf, Worker};
 use scratch::{Kept, Scratch};
 
+/// How long ADD waits for the agent to have a lease: a node that boots starts both at once.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// Does what the call asks for.
 pub(crate) fn run(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
     let conf = &FlannelConf::read(conf)?;
@@ -41,7 +45,8 @@ pub(crate) fn run(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
 fn add(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
     let owner = call.attachment()?;
     sandbox::refuse_own(call)?;
-    let env = subnet_env(conf, CniError::TRY_AGAIN)?;
+    let env = SubnetEnv::await_usable(&conf.subnet_file, PATIENCE)
+        .map_err(|error| no_lease(&error, CniError::TRY_AGAIN))?;
     if let Worker::Plugin(kind) = conf.worker() {
         return delegate_add(call, conf, &env, &kind);
     }
@@ -87,7 +92,7 @@ fn delegate_add(
         Ok(printed) => Ok(Answer::Printed(printed)),
         Err(error) => {
             if let Err(undo) = delegate::run(kind, &call.path, Some("DEL"), &delegated) {
-                eprintln!("flannel: taking back a failed ADD: {undo}");
+                say!("flannel: taking back a failed ADD: {undo}");
             }
             scratch.remove();
             Err(error)
@@ -114,9 +119,7 @@ fn del(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
     let _rules = kept.filter(Kept::is_upstreams).and_then(|kept| {
         let network = kept.name().unwrap_or(&conf.common.name);
         go_leftovers::remove(network, &owner)
-            .inspect_err(|error| {
-                eprintln!("flannel: rules that upstream's plugins made may be left: {error}")
-            })
+            .inspect_err(|error| say!("flannel: rules that upstream's plugins made may be left: {error}"))
             .ok()
     });
     bridge::unlink(call, conf.network().as_str(), conf.common.previous.as_ref())?;
@@ -174,16 +177,22 @@ fn pools(env: &SubnetEnv) -> Result<Vec<Pool>, CniError> {
 }
 
 fn subnet_env(conf: &FlannelConf<'_>, code: u32) -> Result<SubnetEnv, CniError> {
-    SubnetEnv::read(&conf.subnet_file).map_err(|error| {
-        let hint = match &error {
-            SubnetEnvError::Read { source, .. } if source.kind() == ErrorKind::NotFound => {
-                "; is flanneld (or the flannel Docker plugin) running on this node, and has it a lease?"
-            }
-            _ => "",
-        };
-        CniError::new(code, "failed to load flannel 'subnet.env' file")
-            .with_details(format!("{}{hint}", chain(&error)))
-    })
+    SubnetEnv::read(&conf.subnet_file).map_err(|error| no_lease(&error, code))
+}
+
+fn no_lease(error: &SubnetEnvError, code: u32) -> CniError {
+    let hint = match error {
+        SubnetEnvError::Read { source, .. } if source.kind() == ErrorKind::NotFound => {
+            "; is flanneld (or the flannel Docker plugin) running on this node, and has it a lease? Its log tells: \
+             journalctl -u flanneld, or kubectl -n kube-flannel logs"
+        }
+        SubnetEnvError::Missing { .. } | SubnetEnvError::Line { .. } => {
+            "; flanneld (or the flannel Docker plugin) writes it anew when it starts"
+        }
+        _ => "",
+    };
+    CniError::new(code, "failed to load flannel 'subnet.env' file")
+        .with_details(format!("{}{hint}", chain(error)))
 }
 
 /// Upstream's text, but for two things: rules for this container alone are never made, so nobody has to look for them,

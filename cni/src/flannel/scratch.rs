@@ -66,14 +66,14 @@ impl Scratch {
             Ok(text) => text,
             Err(error) if error.kind() == ErrorKind::NotFound => return None,
             Err(error) => {
-                eprintln!("flannel: could not read {}: {error}", self.file.display());
+                say!("flannel: could not read {}: {error}", self.file.display());
                 return None;
             }
         };
         match serde_json::from_str(&text) {
             Ok(kept) => Some(Kept(kept)),
             Err(error) => {
-                eprintln!("flannel: {} cannot be used: {error}", self.file.display());
+                say!("flannel: {} cannot be used: {error}", self.file.display());
                 None
             }
         }
@@ -82,7 +82,7 @@ impl Scratch {
     pub(crate) fn remove(&self) {
         match fs::remove_file(&self.file) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
-                eprintln!("flannel: could not remove {}: {error}", self.file.display());
+                say!("flannel: could not remove {}: {error}", self.file.display());
             }
             _ => {}
         }

@@ -6,6 +6,12 @@ use std::fs;
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
 use super::whole_file;
 use crate::words::addr::{Family, InterfaceAddress, Prefix};
@@ -55,6 +61,55 @@ pub enum SubnetEnvError {
     },
 }
 
+impl SubnetEnvError {
+    /// Whether an agent that comes up would cure it: the file is not there, or not complete.
+    fn may_pass(&self) -> bool {
+        match self {
+            Self::Read { source, .. } => source.kind() == io::ErrorKind::NotFound,
+            Self::Line { .. } | Self::Missing { .. } => true,
+            Self::Write { .. } => false,
+        }
+    }
+}
+
+/// Waits for something to happen to a file. Where the kernel cannot tell (a limit, a file system), it looks now and then.
+struct Watch(Option<(Inotify, Epoll)>);
+
+impl Watch {
+    /// Longest pause: a link or an odd file system may hide what happens.
+    const PAUSE_MAX: Duration = Duration::from_millis(100);
+
+    fn new() -> Self {
+        let make = || -> nix::Result<_> {
+            let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
+            let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+            epoll.add(&inotify, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
+            Ok((inotify, epoll))
+        };
+        Self(make().ok())
+    }
+
+    /// At the directory of the file, or the nearest one above that exists: at boot there is none.
+    fn aim(&self, path: &Path) {
+        let Some((inotify, _)) = &self.0 else { return };
+        let what = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_CLOSE_WRITE;
+        let _ = path.ancestors().skip(1).find(|dir| inotify.add_watch(*dir, what).is_ok());
+    }
+
+    fn pause(&self, longest: Duration) {
+        let pause = longest.min(Self::PAUSE_MAX);
+        let Some((inotify, epoll)) = &self.0 else { return thread::sleep(pause) };
+        let timeout =
+            EpollTimeout::try_from(pause.max(Duration::from_millis(1))).unwrap_or(EpollTimeout::ZERO);
+        match epoll.wait(&mut [EpollEvent::empty()], timeout) {
+            // What it was does not matter.
+            Ok(1..) => drop(inotify.read_events()),
+            Ok(0) | Err(Errno::EINTR) => {}
+            Err(_) => thread::sleep(pause),
+        }
+    }
+}
+
 /// The content of `subnet.env`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SubnetEnv {
@@ -82,6 +137,27 @@ impl SubnetEnv {
         let text = fs::read_to_string(path)
             .map_err(|source| SubnetEnvError::Read { path: path.to_owned(), source })?;
         Self::parse(&text, path)
+    }
+
+    /// Reads the file, and waits for it if there is nothing usable in it yet: an agent writes it when it has a lease. A file that is
+    /// ready costs nothing more than [`read`](Self::read). The error is that of the last look.
+    pub fn await_usable(path: &Path, patience: Duration) -> Result<Self, SubnetEnvError> {
+        let first = Self::read(path);
+        if !first.as_ref().is_err_and(SubnetEnvError::may_pass) {
+            return first;
+        }
+        let deadline = Instant::now() + patience;
+        let watch = Watch::new();
+        loop {
+            // Watched before the look: what happens after it wakes us.
+            watch.aim(path);
+            let found = Self::read(path);
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || !found.as_ref().is_err_and(SubnetEnvError::may_pass) {
+                return found;
+            }
+            watch.pause(left);
+        }
     }
 
     /// Reads a text; `path` is for messages only. Keys nobody knows are skipped, as upstream does.
@@ -264,6 +340,36 @@ mod tests {
 
     fn parse(text: &str) -> Result<SubnetEnv, String> {
         SubnetEnv::parse(text, Path::new("/run/flannel/subnet.env")).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_file_that_comes_later_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run/flannel/subnet.env");
+        let start = Instant::now();
+        let error = SubnetEnv::await_usable(&path, Duration::from_millis(20)).unwrap_err();
+        assert!(matches!(error, SubnetEnvError::Read { .. }), "{error}");
+        assert!(start.elapsed() >= Duration::from_millis(20));
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| SubnetEnv::await_usable(&path, Duration::from_secs(60)));
+            // The directories come, then a part of it as a careless writer leaves it, then all of it.
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, "FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_MTU").unwrap();
+            thread::sleep(Duration::from_millis(20));
+            let env = parse(BOTH).unwrap();
+            env.write(&path).unwrap();
+            assert_eq!(waiting.join().unwrap().unwrap(), env);
+        });
+        assert!(start.elapsed() < Duration::from_secs(50), "it was not woken");
+    }
+
+    #[test]
+    fn what_no_agent_would_cure_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let start = Instant::now();
+        // A directory.
+        assert!(SubnetEnv::await_usable(dir.path(), Duration::from_secs(60)).is_err());
+        assert!(start.elapsed() < Duration::from_secs(50));
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! The CNI plugin as a runtime sees it: the built binary, called in namespaces as containerd, podman and CRI-O call it.
 
 mod go;
+mod input;
 mod lifecycle;
 mod node;
+mod results;
 mod wishes;
