@@ -11,10 +11,9 @@
 
 use flannel_core::touch::world::WorldError;
 use flannel_core::touch::world::kernel::Netfilter;
+use flannel_core::words::digest::sha512_hex;
 use flannel_core::words::name::Attachment;
 use flannel_core::words::rule::{TableFamily, TableName};
-
-use crate::sha512;
 
 /// Takes away everything here; the answer is the packet filter, to be closed when the interface is gone.
 pub(crate) fn remove(network: &str, owner: &Attachment) -> Result<Netfilter, WorldError> {
@@ -59,7 +58,7 @@ pub(crate) fn remove_ports(
 /// A name as the Go plugins make it: a prefix and the hash of a text, cut to a length (pkg/utils/utils.go
 /// `MustFormatHashWithPrefix`). For chains and interfaces the text is the network's name and the container's.
 pub(crate) fn hashed(prefix: &str, length: usize, text: &str) -> String {
-    let mut name = format!("{prefix}{}", sha512::hex(text.as_bytes()));
+    let mut name = format!("{prefix}{}", sha512_hex(text.as_bytes(), 128));
     name.truncate(length);
     name
 }

@@ -10,6 +10,7 @@ macro_rules! say {
 }
 
 mod args;
+mod bandwidth;
 mod bridge;
 mod conf;
 mod delegate;
@@ -19,11 +20,11 @@ mod flannel;
 mod go_leftovers;
 mod install;
 mod json;
+mod loopback;
 mod plugin;
 mod previous;
 mod result;
 mod sandbox;
-mod sha512;
 
 use std::env;
 use std::fs;

@@ -5,17 +5,19 @@ use std::path::Path;
 
 use crate::args::{Call, Verb};
 use crate::conf::Conf;
-use crate::flannel;
 use crate::result::{Answer, CniError, Version};
+use crate::{bandwidth, flannel, loopback};
 
 /// A plugin, by the name of the file that was executed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Plugin {
     Flannel,
+    Bandwidth,
+    Loopback,
 }
 
 impl Plugin {
-    pub(crate) const ALL: [Self; 1] = [Self::Flannel];
+    pub(crate) const ALL: [Self; 3] = [Self::Flannel, Self::Bandwidth, Self::Loopback];
 
     /// The plugin of that name. A name nobody knows is flannel's: somebody keeps two versions side by side.
     pub(crate) fn called_by(argv0: Option<OsString>) -> Self {
@@ -29,6 +31,8 @@ impl Plugin {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Flannel => "flannel",
+            Self::Bandwidth => "bandwidth",
+            Self::Loopback => "loopback",
         }
     }
 
@@ -45,6 +49,8 @@ impl Plugin {
         }
         match self {
             Self::Flannel => flannel::run(call, conf),
+            Self::Bandwidth => bandwidth::run(call, conf),
+            Self::Loopback => loopback::run(call, conf),
         }
     }
 }

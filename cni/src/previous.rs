@@ -7,6 +7,26 @@ use flannel_core::words::addr::{InterfaceAddress, Mac};
 use flannel_core::words::name::LinkName;
 use serde_json::Value;
 
+use crate::conf::Conf;
+use crate::json::Object;
+use crate::result::CniError;
+
+/// The result of the plugin before this one, to be passed on. A plugin that works on what others made needs one.
+pub(crate) fn required(conf: &Conf) -> Result<Object, CniError> {
+    match &conf.previous {
+        Some(Value::Object(result)) => {
+            let mut result = result.clone();
+            // A result without a version has that of the configuration.
+            result.entry("cniVersion").or_insert_with(|| conf.version.text().into());
+            Ok(result)
+        }
+        Some(other) => Err(CniError::decoding(format!("prevResult is {other}, an object was expected"))),
+        None => Err(CniError::config("Required prevResult missing").with_details(
+            "this plugin works on an interface that another one made: list it behind that one",
+        )),
+    }
+}
+
 /// The result, by reference.
 pub(crate) struct Previous<'a> {
     interfaces: &'a [Value],

@@ -262,6 +262,12 @@ impl CniError {
         Self::new(Self::UNSUPPORTED_FIELD, msg)
     }
 
+    /// Something could not be taken away.
+    pub(crate) fn leftover(details: impl Into<String>) -> Self {
+        let code = Code::LEFTOVER;
+        Self::new(code.number().into(), code.title()).with_details(details)
+    }
+
     /// The same failure, after which something could not be taken back.
     pub(crate) fn but_left(&self, undo: &Self) -> Self {
         Self::new(

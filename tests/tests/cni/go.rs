@@ -17,7 +17,7 @@ fn go_conf() -> Value {
             "ipam": { "type": "host-local", "ranges": [[{ "subnet": "10.244.1.0/24" }]], "routes": [{ "dst": "10.244.0.0/16" }] } })
 }
 
-fn has_debian_plugins() -> bool {
+pub(crate) fn has_debian_plugins() -> bool {
     ["bridge", "host-local", "ptp"]
         .iter()
         .all(|plugin| fs::exists(format!("{DEBIAN}/{plugin}")).unwrap_or(false))

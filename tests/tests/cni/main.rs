@@ -1,5 +1,6 @@
 //! The CNI plugin as a runtime sees it: the built binary, called in namespaces as containerd, podman and CRI-O call it.
 
+mod bandwidth;
 mod go;
 mod input;
 mod lifecycle;

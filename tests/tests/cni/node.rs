@@ -126,6 +126,13 @@ pub(crate) fn with(base: &Value, key: &str, value: Value) -> Value {
     conf
 }
 
+/// The binary under test by the name of another plugin, as `flannel --install` leaves it.
+pub(crate) fn ours(host: &Host, plugin: &str) -> Result<String> {
+    let path = format!("/run/ours/{plugin}");
+    host.sh(&format!("mkdir -p /run/ours; ln -sf \"$(command -v flannel)\" {path}"))?;
+    Ok(path)
+}
+
 pub(crate) fn one_host(name: &str) -> LabPlan {
     Lab::new(name).hosts(1).ip_forward(false)
 }

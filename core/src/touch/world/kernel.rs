@@ -5,6 +5,7 @@
 
 mod address;
 mod bridge_port;
+mod device;
 mod forward;
 mod iptables;
 mod link;
@@ -25,6 +26,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
+pub use self::device::{Device, Turn};
 use self::netlink::{Refusal, Socket};
 pub use self::netns::Namespace;
 pub use self::nftables::Netfilter;

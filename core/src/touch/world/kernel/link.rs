@@ -99,6 +99,10 @@ impl Seen {
         matches!(self.kind, SeenKind::Funnel)
     }
 
+    pub(super) const fn is_veth(&self) -> bool {
+        matches!(self.kind, SeenKind::Veth)
+    }
+
     pub(super) fn alias(&self) -> Option<&str> {
         self.alias.as_deref()
     }
