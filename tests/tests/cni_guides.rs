@@ -8,8 +8,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use flannel_tests::{
-    Container, Daemon, Host, IMAGE_REFERENCE, Lab, blocks, eventually, image_archive, in_lab, needs,
-    ping_within, secs,
+    Container, Daemon, GO_FLANNEL, Host, IMAGE_REFERENCE, KUBE_FLANNEL, Lab, blocks, eventually,
+    image_archive, in_lab, needs, ping_within, secs,
 };
 
 /// The node's lease, with no daemon behind it.
@@ -69,32 +69,14 @@ fn podman() {
         host.out(&["podman", "tag", "localhost/lab:latest", BUSYBOX])?;
         let said = type_block(host, steps[0])?;
         ensure!(said.lines().any(|line| line.contains("cbr0") && line.contains("flannel")), "{said}");
+        let said = type_block(host, steps[1])?;
+        ensure!(said.contains("1 packets received") && said.contains(&host.name()), "{said}");
+        let said = type_block(host, steps[2])?;
+        ensure!(said.contains("inet 10.89.0.2/24"), "{said}");
+        ensure!(!host.out(&["ip", "-br", "link"])?.contains("veth"));
         Ok(())
     });
 }
-
-/// What upstream's `flannel` does, which Debian does not have: it writes down what the bridge plugin gets, and executes that.
-const GO_FLANNEL: &str = r#"#!/bin/sh -e
-# The standard input is not asked: the delegate's configuration follows from subnet.env.
-kept=/var/lib/cni/flannel/$CNI_CONTAINERID
-case $CNI_COMMAND in
-    ADD)
-        mkdir -p /var/lib/cni/flannel
-        echo '{"cniVersion":"0.3.1","name":"cbr0","type":"bridge","mtu":1450,"hairpinMode":true,"isGateway":true,
-            "isDefaultGateway":true,"ipMasq":false,"ipam":{"type":"host-local","routes":[{"dst":"10.100.0.0/16"}],
-            "ranges":[[{"subnet":"10.100.5.0/24"}]]}}' > "$kept"
-        exec /opt/cni/bin/bridge < "$kept" ;;
-    DEL)
-        [ -e "$kept" ] || exit 0
-        /opt/cni/bin/bridge < "$kept"
-        rm "$kept" ;;
-    *) echo '{"cniVersion":"1.0.0","supportedVersions":["0.3.1","0.4.0","1.0.0"]}' ;;
-esac
-"#;
-
-const KUBE_FLANNEL: &str = r#"{ "name": "cbr0", "cniVersion": "0.3.1", "plugins": [
-    { "type": "flannel", "delegate": { "hairpinMode": true, "isDefaultGateway": true } },
-    { "type": "portmap", "capabilities": { "portMappings": true } } ] }"#;
 
 /// A container that `ctr run` waits for, so that its end is told to the plugin.
 struct Run {
@@ -138,10 +120,7 @@ fn from_go_cni() {
         let back = blocks(guide, "sh back on the node").first().copied().context("no way back")?;
 
         host.write("/run/flannel/subnet.env", SUBNET_ENV)?;
-        host.sh("cp /usr/lib/cni/* /opt/cni/bin/")?;
-        host.write("/opt/cni/bin/flannel", GO_FLANNEL)?;
-        host.sh("chmod 755 /opt/cni/bin/flannel")?;
-        host.write("/etc/cni/net.d/10-flannel.conflist", KUBE_FLANNEL)?;
+        host.install_go_chain()?;
         let _containerd = host.start_containerd()?;
         host.import_image()?;
         let (go1, go2, go3) = (run(host, "go1")?, run(host, "go2")?, run(host, "go3")?);

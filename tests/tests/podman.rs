@@ -61,9 +61,22 @@ fn run(host: &Host, name: &str, args: &[&str]) -> Result<Container> {
     host.container(name, pid.parse().with_context(|| format!("podman printed pid {pid:?}"))?)
 }
 
+/// What podman installs for its default network.
+const PODMAN: &str = r#"{ "cniVersion": "0.4.0", "name": "podman", "plugins": [
+    { "type": "bridge", "bridge": "cni-podman0", "isGateway": true, "ipMasq": true, "hairpinMode": true,
+      "ipam": { "type": "host-local", "routes": [{ "dst": "0.0.0.0/0" }],
+                "ranges": [[{ "subnet": "10.88.0.0/16", "gateway": "10.88.0.1" }]] } },
+    { "type": "portmap", "capabilities": { "portMappings": true } },
+    { "type": "firewall" },
+    { "type": "tuning" } ] }"#;
+
 /// Who does the work.
 #[derive(Clone, Copy, PartialEq)]
 enum Chain {
+    /// As it is shipped: one plugin does everything.
+    Ours,
+    /// podman's own network, whose plugins are ours.
+    Bridge,
     /// Debian's portmap behind our `flannel`.
     Debian,
 }
@@ -72,6 +85,8 @@ impl Chain {
     /// The network's name and its configuration.
     fn conflist(self) -> (&'static str, &'static str) {
         match self {
+            Self::Ours => ("cbr0", include_str!("../../deploy/cni/10-flannel.conflist")),
+            Self::Bridge => ("podman", PODMAN),
             Self::Debian => (
                 "flannel",
                 r#"{ "cniVersion": "0.4.0", "name": "flannel", "plugins": [
@@ -82,23 +97,32 @@ impl Chain {
     }
 
     fn install(self, host: &Host) -> Result<()> {
-        host.install_cni("flannel")?;
-        host.write("/etc/cni/net.d/10-test.conflist", self.conflist().1)?;
         match self {
-            Self::Debian => host.install_debian_cni(),
+            Self::Ours => host.out(&["flannel", "--install"]).map(drop),
+            Self::Bridge => {
+                host.write("/etc/cni/net.d/87-podman-bridge.conflist", PODMAN)?;
+                host.out(&["flannel", "--install", "--no-conf"]).map(drop)
+            }
+            Self::Debian => {
+                host.write("/etc/cni/net.d/10-flannel.conflist", self.conflist().1)?;
+                host.install_cni("flannel")?;
+                host.install_debian_cni()
+            }
         }
     }
 
     /// The n-th address of the network on this node.
     fn address(self, n: u8) -> String {
         match self {
-            Self::Debian => format!("10.100.5.{n}"),
+            Self::Ours | Self::Debian => format!("10.100.5.{n}"),
+            Self::Bridge => format!("10.88.0.{n}"),
         }
     }
 
     fn bridge(self) -> &'static str {
         match self {
-            Self::Debian => "cni0",
+            Self::Ours | Self::Debian => "cni0",
+            Self::Bridge => "cni-podman0",
         }
     }
 }
@@ -154,6 +178,16 @@ fn nothing_is_left(host: &Host, chain: Chain) -> Result<()> {
     let links = host.out(&["ip", "-br", "link"])?;
     ensure!(!links.contains("veth") && links.contains(chain.bridge()), "{links}");
     Ok(())
+}
+
+#[test]
+fn flannel_alone() {
+    in_lab(lab("podman-flannel"), |lab| a_day_with_podman(lab, Chain::Ours));
+}
+
+#[test]
+fn podmans_own_network_with_our_plugins() {
+    in_lab(lab("podman-own"), |lab| a_day_with_podman(lab, Chain::Bridge));
 }
 
 #[test]

@@ -4,11 +4,7 @@ use anyhow::{Result, ensure};
 use flannel_tests::{Host, Lab, eventually, in_lab, secs};
 
 use crate::client::Cri;
-use crate::{Pod, start_containerd, without_pods};
-
-/// The node's lease, with no daemon behind it.
-const SUBNET_ENV: &str =
-    "FLANNEL_NETWORK=10.100.0.0/16\nFLANNEL_SUBNET=10.100.5.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n";
+use crate::{Pod, SUBNET_ENV, start_containerd, without_pods};
 
 fn becomes_ready(cri: &Cri) -> Result<()> {
     eventually("containerd has a network", secs(20), || {

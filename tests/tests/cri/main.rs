@@ -3,6 +3,7 @@
 
 mod client;
 mod install;
+mod moving;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -17,6 +18,10 @@ use flannel_tests::{
 };
 
 const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
+
+/// The node's lease, with no daemon behind it.
+const SUBNET_ENV: &str =
+    "FLANNEL_NETWORK=10.100.0.0/16\nFLANNEL_SUBNET=10.100.5.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n";
 
 /// As an operator writes it, but for three lines: the image of the pods' first process is the lab's, and a machine of the
 /// tests may lack AppArmor and the right to lower a process's badness.
@@ -37,6 +42,8 @@ fn containerd_config() -> String {
 /// Who does the work on a node.
 #[derive(Clone, Copy, PartialEq)]
 enum Chain {
+    /// As it is shipped: one plugin does everything.
+    Ours,
     /// kube-flannel's, with what Debian has in its containernetworking-plugins behind our `flannel`.
     Debian,
 }
@@ -44,6 +51,7 @@ enum Chain {
 impl Chain {
     fn conflist(self) -> &'static str {
         match self {
+            Self::Ours => include_str!("../../../deploy/cni/10-flannel.conflist"),
             Self::Debian => {
                 r#"{ "name": "cbr0", "cniVersion": "0.3.1", "plugins": [
                     { "type": "flannel", "delegate": { "hairpinMode": true, "isDefaultGateway": true } },
@@ -54,10 +62,14 @@ impl Chain {
     }
 
     fn install(self, host: &Host) -> Result<()> {
-        host.install_cni("flannel")?;
-        host.write("/etc/cni/net.d/10-flannel.conflist", self.conflist())?;
         match self {
-            Self::Debian => host.install_debian_cni(),
+            // There is nothing else in the directory.
+            Self::Ours => host.out(&["flannel", "--install"]).map(drop),
+            Self::Debian => {
+                host.install_cni("flannel")?;
+                host.write("/etc/cni/net.d/10-flannel.conflist", self.conflist())?;
+                host.install_debian_cni()
+            }
         }
     }
 }
@@ -207,6 +219,20 @@ fn ports_are_served(lab: &Lab, here: &Node<'_>, pod: &Pod, far: &Pod) -> Result<
     })
 }
 
+/// A pod with a limit of 10 Mbit/s both ways gets little more, and not much less.
+fn limits_hold(far: &Pod, pod: &Pod) -> Result<()> {
+    let server = pod.container.spawn("iperf3", &["iperf3", "-s"], &[])?;
+    for direction in [&[][..], &["-R"]] {
+        let argv = [&["iperf3", "-c", &pod.ip, "-t", "2", "-J"], direction].concat();
+        let said = eventually("the server listens", secs(10), || far.container.out(&argv))?;
+        let said: serde_json::Value = serde_json::from_str(&said)?;
+        let rate =
+            said["end"]["sum_received"]["bits_per_second"].as_f64().with_context(|| said.to_string())?;
+        ensure!((2e6..15e6).contains(&rate), "{:.1} Mbit/s {direction:?}", rate / 1e6);
+    }
+    server.crash()
+}
+
 /// Two pods, on two hosts; one has all that a pod can ask of its network.
 fn a_pod_gets_what_it_asks_for(lab: &Lab, chain: Chain) -> Result<()> {
     let nodes = start_all(lab, chain)?;
@@ -237,6 +263,10 @@ fn a_pod_gets_what_it_asks_for(lab: &Lab, chain: Chain) -> Result<()> {
     ensure!(rules.lines().any(|line| line.contains("sctp") && line.contains("5000")), "{rules}");
     let shaping = one.host.out(&["tc", "qdisc", "show"])?;
     ensure!(shaping.matches("qdisc tbf").count() == 2, "{shaping}");
+    if chain == Chain::Ours {
+        // What containerd asks for beside the rate is a burst of 512 MB, which Debian's plugin grants.
+        limits_hold(&far, &pod)?;
+    }
 
     // Both take the network down: the second with no namespace any more.
     one.cri.stop_pod(&pod.id)?;
@@ -250,6 +280,12 @@ fn a_pod_gets_what_it_asks_for(lab: &Lab, chain: Chain) -> Result<()> {
         unchanged("the kernel after the last pod", &before, &one.host.network_state()?)?;
     }
     Ok(())
+}
+
+#[test]
+fn pods_with_one_plugin_for_everything() {
+    let plan = lab("cri-ours").outside().needs(&["iperf3"]);
+    in_lab(plan, |lab| a_pod_gets_what_it_asks_for(lab, Chain::Ours));
 }
 
 #[test]
