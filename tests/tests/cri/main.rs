@@ -18,6 +18,7 @@ use flannel_tests::{
 };
 
 const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
+const DUAL: &str = r#"{"Network":"10.100.0.0/16","EnableIPv6":true,"IPv6Network":"fd42:cafe::/48","Backend":{"Type":"vxlan"}}"#;
 
 /// The node's lease, with no daemon behind it.
 const SUBNET_ENV: &str =
@@ -49,6 +50,14 @@ enum Chain {
 }
 
 impl Chain {
+    /// The network: Debian's bridge of those days takes two seconds for an IPv6 address.
+    fn network(self) -> &'static str {
+        match self {
+            Self::Ours => DUAL,
+            Self::Debian => VXLAN,
+        }
+    }
+
     fn conflist(self) -> &'static str {
         match self {
             Self::Ours => include_str!("../../../deploy/cni/10-flannel.conflist"),
@@ -86,6 +95,7 @@ struct Pod {
     id: String,
     container: Container,
     ip: String,
+    ip6: Option<String>,
 }
 
 fn lab(name: &str) -> LabPlan {
@@ -94,7 +104,7 @@ fn lab(name: &str) -> LabPlan {
 
 /// Two hosts with everything running.
 fn start_all(lab: &Lab, chain: Chain) -> Result<[Node<'_>; 2]> {
-    put_config(lab, VXLAN)?;
+    put_config(lab, chain.network())?;
     thread::scope(|scope| {
         let [one, two] = [1, 2].map(|n| scope.spawn(move || Node::start(lab, lab.host(n), chain)));
         Ok([one.join().expect("no panic")?, two.join().expect("no panic")?])
@@ -152,9 +162,10 @@ impl Pod {
         let (addresses, verbose) = cri.pod(&id)?;
         let pid = verbose["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok());
         let container = host.container(name, pid.with_context(|| format!("no pid in {verbose}"))?)?;
-        let ip = addresses.into_iter().next().context("no address")?;
+        let mut addresses = addresses.into_iter();
+        let (ip, ip6) = (addresses.next().context("no address")?, addresses.next());
         ensure!(container.ip()? == ip, "{} is not {ip}", container.ip()?);
-        Ok(Self { id, container, ip })
+        Ok(Self { id, container, ip, ip6 })
     }
 }
 
@@ -219,6 +230,20 @@ fn ports_are_served(lab: &Lab, here: &Node<'_>, pod: &Pod, far: &Pod) -> Result<
     })
 }
 
+/// The same by the other family.
+fn works_by_ipv6(lab: &Lab, here: &Node<'_>, pod: &Pod, far: &Pod) -> Result<()> {
+    let (own, peer) = (pod.ip6.as_ref().context("no IPv6 address")?, far.ip6.as_ref().context("nor here")?);
+    ping_within(secs(10), &pod.container, peer)?;
+    ping_within(secs(10), &far.container, own)?;
+    let _server = HttpServer::start_v6(&pod.container, 86, "pod by IPv6")?;
+    let node = format!("[{}]", here.host.ip6());
+    for from in [lab.outside() as &dyn Place, here.host, &far.container] {
+        served(from, &format!("{node}:8086"), "pod by IPv6")?;
+    }
+    ensure!(seen_as(lab.outside(), &node, 8086)? == lab.outside().ip6().to_string());
+    Ok(())
+}
+
 /// A pod with a limit of 10 Mbit/s both ways gets little more, and not much less.
 fn limits_hold(far: &Pod, pod: &Pod) -> Result<()> {
     let server = pod.container.spawn("iperf3", &["iperf3", "-s"], &[])?;
@@ -247,6 +272,7 @@ fn a_pod_gets_what_it_asks_for(lab: &Lab, chain: Chain) -> Result<()> {
         port(Protocol::Tcp, 8080, 80, ""),
         port(Protocol::Udp, 5353, 53, ""),
         port(Protocol::Sctp, 5000, 5000, ""),
+        port(Protocol::Tcp, 8086, 86, ""),
         port(Protocol::Tcp, 8081, 80, &address),
     ];
     let limits = [("kubernetes.io/ingress-bandwidth", "10M"), ("kubernetes.io/egress-bandwidth", "10M")];
@@ -259,6 +285,9 @@ fn a_pod_gets_what_it_asks_for(lab: &Lab, chain: Chain) -> Result<()> {
     ensure!(seen_as(&pod.container, &far.ip, 80)? == pod.ip);
     server.stop()?;
     ports_are_served(lab, one, &pod, &far)?;
+    if chain.network() == DUAL {
+        works_by_ipv6(lab, one, &pod, &far)?;
+    }
     let rules = one.host.out(&["nft", "list", "ruleset"])?;
     ensure!(rules.lines().any(|line| line.contains("sctp") && line.contains("5000")), "{rules}");
     let shaping = one.host.out(&["tc", "qdisc", "show"])?;
