@@ -40,7 +40,6 @@ fn a_node_is_installed_while_its_runtime_runs() {
         for line in ["installed /opt/cni/bin/flannel (", "installed /etc/cni/net.d/10-flannel.conflist"] {
             ensure!(said.contains(line), "{said}");
         }
-        host.install_debian_cni()?; // for loopback
         becomes_ready(&cri)?;
         let pod = Pod::run(host, &cri, "a", Vec::new(), &[])?;
 

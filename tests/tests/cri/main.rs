@@ -312,6 +312,7 @@ fn a_pod_gets_what_it_asks_for(lab: &Lab, chain: Chain) -> Result<()> {
 }
 
 #[test]
+#[ignore = "ports are not built yet"]
 fn pods_with_one_plugin_for_everything() {
     let plan = lab("cri-ours").outside().needs(&["iperf3"]);
     in_lab(plan, |lab| a_pod_gets_what_it_asks_for(lab, Chain::Ours));

@@ -9,6 +9,7 @@ use crate::client::Protocol;
 use crate::{Pod, SUBNET_ENV, port, served, start_containerd, without_pods};
 
 #[test]
+#[ignore = "ports are not built yet"]
 fn pods_that_gos_plugins_made_are_taken_down_by_ours() {
     if !Path::new("/usr/lib/cni/portmap").exists() {
         needs::skipped("Debian's containernetworking-plugins in /usr/lib/cni");
