@@ -35,7 +35,7 @@ pub enum RangeError {
     },
     /// Nothing is left of the range without gateway, network and broadcast address.
     #[error("range {0} has no address for an endpoint")]
-    NoRoom(Range),
+    NoRoom(String),
     /// A set without ranges.
     #[error("empty range set")]
     Empty,
@@ -44,7 +44,7 @@ pub enum RangeError {
     Mixed,
     /// Two ranges share an address.
     #[error("subnets {0} and {1} overlap")]
-    Overlap(Range, Range),
+    Overlap(String, String),
     /// Two sets share an address.
     #[error("range set {0} overlaps with {1}")]
     SetsOverlap(usize, usize),
@@ -128,7 +128,7 @@ impl Range {
             (None, Some(address)) if range.last < range.first => {
                 Err(RangeError::Bound { bound: "rangeStart", address, subnet })
             }
-            _ if range.capacity() == 0 => Err(RangeError::NoRoom(range)),
+            _ if range.capacity() == 0 => Err(RangeError::NoRoom(range.to_string())),
             _ => Ok(range),
         }
     }
@@ -213,7 +213,7 @@ impl RangeSet {
         }
         for (index, range) in ranges.iter().enumerate() {
             if let Some(other) = ranges.iter().skip(index + 1).find(|other| range.overlaps(other)) {
-                return Err(RangeError::Overlap(*range, *other));
+                return Err(RangeError::Overlap(range.to_string(), other.to_string()));
             }
         }
         Ok(Self(ranges))

@@ -81,7 +81,7 @@ fn ranges_without_sense_are_refused() {
     assert_eq!(RangeSet::new(vec![]), Err(RangeError::Empty));
     assert_eq!(RangeSet::new(vec![v4, v6]), Err(RangeError::Mixed));
     let low = part("10.5.0.0/16", "10.5.1.7", "10.5.1.8").unwrap();
-    assert_eq!(RangeSet::new(vec![v4, low]), Err(RangeError::Overlap(v4, low)));
+    assert_eq!(RangeSet::new(vec![v4, low]), Err(RangeError::Overlap(v4.to_string(), low.to_string())));
     let sets = [v4, v6, low].map(|range| RangeSet::new(vec![range]).unwrap());
     assert_eq!(apart(&sets), Err(RangeError::SetsOverlap(0, 2)));
     assert_eq!(apart(&sets[..2]), Ok(()));
