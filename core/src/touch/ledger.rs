@@ -3,22 +3,26 @@
 //!
 //! One file per address, named by it, holding `<container>\r\n<interface>`. Creating the file exclusively is the claim; a flock on
 //! `lock` serialises everything else; `last_reserved_ip.<n>` is where the next search starts. `ls` is the debugger. Ours beside that:
-//! `boot_id`, because no CNI container survives a reboot and its entries must not either. Entries of Docker endpoints (their container
-//! begins with `docker:`) are not dropped at a reboot: the engine starts its containers again and the driver reconciles them.
+//! `boot_id`, because no CNI container survives a reboot and its entries must not either, and a note for each entry (see `note`).
+//! Entries of Docker endpoints (their container begins with `docker:`) are not dropped at a reboot: the engine starts its containers
+//! again and the driver reconciles them.
 
+mod note;
 mod place;
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::IpAddr;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
+use self::note::Note;
 use crate::words::name::Attachment;
 
 pub use place::{DEFAULT_ROOT, Retired, ledger_marker};
@@ -113,6 +117,41 @@ impl Entry {
     }
 }
 
+/// The files of a ledger at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Listing {
+    addresses: BTreeSet<IpAddr>,
+    notes: Vec<Note>,
+}
+
+impl Listing {
+    /// Every address that has an entry.
+    pub fn addresses(&self) -> &BTreeSet<IpAddr> {
+        &self.addresses
+    }
+
+    fn has_note(&self, address: IpAddr) -> bool {
+        self.notes.iter().any(|note| note.address == address)
+    }
+}
+
+/// An address of an attachment that is being made: as long as this lives, nobody takes the entry for a dead one's.
+#[derive(Debug)]
+pub struct Claim {
+    _file: Flock<File>,
+}
+
+/// What was given back.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Released {
+    /// The addresses that were freed.
+    pub addresses: Vec<IpAddr>,
+    /// The addresses that are held further on, by whomever.
+    pub left: BTreeSet<IpAddr>,
+    /// Whether other interfaces of the same container hold some of them.
+    pub siblings: bool,
+}
+
 impl Ledger {
     /// The ledger in this directory. To find a network's, use [`Ledger::open_for`].
     pub fn at(dir: impl Into<PathBuf>) -> Self {
@@ -163,32 +202,68 @@ pub struct HeldLedger<'a> {
 }
 
 impl HeldLedger<'_> {
-    /// Every address that has a file, without looking at who holds it: one directory listing.
-    pub fn addresses(&self) -> Result<Vec<IpAddr>, LedgerError> {
+    /// One directory listing.
+    pub fn list(&self) -> Result<Listing, LedgerError> {
         let dir = &self.ledger.dir;
-        let mut addresses = Vec::new();
+        let mut listing = Listing::default();
         for file in fs::read_dir(dir).map_err(LedgerError::io("list", dir))? {
             let name = file.map_err(LedgerError::io("list", dir))?.file_name();
-            addresses.extend(name.to_str().and_then(|name| name.parse::<IpAddr>().ok()));
-        }
-        Ok(addresses)
-    }
-
-    /// Every entry, by address. Files without an owner (their writer died while it held the lock) are removed.
-    pub fn entries(&self) -> Result<Vec<Entry>, LedgerError> {
-        let mut entries = Vec::new();
-        for address in self.addresses()? {
-            match self.owner(address)? {
-                Some(owner) => entries.push(Entry { address, owner }),
-                None => self.release_address(address)?,
+            let Some(name) = name.to_str() else { continue };
+            match Note::parse(name) {
+                Some(note) => listing.notes.push(note),
+                None => listing.addresses.extend(name.parse::<IpAddr>().ok()),
             }
         }
-        entries.sort();
+        Ok(listing)
+    }
+
+    /// Every address that has a file, without looking at who holds it: one directory listing.
+    pub fn addresses(&self) -> Result<BTreeSet<IpAddr>, LedgerError> {
+        self.list().map(|listing| listing.addresses)
+    }
+
+    /// Every entry, by address. Files without an owner (their writer died while it held the lock) are removed, and so are notes
+    /// that are wrong: somebody removed or changed the entry by hand.
+    pub fn entries(&self) -> Result<Vec<Entry>, LedgerError> {
+        let listing = self.list()?;
+        let mut entries = Vec::new();
+        for address in listing.addresses {
+            match self.owner(address)? {
+                Some(owner) => entries.push(Entry { address, owner }),
+                None => self.remove(&self.file(address))?,
+            }
+        }
+        for note in listing.notes {
+            let true_of = |entry: &Entry| Note::of(entry.address, &entry.owner) == note;
+            if !entries.iter().any(true_of) {
+                self.remove(&self.ledger.dir.join(note.file()))?;
+            }
+        }
+        Ok(entries)
+    }
+
+    /// What this attachment holds, and other interfaces of its container. Reads only the entries that the listing's notes lead to, and
+    /// those without a note.
+    pub fn entries_of(&self, listing: &Listing, container: &str) -> Result<Vec<Entry>, LedgerError> {
+        let owner = Attachment { container: container.to_owned(), interface: String::new() };
+        let of_container = |note: &&Note| note.same_container(&Note::of(note.address, &owner));
+        let noted = listing.notes.iter().filter(of_container).map(|note| note.address);
+        let unknown = listing.addresses.iter().copied().filter(|address| !listing.has_note(*address));
+        let mut entries = Vec::new();
+        for address in noted.chain(unknown).collect::<BTreeSet<_>>() {
+            let owner = self.owner(address)?.filter(|owner| owner.container == container);
+            entries.extend(owner.map(|owner| Entry { address, owner }));
+        }
         Ok(entries)
     }
 
     /// Claims exactly this address.
     pub fn claim(&self, address: IpAddr, owner: &Attachment) -> Result<(), LedgerError> {
+        self.begin(address, owner).map(drop)
+    }
+
+    /// The same for an attachment that is not there yet.
+    pub fn begin(&self, address: IpAddr, owner: &Attachment) -> Result<Claim, LedgerError> {
         let path = self.file(address);
         let open = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
         let file = match open() {
@@ -196,25 +271,56 @@ impl HeldLedger<'_> {
                 if let Some(owner) = self.owner(address)? {
                     return Err(LedgerError::Taken { address, owner });
                 }
-                self.release_address(address)?;
+                self.remove(&path)?;
                 open()
             }
             other => other,
         };
-        let written = file.and_then(|mut file| file.write_all(line(owner).as_bytes()));
-        written.map_err(|source| {
+        let written = file.and_then(|file| {
+            let mut file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno)?;
+            file.write_all(line(owner).as_bytes())?;
+            Ok(Claim { _file: file })
+        });
+        let claim = written.map_err(|source| {
             // An entry without its owner would be reclaimed anyway; do not leave it to that.
             let _ = fs::remove_file(&path);
             LedgerError::Io { action: "write", path: path.clone(), source }
-        })
+        })?;
+        self.note(address, owner);
+        Ok(claim)
+    }
+
+    /// The same for an address that the attachment holds already; none while somebody else is making this very attachment.
+    pub fn begin_again(&self, address: IpAddr) -> Result<Option<Claim>, LedgerError> {
+        let path = self.file(address);
+        let file = File::open(&path).map_err(LedgerError::io("open", &path))?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(file) => Ok(Some(Claim { _file: file })),
+            Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+            Err((_, errno)) => Err(LedgerError::Io { action: "lock", path, source: errno.into() }),
+        }
+    }
+
+    /// When the entry was made; none if it cannot be told.
+    pub fn since(&self, address: IpAddr) -> Option<SystemTime> {
+        fs::metadata(self.file(address)).and_then(|file| file.modified()).ok()
+    }
+
+    /// Whether the entry was made by this program: host-local writes no notes.
+    pub fn is_noted(&self, entry: &Entry) -> bool {
+        let note = Note::of(entry.address, &entry.owner).file();
+        fs::symlink_metadata(self.ledger.dir.join(note)).is_ok()
     }
 
     /// Gives an entry to another owner, in one step: Docker asks for an address before it names the endpoint.
     pub fn reassign(&self, address: IpAddr, owner: &Attachment) -> Result<(), LedgerError> {
+        self.forget(address, self.owner(address)?.as_ref())?;
         let path = self.file(address);
         let temporary = self.ledger.dir.join(format!("reassign.{address}"));
         let written = fs::write(&temporary, line(owner)).and_then(|()| fs::rename(&temporary, &path));
-        written.map_err(LedgerError::io("write", &path))
+        written.map_err(LedgerError::io("write", &path))?;
+        self.note(address, owner);
+        Ok(())
     }
 
     /// Who holds the address; none if nobody does, or nobody that can be named.
@@ -227,10 +333,33 @@ impl HeldLedger<'_> {
         }
     }
 
-    /// Frees everything this attachment holds, and says what that was. As host-local does, entries that name no interface are
-    /// taken for the container's if nothing matches in full.
-    pub fn release(&self, owner: &Attachment) -> Result<Vec<IpAddr>, LedgerError> {
-        self.release_among(&self.entries()?, owner)
+    /// Frees everything this attachment holds. As host-local does, entries that name no interface are taken for the
+    /// container's if nothing matches in full.
+    pub fn release(&self, owner: &Attachment) -> Result<Released, LedgerError> {
+        let listing = self.list()?;
+        let of = |entries: &[Entry], wanted: &Attachment| -> Vec<IpAddr> {
+            entries.iter().filter(|entry| entry.owner == *wanted).map(|entry| entry.address).collect()
+        };
+        let mut entries = self.entries_of(&listing, &owner.container)?;
+        let mut addresses = of(&entries, owner);
+        let mut held = listing.addresses;
+        if addresses.is_empty() {
+            // Before this is taken for nothing to do: notes are only hints.
+            entries = self.entries()?;
+            held = entries.iter().map(|entry| entry.address).collect();
+            addresses = of(&entries, owner);
+        }
+        if addresses.is_empty() {
+            addresses =
+                of(&entries, &Attachment { container: owner.container.clone(), interface: String::new() });
+        }
+        for address in &addresses {
+            self.release_address(*address)?;
+        }
+        held.retain(|address| !addresses.contains(address));
+        let sibling =
+            |entry: &Entry| entry.owner.container == owner.container && !addresses.contains(&entry.address);
+        Ok(Released { siblings: entries.iter().any(sibling), addresses, left: held })
     }
 
     /// The same for a caller who has the entries already.
@@ -250,13 +379,8 @@ impl HeldLedger<'_> {
 
     /// Frees one address, whoever holds it; nothing happens if nobody does.
     pub fn release_address(&self, address: IpAddr) -> Result<(), LedgerError> {
-        let path = self.file(address);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                Err(LedgerError::Io { action: "remove", path, source: error })
-            }
-            _ => Ok(()),
-        }
+        self.forget(address, self.owner(address)?.as_ref())?;
+        self.remove(&self.file(address))
     }
 
     /// The address given out last for the n-th subnet (0: the first one, whatever its family), where the next search starts.
@@ -281,12 +405,36 @@ impl HeldLedger<'_> {
             Err(error) if error.kind() == ErrorKind::NotFound => None,
             Err(source) => return Err(LedgerError::Io { action: "read", path, source }),
         };
-        if known.is_some_and(|known| !known.trim().is_empty()) {
+        // Never empty by a crash of ours; by one of the host it may be.
+        if known.is_some() {
             for entry in self.entries()?.iter().filter(|entry| !entry.is_docker()) {
                 self.release_address(entry.address)?;
             }
         }
-        fs::write(&path, now).map_err(LedgerError::io("write", &path))
+        let temporary = self.ledger.dir.join("boot_id.new");
+        let written = fs::write(&temporary, now).and_then(|()| fs::rename(&temporary, &path));
+        written.map_err(LedgerError::io("write", &path))
+    }
+
+    /// A hint only; without it the entry is read when it need not be.
+    fn note(&self, address: IpAddr, owner: &Attachment) {
+        let _ = symlink(address.to_string(), self.ledger.dir.join(Note::of(address, owner).file()));
+    }
+
+    fn forget(&self, address: IpAddr, owner: Option<&Attachment>) -> Result<(), LedgerError> {
+        match owner {
+            Some(owner) => self.remove(&self.ledger.dir.join(Note::of(address, owner).file())),
+            None => Ok(()),
+        }
+    }
+
+    fn remove(&self, path: &Path) -> Result<(), LedgerError> {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(LedgerError::Io { action: "remove", path: path.to_owned(), source: error })
+            }
+            _ => Ok(()),
+        }
     }
 
     fn file(&self, address: IpAddr) -> PathBuf {
@@ -306,7 +454,8 @@ fn line(owner: &Attachment) -> String {
 /// Reads what host-local, its predecessors (no interface) and others (a bare line feed) write; none for an empty file.
 fn parse(text: &str) -> Option<Attachment> {
     let mut lines = text.trim().lines();
-    let container = lines.next().filter(|container| !container.is_empty())?;
+    // A host that lost power may leave zeros where the text was.
+    let container = lines.next().filter(|container| !container.is_empty() && !container.contains('\0'))?;
     let interface = lines.next().unwrap_or_default();
     Some(Attachment { container: container.to_owned(), interface: interface.to_owned() })
 }

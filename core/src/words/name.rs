@@ -230,7 +230,7 @@ impl fmt::Display for Attachment {
 
 /// 16 hex digits of FNV-1a 64 (http://www.isthe.com/chongo/tech/comp/fnv/), finished with the murmur3 mixer so that
 /// every prefix of the text is well spread. For names only, never for secrets.
-fn fingerprint(bytes: &[u8]) -> String {
+pub(crate) fn fingerprint(bytes: &[u8]) -> String {
     let mut hash = 0xcbf2_9ce4_8422_2325u64;
     for byte in bytes {
         hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);

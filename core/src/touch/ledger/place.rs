@@ -7,6 +7,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
+use super::note::Note;
 use super::{Entry, HeldLedger, LOCK_DEADLINE, Ledger, LedgerError, flock};
 use crate::touch::marker;
 
@@ -69,7 +70,7 @@ impl Ledger {
             let ledger = Self { dir };
             let held = ledger.lock()?;
             match held.entries()? {
-                none if none.is_empty() => held.remove()?,
+                none if none.is_empty() => held.retire()?,
                 entries => return Ok(Retired::InUse(entries)),
             }
         }
@@ -80,7 +81,7 @@ impl Ledger {
 
 impl HeldLedger<'_> {
     /// Who waits for the lock meanwhile finds it unlinked and makes a new directory.
-    fn remove(&self) -> Result<(), LedgerError> {
+    fn retire(&self) -> Result<(), LedgerError> {
         let dir = &self.ledger.dir;
         let root = dir.parent().unwrap_or(dir);
         for entry in fs::read_dir(root).map_err(LedgerError::io("list", root))?.flatten() {
@@ -164,7 +165,8 @@ fn empty(dir: &Path) -> Result<(), LedgerError> {
     for file in fs::read_dir(dir).map_err(LedgerError::io("list", dir))?.flatten() {
         let name = file.file_name();
         let name = name.to_string_lossy();
-        if name == "lock" || name == "boot_id" || name.starts_with("last_reserved_ip.") {
+        let ours = name == "lock" || name.starts_with("boot_id") || name.starts_with("last_reserved_ip.");
+        if ours || Note::parse(&name).is_some() {
             let path = file.path();
             fs::remove_file(&path).map_err(LedgerError::io("remove", &path))?;
         }

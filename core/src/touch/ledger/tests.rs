@@ -48,10 +48,15 @@ fn release_is_by_attachment_and_knows_older_writers() {
     held.claim(ip("10.5.1.3"), &owner("c1", "eth1")).unwrap();
     fs::write(ledger.dir().join("10.5.1.4"), "old").unwrap();
     fs::write(ledger.dir().join("10.5.1.5"), "other\neth0").unwrap();
-    assert_eq!(held.release(&owner("c1", "eth1")).unwrap(), [ip("10.5.1.3")]);
-    assert!(held.release(&owner("c1", "eth1")).unwrap().is_empty());
-    assert_eq!(held.release(&owner("old", "eth0")).unwrap(), [ip("10.5.1.4")]);
-    assert_eq!(held.release(&owner("other", "eth0")).unwrap(), [ip("10.5.1.5")]);
+    let release = |container, interface| held.release(&owner(container, interface)).unwrap();
+    let first = release("c1", "eth1");
+    assert_eq!((first.addresses, first.siblings), (vec![ip("10.5.1.3")], true));
+    assert_eq!(first.left, ["10.5.1.2", "10.5.1.4", "10.5.1.5"].map(ip).into());
+    let second = release("c1", "eth1");
+    assert_eq!((second.addresses, second.siblings, second.left), (vec![], true, first.left));
+    assert_eq!(release("old", "eth0").addresses, [ip("10.5.1.4")]);
+    let other = release("other", "eth0");
+    assert_eq!((other.addresses, other.siblings), (vec![ip("10.5.1.5")], false));
     assert_eq!(held.entries().unwrap(), [Entry { address: ip("10.5.1.2"), owner: owner("c1", "eth0") }]);
 }
 
@@ -64,7 +69,66 @@ fn a_file_whose_writer_died_is_nobodys() {
     }
     held.claim(ip("10.5.1.2"), &owner("c1", "eth0")).unwrap();
     assert_eq!(held.entries().unwrap().len(), 1);
-    assert_eq!(held.addresses().unwrap(), [ip("10.5.1.2")], "the other one was removed");
+    assert_eq!(held.addresses().unwrap(), [ip("10.5.1.2")].into(), "the other one was removed");
+    // What power loss leaves.
+    fs::write(ledger.dir().join("10.5.1.4"), [0; 40]).unwrap();
+    assert_eq!(held.entries().unwrap().len(), 1);
+}
+
+/// Names of the notes that are there.
+fn notes(ledger: &Ledger) -> Vec<String> {
+    let names =
+        fs::read_dir(ledger.dir()).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
+    names.filter(|name| Note::parse(name).is_some()).collect()
+}
+
+#[test]
+fn notes_spare_the_reading_of_other_entries() {
+    let (_dir, ledger) = ledger();
+    let held = ledger.lock().unwrap();
+    for n in 2..9 {
+        held.claim(ip(&format!("10.5.1.{n}")), &owner(&format!("c{n}"), "eth0")).unwrap();
+    }
+    // Whoever reads this one fails.
+    fs::remove_file(ledger.dir().join("10.5.1.3")).unwrap();
+    fs::create_dir(ledger.dir().join("10.5.1.3")).unwrap();
+    assert!(held.entries().is_err());
+    let listing = held.list().unwrap();
+    assert_eq!(listing.addresses().len(), 7);
+    assert_eq!(held.entries_of(&listing, "new").unwrap(), []);
+    assert_eq!(held.release(&owner("c5", "eth0")).unwrap().addresses, [ip("10.5.1.5")]);
+    // One without a note is found as well.
+    fs::write(ledger.dir().join("10.5.1.9"), "go\r\neth0").unwrap();
+    assert_eq!(held.release(&owner("go", "eth0")).unwrap().addresses, [ip("10.5.1.9")]);
+}
+
+#[test]
+fn notes_go_with_their_entries_and_wrong_ones_mislead_nobody() {
+    let (_dir, ledger) = ledger();
+    let held = ledger.lock().unwrap();
+    held.claim(ip("10.5.1.2"), &owner("c1", "eth0")).unwrap();
+    held.claim(ip("10.5.1.3"), &owner("docker:pool", "pending")).unwrap();
+    held.reassign(ip("10.5.1.3"), &owner("docker:ep1", "eth0")).unwrap();
+    assert_eq!(notes(&ledger).len(), 2);
+    // Somebody tidied up by hand, and host-local gave the address away again.
+    fs::write(ledger.dir().join("10.5.1.2"), "go\r\neth0").unwrap();
+    assert_eq!(held.release(&owner("c1", "eth0")).unwrap().addresses, [ip("0.0.0.0"); 0]);
+    assert_eq!(held.release(&owner("go", "eth0")).unwrap().addresses, [ip("10.5.1.2")]);
+    held.release_address(ip("10.5.1.3")).unwrap();
+    assert_eq!(notes(&ledger), [""; 0]);
+    // host-local itself removes every file that holds the id, by whatever name: the note among them.
+    held.claim(ip("10.5.1.4"), &owner("c4", "eth0")).unwrap();
+    assert_eq!(fs::read(ledger.dir().join(&notes(&ledger)[0])).unwrap(), b"c4\r\neth0");
+}
+
+#[test]
+fn an_attachment_is_made_by_one_at_a_time() {
+    let (_dir, ledger) = ledger();
+    let held = ledger.lock().unwrap();
+    let making = held.begin(ip("10.5.1.2"), &owner("c1", "eth0")).unwrap();
+    assert!(held.begin_again(ip("10.5.1.2")).unwrap().is_none());
+    drop(making);
+    assert!(held.begin_again(ip("10.5.1.2")).unwrap().is_some());
 }
 
 #[test]
@@ -87,8 +151,12 @@ fn a_reboot_frees_what_cni_held_and_leaves_dockers() {
         held.claim(ip("10.5.1.3"), &owner("docker:ep", "eth0")).unwrap();
     }
     assert_eq!(lock("boot-1").addresses().unwrap().len(), 2);
-    assert_eq!(lock("boot-2").addresses().unwrap(), [ip("10.5.1.3")]);
+    assert_eq!(lock("boot-2").addresses().unwrap(), [ip("10.5.1.3")].into());
     assert_eq!(fs::read_to_string(ledger.dir().join("boot_id")).unwrap(), "boot-2");
+    // The host lost power before this was on the disk.
+    lock("boot-2").claim(ip("10.5.1.4"), &owner("c1", "eth0")).unwrap();
+    fs::write(ledger.dir().join("boot_id"), "").unwrap();
+    assert_eq!(lock("boot-3").addresses().unwrap(), [ip("10.5.1.3")].into());
 }
 
 #[test]
