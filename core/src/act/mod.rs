@@ -2,4 +2,6 @@
 
 pub mod attach;
 pub mod hostports;
+pub mod claim;
+pub mod life;
 pub mod pass;

@@ -135,6 +135,15 @@ impl Listing {
     }
 }
 
+/// Who makes the attachment that an address is claimed for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Maker {
+    /// This program: the host's end of its veth pair has the attachment's name.
+    Ourselves,
+    /// Whoever asked for the address.
+    Asker,
+}
+
 /// An address of an attachment that is being made: as long as this lives, nobody takes the entry for a dead one's.
 #[derive(Debug)]
 pub struct Claim {
@@ -259,11 +268,11 @@ impl HeldLedger<'_> {
 
     /// Claims exactly this address.
     pub fn claim(&self, address: IpAddr, owner: &Attachment) -> Result<(), LedgerError> {
-        self.begin(address, owner).map(drop)
+        self.begin(address, owner, Maker::Asker).map(drop)
     }
 
     /// The same for an attachment that is not there yet.
-    pub fn begin(&self, address: IpAddr, owner: &Attachment) -> Result<Claim, LedgerError> {
+    pub fn begin(&self, address: IpAddr, owner: &Attachment, maker: Maker) -> Result<Claim, LedgerError> {
         let path = self.file(address);
         let open = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
         let file = match open() {
@@ -286,7 +295,7 @@ impl HeldLedger<'_> {
             let _ = fs::remove_file(&path);
             LedgerError::Io { action: "write", path: path.clone(), source }
         })?;
-        self.note(address, owner);
+        self.note(address, owner, maker);
         Ok(claim)
     }
 
@@ -306,10 +315,11 @@ impl HeldLedger<'_> {
         fs::metadata(self.file(address)).and_then(|file| file.modified()).ok()
     }
 
-    /// Whether the entry was made by this program: host-local writes no notes.
-    pub fn is_noted(&self, entry: &Entry) -> bool {
-        let note = Note::of(entry.address, &entry.owner).file();
-        fs::symlink_metadata(self.ledger.dir.join(note)).is_ok()
+    /// Whether this program made the attachment. host-local writes no notes.
+    pub fn is_ours(&self, entry: &Entry) -> bool {
+        let note = Note::of(entry.address, &entry.owner);
+        let target = fs::read_link(self.ledger.dir.join(note.file()));
+        target.is_ok_and(|target| target.as_os_str() == note.target(Maker::Ourselves).as_str())
     }
 
     /// Gives an entry to another owner, in one step: Docker asks for an address before it names the endpoint.
@@ -319,7 +329,7 @@ impl HeldLedger<'_> {
         let temporary = self.ledger.dir.join(format!("reassign.{address}"));
         let written = fs::write(&temporary, line(owner)).and_then(|()| fs::rename(&temporary, &path));
         written.map_err(LedgerError::io("write", &path))?;
-        self.note(address, owner);
+        self.note(address, owner, Maker::Asker);
         Ok(())
     }
 
@@ -417,8 +427,9 @@ impl HeldLedger<'_> {
     }
 
     /// A hint only; without it the entry is read when it need not be.
-    fn note(&self, address: IpAddr, owner: &Attachment) {
-        let _ = symlink(address.to_string(), self.ledger.dir.join(Note::of(address, owner).file()));
+    fn note(&self, address: IpAddr, owner: &Attachment, maker: Maker) {
+        let note = Note::of(address, owner);
+        let _ = symlink(note.target(maker), self.ledger.dir.join(note.file()));
     }
 
     fn forget(&self, address: IpAddr, owner: Option<&Attachment>) -> Result<(), LedgerError> {

@@ -7,6 +7,7 @@
 
 use std::net::IpAddr;
 
+use super::Maker;
 use crate::words::name::{Attachment, fingerprint};
 
 const CONTAINER_DIGITS: usize = 12;
@@ -32,6 +33,14 @@ impl Note {
 
     pub(super) fn file(&self) -> String {
         format!(".{}.{}.{}", self.address, self.container, self.interface)
+    }
+
+    /// Where the link leads, by two ways: the way says who made the attachment.
+    pub(super) fn target(&self, maker: Maker) -> String {
+        match maker {
+            Maker::Ourselves => self.address.to_string(),
+            Maker::Asker => format!("./{}", self.address),
+        }
     }
 
     /// None for a file that is something else.

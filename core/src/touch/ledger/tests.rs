@@ -125,10 +125,13 @@ fn notes_go_with_their_entries_and_wrong_ones_mislead_nobody() {
 fn an_attachment_is_made_by_one_at_a_time() {
     let (_dir, ledger) = ledger();
     let held = ledger.lock().unwrap();
-    let making = held.begin(ip("10.5.1.2"), &owner("c1", "eth0")).unwrap();
+    let making = held.begin(ip("10.5.1.2"), &owner("c1", "eth0"), Maker::Ourselves).unwrap();
     assert!(held.begin_again(ip("10.5.1.2")).unwrap().is_none());
     drop(making);
     assert!(held.begin_again(ip("10.5.1.2")).unwrap().is_some());
+    held.claim(ip("10.5.1.3"), &owner("c2", "eth0")).unwrap();
+    let ours: Vec<bool> = held.entries().unwrap().iter().map(|entry| held.is_ours(entry)).collect();
+    assert_eq!(ours, [true, false]);
 }
 
 #[test]

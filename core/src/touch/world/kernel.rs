@@ -4,6 +4,7 @@
 //! looked up at the moment of use and never leave this directory.
 
 mod address;
+mod behind;
 mod bridge_port;
 mod device;
 mod forward;
@@ -26,6 +27,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
+pub use self::behind::Outlet;
 pub use self::device::{Device, Turn};
 use self::netlink::{Refusal, Socket};
 pub use self::netns::Namespace;

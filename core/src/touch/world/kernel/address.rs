@@ -41,7 +41,7 @@ pub(super) fn dump(socket: &mut Socket, index: Option<u32>) -> io::Result<Result
     })
 }
 
-fn seen(kind: u16, body: &[u8]) -> Option<Seen> {
+pub(super) fn seen(kind: u16, body: &[u8]) -> Option<Seen> {
     if kind != RTM_NEWADDR {
         return None;
     }
