@@ -1,8 +1,9 @@
 //! What the core says went wrong, with the code that the runtime is told.
 
-use flannel_core::act::attach::{AttachError, ClaimError};
+use flannel_core::act::attach::AttachError;
+use flannel_core::act::claim::ClaimError;
 use flannel_core::act::pass::chain;
-use flannel_core::decide::pool::PoolError;
+use flannel_core::decide::ranges::RangeError;
 use flannel_core::touch::ledger::LedgerError;
 use flannel_core::touch::world::WorldError;
 use flannel_core::words::code::Code;
@@ -27,15 +28,34 @@ impl From<LedgerError> for CniError {
     }
 }
 
+impl From<RangeError> for CniError {
+    fn from(error: RangeError) -> Self {
+        let code = if matches!(error, RangeError::Exhausted { .. }) { Self::TRY_AGAIN } else { Self::CONFIG };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl From<ClaimError> for CniError {
+    fn from(error: ClaimError) -> Self {
+        match error {
+            ClaimError::Ledger(error) => error.into(),
+            ClaimError::Range(error) => error.into(),
+            ClaimError::World(error) => error.into(),
+            ClaimError::Unserved { .. } => Self::config(error.to_string()),
+            ClaimError::Duplicate { .. } => {
+                Self::new(Code::ATTACHMENT_EXISTS.number().into(), error.to_string())
+            }
+            ClaimError::Undo { .. } => Self::new(Code::LEFTOVER.number().into(), chain(&error)),
+        }
+    }
+}
+
 impl From<AttachError> for CniError {
     fn from(error: AttachError) -> Self {
+        if let AttachError::Claim(error) = error {
+            return error.into();
+        }
         let code = match &error {
-            AttachError::Claim(ClaimError::Pool(PoolError::Exhausted { .. })) => Self::TRY_AGAIN,
-            AttachError::Claim(ClaimError::Ledger(LedgerError::Locked { .. })) => Self::TRY_AGAIN,
-            AttachError::Claim(ClaimError::Ledger(LedgerError::Taken { .. })) => {
-                Code::ADDRESS_TAKEN.number().into()
-            }
-            AttachError::Claim(ClaimError::Ledger(_)) => Self::INPUT,
             AttachError::Claim(_)
             | AttachError::Plan(_)
             | AttachError::NoBridge { .. }

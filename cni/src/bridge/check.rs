@@ -34,11 +34,12 @@ pub(crate) fn check(
     let mut sandbox = Kernel::open_inside(sandbox::open(call)?)?;
     let mut host = Kernel::open()?;
     let addresses = previous.addresses(link);
-    let bare = network.endpoint(call, wish, &addresses)?;
+    let bare = network.endpoint(&owner, link, wish, &[]);
     let spec = EndpointSpec {
         host_link: previous.host_link(network.bridge).unwrap_or(bare.host_link),
         mtu: None,
         mac: None,
+        addresses: addresses.clone(),
         gateways: previous.gateways(),
         routes: previous.routes(),
         ..bare

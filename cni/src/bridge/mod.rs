@@ -6,10 +6,12 @@ pub(crate) mod wish;
 use std::net::IpAddr;
 
 use flannel_core::act::attach::{self, OtherAddresses, Shared};
+use flannel_core::act::claim::Request;
+use flannel_core::act::life::Ports;
 use flannel_core::decide::bridge::{self, BridgeOptions, BridgeSpec, Masquerade};
 use flannel_core::decide::endpoint::{Birth, EndpointOptions, EndpointRoute, EndpointSpec, host_mac};
-use flannel_core::decide::pool::Pool;
-use flannel_core::touch::ledger::{Entry, Ledger};
+use flannel_core::decide::ranges::{Offer, Range, RangeSet};
+use flannel_core::touch::ledger::{Entry, Ledger, Maker, Released};
 use flannel_core::touch::world::kernel::Kernel;
 use flannel_core::words::addr::{Family, InterfaceAddress, Mac, Prefix};
 use flannel_core::words::fact::LinkKind;
@@ -32,8 +34,8 @@ pub(crate) struct Network {
     pub(crate) bridge: LinkName,
     /// Largest packet.
     pub(crate) mtu: Mtu,
-    /// Where addresses come from, at most one of a family.
-    pub(crate) pools: Vec<Pool>,
+    /// Where addresses come from: a container gets one of each set.
+    pub(crate) sets: Vec<RangeSet>,
     /// Routes of the containers, beside a default route.
     pub(crate) routes: Vec<Route>,
     /// What leaves gets the node's address, unless it goes to one of these. None: somebody else sees to that.
@@ -43,13 +45,14 @@ pub(crate) struct Network {
 impl Network {
     /// The bridge with what belongs to it.
     fn shared(&self, wish: &Wish) -> Shared {
-        let subnets: Vec<Prefix> = self.pools.iter().map(Pool::subnet).collect();
+        let ranges = || self.sets.iter().flat_map(RangeSet::ranges);
+        let subnets: Vec<Prefix> = ranges().map(Range::subnet).collect();
         let masquerade = |spared: &Vec<Prefix>| Masquerade {
             table: bridge::masquerade_table(self.bridge),
             subnets: subnets.clone(),
             spared: spared.clone(),
         };
-        let gateways = self.pools.iter().map(Pool::gateway).collect();
+        let gateways = ranges().filter_map(Range::gateway_address).collect();
         Shared {
             bridge: BridgeSpec {
                 name: self.bridge,
@@ -63,21 +66,17 @@ impl Network {
         }
     }
 
-    fn endpoint(
-        &self,
-        call: &Call,
-        wish: &Wish,
-        addresses: &[InterfaceAddress],
-    ) -> Result<EndpointSpec, CniError> {
-        let mac = addresses.first().map(|first| Mac::for_address(first.address()));
+    fn endpoint(&self, owner: &Attachment, link: LinkName, wish: &Wish, offers: &[Offer]) -> EndpointSpec {
+        let mac = offers.first().map(|first| Mac::for_address(first.address.address()));
+        let gateways: Vec<IpAddr> = offers.iter().map(|offer| offer.gateway).collect();
         let to = |Route { destination, via, metric }| EndpointRoute {
             via,
             metric,
             ..EndpointRoute::to(destination)
         };
-        Ok(EndpointSpec {
-            host_link: call.attachment()?.host_link(&self.name),
-            container_link: call.link()?,
+        EndpointSpec {
+            host_link: owner.host_link(&self.name),
+            container_link: link,
             birth: Birth::InSandbox,
             bridge: self.bridge,
             hairpin: wish.hairpin,
@@ -85,23 +84,22 @@ impl Network {
             options: EndpointOptions::default(),
             mtu: Some(self.mtu),
             mac: wish.mac.or(mac),
-            addresses: addresses.to_vec(),
-            gateways: self.pools.iter().map(|pool| pool.gateway().address()).collect(),
-            routes: self.routes(wish).into_iter().map(to).collect(),
-        })
+            addresses: offers.iter().map(|offer| offer.address).collect(),
+            routes: self.routes(wish, &gateways).into_iter().map(to).collect(),
+            gateways,
+        }
     }
 
     /// The given ones, and a default route for each family if wanted and not given: upstream's order.
-    fn routes(&self, wish: &Wish) -> Vec<Route> {
+    fn routes(&self, wish: &Wish, gateways: &[IpAddr]) -> Vec<Route> {
         let mut routes = self.routes.clone();
-        for pool in self.pools.iter().filter(|_| wish.default_gateway) {
-            let family = pool.subnet().family();
+        for gateway in gateways.iter().copied().filter(|_| wish.default_gateway) {
+            let family = Family::of(gateway);
             let given = |route: &Route| {
                 route.destination.is_default() && route.destination.family() == family && route.via.is_some()
             };
             if !routes.iter().any(given) {
-                let via = Some(pool.gateway().address());
-                routes.push(Route { destination: default_route(family), via, metric: 0 });
+                routes.push(Route { destination: default_route(family), via: Some(gateway), metric: 0 });
             }
         }
         routes
@@ -110,10 +108,9 @@ impl Network {
     fn describe(&self, wish: &Wish, spec: &EndpointSpec, bridge_mac: Option<Mac>, netns: &str) -> Attached {
         let on_host = |name, mac| Interface { name, mac, mtu: spec.mtu, sandbox: String::new() };
         let container = Interface { sandbox: netns.to_owned(), ..on_host(spec.container_link, spec.mac) };
-        let gateway =
-            |family: Family| spec.gateways.iter().copied().find(|gateway| Family::of(*gateway) == family);
-        let address = |address: &InterfaceAddress| {
-            Some(Address { address: *address, gateway: gateway(address.family())? })
+        let address = |(address, gateway): (&InterfaceAddress, &IpAddr)| Address {
+            address: *address,
+            gateway: *gateway,
         };
         Attached {
             interfaces: [
@@ -121,8 +118,8 @@ impl Network {
                 on_host(spec.host_link, spec.mac.map(host_mac)),
                 container,
             ],
-            addresses: spec.addresses.iter().filter_map(address).collect(),
-            routes: self.routes(wish),
+            addresses: spec.addresses.iter().zip(&spec.gateways).map(address).collect(),
+            routes: self.routes(wish, &spec.gateways),
             dns: wish.dns.clone(),
         }
     }
@@ -137,6 +134,13 @@ fn default_route(family: Family) -> Prefix {
     Prefix::containing(any, 0).unwrap_or_else(|_| Prefix::host(any))
 }
 
+/// What ADD made.
+pub(crate) struct Made {
+    pub(crate) attached: Attached,
+    /// Attachments that were found dead when no address was left, and whose addresses were freed.
+    pub(crate) reclaimed: Vec<Entry>,
+}
+
 /// Puts a container on the network. Nothing but the bridge is left behind on failure.
 pub(crate) fn add(
     call: &Call,
@@ -144,26 +148,30 @@ pub(crate) fn add(
     ledger: &Ledger,
     network: &Network,
     wish: &Wish,
-) -> Result<Attached, CniError> {
-    let owner = call.attachment()?;
+) -> Result<Made, CniError> {
+    let (owner, link) = (call.attachment()?, call.link()?);
     let mut sandbox = Kernel::open_inside(home.inside)?;
     let mut host = Kernel::open()?;
     host.set_sandbox(home.beside);
     let shared = network.shared(wish);
-    // Without addresses; what it says of the call is settled before anything is made.
-    let bare = network.endpoint(call, wish, &[])?;
-    let mut bridge_mac = None;
-    let addresses = attach::attach(ledger, &owner, (&network.pools, &wish.ips), |addresses| {
-        let spec = with_addresses(&bare, addresses);
-        bridge_mac = attach::connect(&mut host, Some(&mut sandbox), &shared, &spec)?;
-        Ok(())
+    let request = Request { owner: &owner, sets: &network.sets, wanted: &wish.ips, maker: Maker::Ourselves };
+    let mut life = Ports { network: &network.name, bridge: network.bridge };
+    let (claimed, (spec, bridge_mac)) = attach::attach(ledger, &request, &mut life, |offers| {
+        let spec = network.endpoint(&owner, link, wish, offers);
+        let bridge_mac = attach::connect(&mut host, Some(&mut sandbox), &shared, &spec)?;
+        Ok((spec, bridge_mac))
     })?;
-    Ok(network.describe(wish, &with_addresses(&bare, &addresses), bridge_mac, &call.netns))
-}
-
-fn with_addresses(bare: &EndpointSpec, addresses: &[InterfaceAddress]) -> EndpointSpec {
-    let mac = addresses.first().map(|first| Mac::for_address(first.address()));
-    EndpointSpec { addresses: addresses.to_vec(), mac: bare.mac.or(mac), ..bare.clone() }
+    if let Some(first) = claimed.reclaimed.first() {
+        eprintln!(
+            "flannel: {} had no free address: took back {} of containers that are gone, {} of {} first",
+            network.sets.iter().map(RangeSet::to_string).collect::<Vec<_>>().join(", "),
+            claimed.reclaimed.len(),
+            first.address,
+            first.owner,
+        );
+    }
+    let attached = network.describe(wish, &spec, bridge_mac, &call.netns);
+    Ok(Made { attached, reclaimed: claimed.reclaimed })
 }
 
 /// Deletes the veth pair by whatever end can be found. `network` is what its host's end is named after.
@@ -191,12 +199,8 @@ fn delete_veth(world: &mut Kernel, name: LinkName) -> Result<(), CniError> {
     Ok(())
 }
 
-/// Frees the attachment's addresses. The answer is everyone else's entries.
-pub(crate) fn release(ledger: Option<&Ledger>, owner: &Attachment) -> Result<Vec<Entry>, CniError> {
-    let Some(ledger) = ledger else { return Ok(Vec::new()) };
-    let held = ledger.lock()?;
-    let mut entries = held.entries()?;
-    let released = held.release_among(&entries, owner)?;
-    entries.retain(|entry| !released.contains(&entry.address));
-    Ok(entries)
+/// Frees the attachment's addresses.
+pub(crate) fn release(ledger: Option<&Ledger>, owner: &Attachment) -> Result<Released, CniError> {
+    let Some(ledger) = ledger else { return Ok(Released::default()) };
+    Ok(ledger.lock()?.release(owner)?)
 }

@@ -10,7 +10,7 @@ use std::io::ErrorKind;
 use std::time::Duration;
 
 use flannel_core::act::pass::chain;
-use flannel_core::decide::pool::Pool;
+use flannel_core::decide::ranges::RangeSet;
 use flannel_core::touch::ledger::Ledger;
 use flannel_core::touch::marker;
 use flannel_core::touch::subnet_env::{SubnetEnv, SubnetEnvError};
@@ -57,8 +57,8 @@ fn add(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
     let ledger = Ledger::open_for(&conf.subnet_file, &conf.ledger_root(), &conf.common.name)?;
     let scratch = Scratch::of(conf, &owner);
     let fresh = scratch.keep(&kept(conf, &env))?;
-    let made = bridge::add(call, home, &ledger, &network, &wish).and_then(|attached| {
-        extras.add(call, conf.common, &attached).map(|()| attached).map_err(|error| {
+    let made = bridge::add(call, home, &ledger, &network, &wish).and_then(|made| {
+        extras.add(call, conf.common, &made.attached).map(|()| made).map_err(|error| {
             let undone = bridge::unlink(call, &network.name, None)
                 .and_then(|()| bridge::release(Some(&ledger), &owner).map(drop));
             match undone {
@@ -68,7 +68,12 @@ fn add(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
         })
     });
     match made {
-        Ok(attached) => Ok(Answer::Value(attached.render(conf.common.version))),
+        Ok(made) => {
+            for entry in made.reclaimed {
+                Scratch::of(conf, &entry.owner).remove();
+            }
+            Ok(Answer::Value(made.attached.render(conf.common.version)))
+        }
         Err(error) => {
             if fresh {
                 scratch.remove();
@@ -124,9 +129,9 @@ fn del(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
     });
     bridge::unlink(call, conf.network().as_str(), conf.common.previous.as_ref())?;
     let ledger = Ledger::find(&conf.subnet_file, &conf.ledger_root(), &conf.common.name)?;
-    let others = bridge::release(ledger.as_ref(), &owner)?;
+    let released = bridge::release(ledger.as_ref(), &owner)?;
     // Upstream keeps one file for all interfaces of a container; the last one takes it along.
-    if !others.iter().any(|entry| entry.owner.container == owner.container) {
+    if !released.siblings {
         scratch.remove();
     }
     Ok(Answer::Nothing)
@@ -164,16 +169,16 @@ fn network(call: &Call, conf: &FlannelConf<'_>, env: &SubnetEnv) -> Result<(Netw
         name: name.as_str().to_owned(),
         bridge,
         mtu: wish.mtu.unwrap_or(env.mtu),
-        pools: pools(env)?,
+        sets: sets(env)?,
         routes: given.into_iter().chain(networks).collect(),
         masquerade: wish.ip_masq.unwrap_or(!env.ip_masq).then(|| env.networks.clone()),
     };
     Ok((network, wish))
 }
 
-fn pools(env: &SubnetEnv) -> Result<Vec<Pool>, CniError> {
-    let pools: Result<Vec<_>, _> = env.subnets.iter().map(|subnet| Pool::new(subnet.prefix())).collect();
-    pools.map_err(|error| CniError::config(error.to_string()))
+fn sets(env: &SubnetEnv) -> Result<Vec<RangeSet>, CniError> {
+    let sets: Result<Vec<_>, _> = env.subnets.iter().map(|subnet| RangeSet::whole(subnet.prefix())).collect();
+    Ok(sets?)
 }
 
 fn subnet_env(conf: &FlannelConf<'_>, code: u32) -> Result<SubnetEnv, CniError> {

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::conf::{FlannelConf, Worker};
 use super::scratch::{Kept, Scratch};
-use super::{pools, subnet_env};
+use super::{sets, subnet_env};
 use crate::args::Call;
 use crate::delegate;
 use crate::extras::Extras;
@@ -117,16 +117,15 @@ pub(super) fn status(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniE
         return delegate::run(&kind, &call.path, None, &delegated).map(Answer::Printed);
     }
     let unavailable = |error: CniError| CniError { code: CniError::UNAVAILABLE, ..error };
-    let pools = pools(&env).map_err(unavailable)?;
+    let sets = sets(&env).map_err(unavailable)?;
     let found = Ledger::find(&conf.subnet_file, &conf.ledger_root(), &conf.common.name)?;
     let Some(ledger) = found else { return Ok(Answer::Nothing) };
     let taken = ledger.lock().and_then(|held| held.addresses()).map_err(|error| unavailable(error.into()))?;
-    for pool in pools {
-        let here = taken.iter().filter(|address| pool.subnet().contains(**address)).count() as u128;
-        if here >= pool.capacity() {
+    for set in sets {
+        if set.taken(&taken) >= set.capacity() {
             return Err(CniError::new(
                 CniError::UNAVAILABLE,
-                format!("no free address: all {} of {} are taken", pool.capacity(), pool.subnet()),
+                format!("no free address: all {} of {set} are taken", set.capacity()),
             ));
         }
     }

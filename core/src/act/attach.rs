@@ -9,36 +9,21 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use super::claim::{ClaimError, Claimed, Request, claim, give_back};
+use super::life::Life;
 use super::pass::{ROUNDS_MAX, chain};
 use crate::decide::bridge::{self, BridgeSpec, Masquerade};
 use crate::decide::endpoint::{self, EndpointPlan, EndpointSpec};
-use crate::decide::pool::{Pool, PoolError};
-use crate::touch::ledger::{HeldLedger, Ledger, LedgerError};
+use crate::decide::ranges::Offer;
+use crate::touch::ledger::Ledger;
 use crate::touch::world::{World, WorldError};
 use crate::words::addr::{Family, InterfaceAddress, Mac};
 use crate::words::fact::{
     Address, Change, Conflict, Fact, Facts, Guard, Key, Link, LinkKind, LinkModes, RouteProtocol, RouteTable,
     diff,
 };
-use crate::words::name::{Attachment, LinkName};
+use crate::words::name::LinkName;
 use crate::words::territory::Territory;
-
-/// Why addresses could not be had.
-#[derive(Debug, thiserror::Error)]
-pub enum ClaimError {
-    /// The ledger cannot be used, or the address asked for has an owner.
-    #[error(transparent)]
-    Ledger(#[from] LedgerError),
-    /// The subnet does not have the address asked for, or none free.
-    #[error(transparent)]
-    Pool(#[from] PoolError),
-    /// An endpoint has one address of a family.
-    #[error("both {0} and {1} were asked for, and an interface gets one address of each family")]
-    TooMany(IpAddr, IpAddr),
-    /// The node has no subnet of this family.
-    #[error("{0} was asked for, and this node has no subnet of that family")]
-    NoPool(IpAddr),
-}
 
 /// Why an endpoint could not be put on the network.
 #[derive(Debug, thiserror::Error)]
@@ -105,66 +90,6 @@ pub enum AttachError {
         /// What failed then.
         undo: String,
     },
-}
-
-/// Claims one address from every pool: the ones asked for, else the next free ones. All or none.
-pub fn claim(
-    ledger: &HeldLedger<'_>,
-    pools: &[Pool],
-    wanted: &[IpAddr],
-    owner: &Attachment,
-) -> Result<Vec<InterfaceAddress>, ClaimError> {
-    for (index, ip) in wanted.iter().enumerate() {
-        let family = Family::of(*ip);
-        if !pools.iter().any(|pool| pool.subnet().family() == family) {
-            return Err(ClaimError::NoPool(*ip));
-        }
-        if let Some(other) = wanted.iter().take(index).find(|other| Family::of(**other) == family) {
-            return Err(ClaimError::TooMany(*other, *ip));
-        }
-    }
-    let mut claimed = Vec::new();
-    for (index, pool) in pools.iter().enumerate() {
-        let wanted = wanted.iter().copied().find(|ip| Family::of(*ip) == pool.subnet().family());
-        match claim_from(ledger, index, pool, wanted, owner) {
-            Ok(address) => claimed.push(address),
-            Err(error) => {
-                for address in claimed {
-                    ledger.release_address(address.address())?;
-                }
-                return Err(error);
-            }
-        }
-    }
-    Ok(claimed)
-}
-
-fn claim_from(
-    ledger: &HeldLedger<'_>,
-    index: usize,
-    pool: &Pool,
-    wanted: Option<IpAddr>,
-    owner: &Attachment,
-) -> Result<InterfaceAddress, ClaimError> {
-    if let Some(wanted) = wanted {
-        let address = pool.admit(wanted)?;
-        ledger.claim(wanted, owner)?;
-        return Ok(address);
-    }
-    let last = ledger.last(index);
-    let taken: BTreeSet<IpAddr> = ledger.addresses()?.into_iter().collect();
-    let next = match pool.next(last, &taken) {
-        // Only now is it worth reading every entry: it frees those whose writer died.
-        Err(PoolError::Exhausted { .. }) => {
-            let held = ledger.entries()?.into_iter().map(|entry| entry.address).collect();
-            pool.next(last, &held)?
-        }
-        next => next?,
-    };
-    let address = pool.admit(next)?;
-    ledger.claim(next, owner)?;
-    ledger.set_last(index, next)?;
-    Ok(address)
 }
 
 /// What an endpoint needs of the host and shares with others.
@@ -364,28 +289,23 @@ pub fn check(
 }
 
 /// Claims addresses and lets `connect` put the endpoint on the network with them; gives them back if it fails.
-pub fn attach(
+pub fn attach<T>(
     ledger: &Ledger,
-    owner: &Attachment,
-    (pools, wanted): (&[Pool], &[IpAddr]),
-    connect: impl FnOnce(&[InterfaceAddress]) -> Result<(), AttachError>,
-) -> Result<Vec<InterfaceAddress>, AttachError> {
+    request: &Request<'_>,
+    life: &mut dyn Life,
+    connect: impl FnOnce(&[Offer]) -> Result<T, AttachError>,
+) -> Result<(Claimed, T), AttachError> {
     let held = ledger.lock().map_err(ClaimError::from)?;
-    let addresses = claim(&held, pools, wanted, owner)?;
+    let claimed = claim(&held, request, life)?;
     // Others may claim while we talk to the kernel.
     drop(held);
-    match connect(&addresses) {
-        Ok(()) => Ok(addresses),
-        Err(error) => Err(match give_back(ledger, &addresses) {
+    match connect(&claimed.offers) {
+        Ok(made) => Ok((claimed, made)),
+        Err(error) => Err(match give_back(ledger, &claimed) {
             Ok(()) => error,
             Err(undo) => AttachError::Undo { error: Box::new(error), undo: chain(&undo) },
         }),
     }
-}
-
-fn give_back(ledger: &Ledger, addresses: &[InterfaceAddress]) -> Result<(), LedgerError> {
-    let held = ledger.lock()?;
-    addresses.iter().try_for_each(|address| held.release_address(address.address()))
 }
 
 /// Sees to the bridge and its rules, and that the endpoint is not there yet. The answer is the bridge's MAC.

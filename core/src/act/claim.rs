@@ -19,8 +19,13 @@ pub enum ClaimError {
     #[error(transparent)]
     Range(#[from] RangeError),
     /// Every range set gives one address, and these are of none of them or more than one of the same.
-    #[error("failed to allocate all requested IPs: {}", .0.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(" "))]
-    Unserved(Vec<IpAddr>),
+    #[error("failed to allocate all requested IPs: {left}; addresses come from {sets}, one from each set")]
+    Unserved {
+        /// The addresses.
+        left: String,
+        /// What there is.
+        sets: String,
+    },
     /// The attachment is there, or being made.
     #[error(
         "{interface} is attached already: {address} has been allocated to {container}, duplicate allocation is not allowed; detach it first"
@@ -118,7 +123,13 @@ fn consume(request: &Request<'_>) -> Result<Vec<Option<IpAddr>>, ClaimError> {
         .iter()
         .map(|set| left.iter().position(|ip| set.contains(*ip)).map(|index| left.remove(index)))
         .collect();
-    if left.is_empty() { Ok(wanted) } else { Err(ClaimError::Unserved(left)) }
+    if left.is_empty() {
+        return Ok(wanted);
+    }
+    Err(ClaimError::Unserved {
+        left: left.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(" "),
+        sets: request.sets.iter().map(RangeSet::to_string).collect::<Vec<_>>().join(" and "),
+    })
 }
 
 struct Claiming<'a> {

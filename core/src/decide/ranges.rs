@@ -143,6 +143,11 @@ impl Range {
         self.gateway
     }
 
+    /// The same as an interface holds it.
+    pub fn gateway_address(&self) -> Option<InterfaceAddress> {
+        InterfaceAddress::new(self.gateway, self.subnet.len()).ok()
+    }
+
     /// Whether the address lies between its ends.
     pub fn contains(&self, address: IpAddr) -> bool {
         self.subnet.offset(address).is_some_and(|place| (self.first..=self.last).contains(&place))

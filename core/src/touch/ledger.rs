@@ -372,21 +372,6 @@ impl HeldLedger<'_> {
         Ok(Released { siblings: entries.iter().any(sibling), addresses, left: held })
     }
 
-    /// The same for a caller who has the entries already.
-    pub fn release_among(&self, entries: &[Entry], owner: &Attachment) -> Result<Vec<IpAddr>, LedgerError> {
-        let of = |wanted: &Attachment| -> Vec<IpAddr> {
-            entries.iter().filter(|entry| entry.owner == *wanted).map(|entry| entry.address).collect()
-        };
-        let mut released = of(owner);
-        if released.is_empty() {
-            released = of(&Attachment { container: owner.container.clone(), interface: String::new() });
-        }
-        for address in &released {
-            self.release_address(*address)?;
-        }
-        Ok(released)
-    }
-
     /// Frees one address, whoever holds it; nothing happens if nobody does.
     pub fn release_address(&self, address: IpAddr) -> Result<(), LedgerError> {
         self.forget(address, self.owner(address)?.as_ref())?;

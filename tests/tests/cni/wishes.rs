@@ -112,9 +112,13 @@ fn addresses_and_macs_can_be_asked_for() {
         let ask = |ip: &'static str| Call { args: ip, ..Call::new("ADD", "c2") };
         for (ip, code, part) in [
             ("IP=10.244.1.9", 142, "already taken by c1/eth0"),
-            ("IP=10.244.1.1", 7, "it is the gateway"),
-            ("IP=10.9.9.9", 7, "not in this node's subnet 10.244.1.0/24"),
-            ("IP=fd00::7", 7, "no subnet of that family"),
+            ("IP=10.244.1.1", 7, "requested ip 10.244.1.1 is subnet's gateway"),
+            (
+                "IP=10.9.9.9",
+                7,
+                "failed to allocate all requested IPs: 10.9.9.9; addresses come from 10.244.1.0/24",
+            ),
+            ("IP=fd00::7", 7, "failed to allocate all requested IPs: fd00::7"),
         ] {
             let (got, text) = error(&node.call(&ask(ip), &conf)?)?;
             ensure!(got == code && text.contains(part), "{ip}: {got} {text}");

@@ -112,10 +112,10 @@ fn notes_go_with_their_entries_and_wrong_ones_mislead_nobody() {
     assert_eq!(notes(&ledger).len(), 2);
     // Somebody tidied up by hand, and host-local gave the address away again.
     fs::write(ledger.dir().join("10.5.1.2"), "go\r\neth0").unwrap();
-    assert_eq!(held.release(&owner("c1", "eth0")).unwrap().addresses, [ip("0.0.0.0"); 0]);
+    assert!(held.release(&owner("c1", "eth0")).unwrap().addresses.is_empty());
     assert_eq!(held.release(&owner("go", "eth0")).unwrap().addresses, [ip("10.5.1.2")]);
     held.release_address(ip("10.5.1.3")).unwrap();
-    assert_eq!(notes(&ledger), [""; 0]);
+    assert!(notes(&ledger).is_empty());
     // host-local itself removes every file that holds the id, by whatever name: the note among them.
     held.claim(ip("10.5.1.4"), &owner("c4", "eth0")).unwrap();
     assert_eq!(fs::read(ledger.dir().join(&notes(&ledger)[0])).unwrap(), b"c4\r\neth0");

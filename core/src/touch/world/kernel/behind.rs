@@ -57,10 +57,8 @@ impl Kernel {
         let links = settled("look at the interfaces", found)?;
         let names: BTreeMap<u32, LinkName> = links.iter().map(|link| (link.index, link.name)).collect();
         let mut inside: BTreeMap<i32, Option<BTreeSet<IpAddr>>> = BTreeMap::new();
-        for namespace in links.iter().filter_map(|link| link.namespace) {
-            if !inside.contains_key(&namespace) {
-                inside.insert(namespace, self.addresses_behind(namespace)?);
-            }
+        for namespace in links.iter().filter_map(|link| link.namespace).collect::<BTreeSet<_>>() {
+            inside.insert(namespace, self.addresses_behind(namespace)?);
         }
         let outlet = |link: &Seen| Outlet {
             name: link.name,
