@@ -3,7 +3,9 @@
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -26,7 +28,7 @@ pub(crate) fn run(
     if let Some(verb) = verb {
         command.env("CNI_COMMAND", verb);
     }
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(failed)?;
+    let mut child = start(command.stdin(Stdio::piped()).stdout(Stdio::piped())).map_err(failed)?;
     // Taken, so that it is closed before we wait. A plugin that does not read (VERSION) breaks the pipe, and may.
     if let Some(mut stdin) = child.stdin.take() {
         match stdin.write_all(conf.to_string().as_bytes()) {
@@ -41,6 +43,20 @@ pub(crate) fn run(
     Err(explain(&plugin, &output.stdout).unwrap_or_else(|| {
         CniError::new(CniError::INPUT, format!("{} failed: {}", plugin.display(), output.status))
     }))
+}
+
+/// A file that somebody is just writing cannot be executed; as libcni does, it is waited for.
+fn start(command: &mut Command) -> io::Result<Child> {
+    const TRIES: u32 = 20;
+    for _ in 1..TRIES {
+        match command.spawn() {
+            Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy => {
+                thread::sleep(Duration::from_millis(100));
+            }
+            other => return other,
+        }
+    }
+    command.spawn()
 }
 
 /// The first regular file of that name.

@@ -242,6 +242,8 @@ impl CniError {
     pub(crate) const TRY_AGAIN: u32 = 11;
     /// STATUS: no ADD can succeed now.
     pub(crate) const UNAVAILABLE: u32 = 50;
+    /// STATUS: the same, and containers that are there may suffer.
+    pub(crate) const LIMITED: u32 = 51;
 
     pub(crate) fn new(code: u32, msg: impl Into<String>) -> Self {
         Self { code, msg: msg.into(), details: None }

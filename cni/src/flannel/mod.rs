@@ -3,6 +3,7 @@
 //! The work is done here, unless the configuration names another plugin to do it (upstream: flannel-io/cni-plugin flannel.go).
 
 mod conf;
+mod delegation;
 mod scratch;
 mod upkeep;
 
@@ -19,7 +20,6 @@ use serde_json::{Value, json};
 use crate::args::{Call, CniArgs, Verb};
 use crate::bridge::{self, Network, check, wish, wish::Wish};
 use crate::conf::Conf;
-use crate::delegate;
 use crate::extras::Extras;
 use crate::go_leftovers;
 use crate::result::{Answer, CniError, Route};
@@ -48,7 +48,7 @@ fn add(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
     let env = SubnetEnv::await_usable(&conf.subnet_file, PATIENCE)
         .map_err(|error| no_lease(&error, CniError::TRY_AGAIN))?;
     if let Worker::Plugin(kind) = conf.worker() {
-        return delegate_add(call, conf, &env, &kind);
+        return delegation::add(call, conf, &env, &kind);
     }
     let extras = Extras::read(conf.common)?;
     // Before anything is settled for the node.
@@ -83,41 +83,12 @@ fn add(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
     }
 }
 
-/// The other plugin gets upstream's configuration, and upstream's file is kept for DEL.
-fn delegate_add(
-    call: &Call,
-    conf: &FlannelConf<'_>,
-    env: &SubnetEnv,
-    kind: &str,
-) -> Result<Answer, CniError> {
-    let delegated = Value::Object(conf.delegated(env));
-    let scratch = Scratch::of(conf, &call.attachment()?);
-    scratch.keep(&delegated)?;
-    match delegate::run(kind, &call.path, None, &delegated) {
-        Ok(printed) => Ok(Answer::Printed(printed)),
-        Err(error) => {
-            if let Err(undo) = delegate::run(kind, &call.path, Some("DEL"), &delegated) {
-                say!("flannel: taking back a failed ADD: {undo}");
-            }
-            scratch.remove();
-            Err(error)
-        }
-    }
-}
-
 fn del(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
     let owner = call.attachment()?;
     let scratch = Scratch::of(conf, &owner);
     let kept = scratch.read();
-    match kept.as_ref().map_or_else(|| conf.worker(), Kept::worker) {
-        Worker::Plugin(kind) => {
-            // Without the file there is nothing to undo: ADD never came so far.
-            let Some(kept) = kept else { return Ok(Answer::Nothing) };
-            let done = delegate::run(&kind, &call.path, None, &kept.to_value());
-            scratch.remove();
-            return done.map(Answer::Printed);
-        }
-        Worker::Ourselves => {}
+    if let Worker::Plugin(kind) = kept.as_ref().map_or_else(|| conf.worker(), Kept::worker) {
+        return delegation::del(call, conf, &kind, kept);
     }
     // Both are dropped last.
     let _closing = Extras::del(call, conf.common)?;
@@ -142,11 +113,7 @@ fn check(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
     sandbox::refuse_own(call)?;
     let kept = Scratch::of(conf, &owner).read();
     if let Worker::Plugin(kind) = kept.as_ref().map_or_else(|| conf.worker(), Kept::worker) {
-        let Some(kept) = kept else {
-            return Err(check::drift(format!("nothing is known of container {}", owner.container)));
-        };
-        let conf = kept.with("prevResult", conf.common.previous.clone());
-        return delegate::run(&kind, &call.path, None, &conf.to_value()).map(Answer::Printed);
+        return delegation::check(call, conf, &kind, kept);
     }
     let env = subnet_env(conf, CniError::TRY_AGAIN)?;
     let extras = Extras::read(conf.common)?;

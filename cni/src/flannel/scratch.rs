@@ -111,15 +111,7 @@ impl Kept {
     }
 
     /// For the plugin that does the work.
-    pub(crate) fn to_value(&self) -> Value {
-        Value::Object(self.0.clone())
-    }
-
-    /// With what the runtime sent along this time.
-    pub(crate) fn with(mut self, key: &str, value: Option<Value>) -> Self {
-        if let Some(value) = value {
-            self.0.insert(key.to_owned(), value);
-        }
-        self
+    pub(crate) fn into_object(self) -> Object {
+        self.0
     }
 }

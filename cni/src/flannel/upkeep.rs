@@ -6,13 +6,11 @@ use flannel_core::touch::ledger::{Entry, Ledger};
 use flannel_core::touch::world::kernel::Kernel;
 use flannel_core::words::code::Code;
 use flannel_core::words::name::Attachment;
-use serde_json::{Value, json};
 
 use super::conf::{FlannelConf, Worker};
 use super::scratch::{Kept, Scratch};
-use super::{sets, subnet_env};
+use super::{delegation, sets, subnet_env};
 use crate::args::Call;
-use crate::delegate;
 use crate::extras::Extras;
 use crate::result::{Answer, CniError};
 
@@ -21,13 +19,7 @@ pub(super) fn gc(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError
     // The runtime did not say what is in use: that is not "nothing".
     let Some(valid) = &conf.common.valid else { return Ok(Answer::Nothing) };
     if let Worker::Plugin(kind) = conf.worker() {
-        let mut delegated = conf.delegated(&subnet_env(conf, CniError::TRY_AGAIN)?);
-        let valid: Vec<Value> = valid
-            .iter()
-            .map(|owner| json!({ "containerID": owner.container, "ifname": owner.interface }))
-            .collect();
-        delegated.insert("cni.dev/valid-attachments".to_owned(), Value::Array(valid));
-        return delegate::run(&kind, &call.path, None, &Value::Object(delegated)).map(Answer::Printed);
+        return delegation::gc(call, conf, &kind, valid);
     }
     let found = Ledger::find(&conf.subnet_file, &conf.ledger_root(), &conf.common.name)?;
     let Some(ledger) = found else { return Ok(Answer::Nothing) };
@@ -113,8 +105,7 @@ fn cached_elsewhere(conf: &FlannelConf<'_>) -> Vec<String> {
 pub(super) fn status(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
     let env = subnet_env(conf, CniError::UNAVAILABLE)?;
     if let Worker::Plugin(kind) = conf.worker() {
-        let delegated = Value::Object(conf.delegated(&env));
-        return delegate::run(&kind, &call.path, None, &delegated).map(Answer::Printed);
+        return delegation::status(call, conf, &env, &kind);
     }
     let unavailable = |error: CniError| CniError { code: CniError::UNAVAILABLE, ..error };
     let sets = sets(&env).map_err(unavailable)?;

@@ -170,7 +170,8 @@ fn other_delegates_are_executed() {
         let absent = with(&conf, "delegate", json!({ "type": "nosuch" }));
         let (code, text) = error(&node.call(&Call::new("ADD", "c1"), &absent)?)?;
         ensure!(
-            code == 7 && text.contains("failed to find plugin \"nosuch\" in path [/usr/lib/cni]"),
+            code == 7
+                && text.contains("failed to find plugin \"nosuch\" in path [/opt/cni/bin /usr/lib/cni]"),
             "{code} {text}"
         );
         let (_, text) = error(

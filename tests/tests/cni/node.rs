@@ -60,7 +60,7 @@ impl<'a> Node<'a> {
             format!("CNI_NETNS={}", call.netns),
             format!("CNI_IFNAME={}", call.ifname),
             format!("CNI_ARGS={}", call.args),
-            format!("CNI_PATH={DEBIAN}"),
+            format!("CNI_PATH=/opt/cni/bin:{DEBIAN}"),
         ];
         let argv: Vec<&str> =
             ["env"].into_iter().chain(env.iter().map(String::as_str)).chain([call.plugin]).collect();
