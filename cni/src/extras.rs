@@ -1,63 +1,98 @@
 //! What the plugin `flannel` does beyond a bridge, in the same process: what upstream has plugins of their own for.
 
 use flannel_core::touch::world::kernel::Kernel;
+use flannel_core::words::hostport::CallerMasquerade;
 use flannel_core::words::name::Attachment;
+use serde_json::Value;
 
 use crate::args::Call;
 use crate::bandwidth::{self, Limits};
 use crate::conf::Conf;
 use crate::json::first_asked;
+use crate::ports::{self, Place, PortMappings, Withdrawn};
+use crate::previous::Previous;
 use crate::result::{Attached, CniError};
 
 /// What is asked for; read before anything is made, so that what cannot be read harms nothing.
 #[derive(Clone, PartialEq, Debug)]
 pub(crate) struct Extras {
     limits: Option<Limits>,
+    ports: PortMappings,
 }
 
 /// What keeps the end of a DEL waiting: closing a socket right after rules were deleted waits for the kernel, and by the time
 /// the interface is gone it need not any more.
-pub(crate) struct Closing {}
+pub(crate) struct Closing {
+    _ports: Option<Withdrawn>,
+}
 
 impl Extras {
     pub(crate) fn read(conf: &Conf) -> Result<Self, CniError> {
-        if first_asked(&conf.runtime, &["portMappings"]).is_some() {
-            return Err(CniError::unsupported(
-                "runtimeConfig.portMappings is not supported: list the plugin portmap after this one and give it the capability",
-            ));
-        }
-        Ok(Self { limits: Limits::read(conf)? })
+        Ok(Self { limits: Limits::read(conf)?, ports: PortMappings::read(&conf.runtime)? })
     }
 
     /// Makes them, in this order; what was made is taken back on failure.
     pub(crate) fn add(&self, call: &Call, conf: &Conf, attached: &Attached) -> Result<(), CniError> {
-        let [_, end, _] = &attached.interfaces;
+        let owner = call.attachment()?;
+        let [bridge, end, _] = &attached.interfaces;
         if let Some(limits) = &self.limits {
-            limits.put_on(&mut Kernel::open()?, end.name, &conf.name, &call.attachment()?)?;
+            limits.put_on(&mut Kernel::open()?, end.name, &conf.name, &owner)?;
         }
-        Ok(())
+        if self.ports.is_empty() {
+            return Ok(());
+        }
+        let place = Place {
+            network: &conf.name,
+            owner,
+            addresses: attached.addresses.iter().map(|address| address.address).collect(),
+            towards: Some(bridge.name),
+            host_link: Some(end.name),
+        };
+        ports::publish(&place, &self.ports, CallerMasquerade::Needed).map_err(|error| {
+            let undone = Kernel::open()
+                .map_err(CniError::from)
+                .and_then(|mut host| bandwidth::take_off(&mut host, &conf.name, &place.owner));
+            undone.err().map_or_else(|| error.clone(), |undo| error.but_left(&undo))
+        })
     }
 
     /// Takes back whatever the attachment may have, in the opposite order, before its interface goes.
     pub(crate) fn del(call: &Call, conf: &Conf) -> Result<Closing, CniError> {
-        bandwidth::take_off(&mut Kernel::open()?, &conf.name, &call.attachment()?)?;
-        Ok(Closing {})
+        let owner = call.attachment()?;
+        let asked = first_asked(&conf.runtime, &["portMappings"]).is_some();
+        let ports = ports::withdraw(&conf.name, &owner, asked)?;
+        bandwidth::take_off(&mut Kernel::open()?, &conf.name, &owner)?;
+        Ok(Closing { _ports: ports })
     }
 
     /// What is not as it was made.
-    pub(crate) fn check(&self, call: &Call, _conf: &Conf) -> Result<Vec<String>, CniError> {
+    pub(crate) fn check(&self, call: &Call, conf: &Conf) -> Result<Vec<String>, CniError> {
         let mut missing = Vec::new();
         if let Some(limits) = &self.limits {
             let mut host = Kernel::open()?;
             let end = bandwidth::host_end(call, &mut host)?;
             missing.extend(limits.missing(&mut host, end)?);
         }
+        if !self.ports.is_empty() {
+            let (link, previous) = (call.link()?, conf.previous.as_ref().unwrap_or(&Value::Null));
+            let addresses = Previous::read(previous).map(|previous| previous.addresses(link));
+            let place = Place {
+                network: &conf.name,
+                owner: call.attachment()?,
+                addresses: addresses.unwrap_or_default(),
+                towards: None,
+                host_link: None,
+            };
+            missing.extend(ports::missing(&place, &self.ports, CallerMasquerade::Needed)?);
+        }
         Ok(missing)
     }
 
     /// Takes back what belongs to none of the attachments.
     pub(crate) fn gc(conf: &Conf, valid: &[Attachment]) -> Result<(), CniError> {
-        match bandwidth::collect(&mut Kernel::open()?, &conf.name, valid)? {
+        let mut failed = ports::collect(&conf.name, valid)?;
+        failed.extend(bandwidth::collect(&mut Kernel::open()?, &conf.name, valid)?);
+        match failed {
             failed if failed.is_empty() => Ok(()),
             failed => Err(CniError::leftover(failed.join("; "))),
         }

@@ -22,9 +22,12 @@ mod install;
 mod json;
 mod loopback;
 mod plugin;
+mod portmap;
+mod ports;
 mod previous;
 mod result;
 mod sandbox;
+mod state;
 
 use std::env;
 use std::fs;

@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::args::{Call, Verb};
 use crate::conf::Conf;
 use crate::result::{Answer, CniError, Version};
-use crate::{bandwidth, flannel, loopback};
+use crate::{bandwidth, flannel, loopback, portmap};
 
 /// A plugin, by the name of the file that was executed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -14,10 +14,11 @@ pub(crate) enum Plugin {
     Flannel,
     Bandwidth,
     Loopback,
+    Portmap,
 }
 
 impl Plugin {
-    pub(crate) const ALL: [Self; 3] = [Self::Flannel, Self::Bandwidth, Self::Loopback];
+    pub(crate) const ALL: [Self; 4] = [Self::Flannel, Self::Bandwidth, Self::Loopback, Self::Portmap];
 
     /// The plugin of that name. A name nobody knows is flannel's: somebody keeps two versions side by side.
     pub(crate) fn called_by(argv0: Option<OsString>) -> Self {
@@ -33,6 +34,7 @@ impl Plugin {
             Self::Flannel => "flannel",
             Self::Bandwidth => "bandwidth",
             Self::Loopback => "loopback",
+            Self::Portmap => "portmap",
         }
     }
 
@@ -51,6 +53,7 @@ impl Plugin {
             Self::Flannel => flannel::run(call, conf),
             Self::Bandwidth => bandwidth::run(call, conf),
             Self::Loopback => loopback::run(call, conf),
+            Self::Portmap => portmap::run(call, conf),
         }
     }
 }

@@ -55,7 +55,8 @@ impl<'a> Previous<'a> {
         self.on_host().find(|name| name.as_str().starts_with("veth"))
     }
 
-    fn on_host(&self) -> impl Iterator<Item = LinkName> {
+    /// Interfaces on the host, in the order given: the bridge, if there is one, then the end of the container's.
+    pub(crate) fn on_host(&self) -> impl Iterator<Item = LinkName> {
         self.interfaces
             .iter()
             .filter(|interface| text(interface, "sandbox").is_none_or(str::is_empty))

@@ -6,5 +6,7 @@ mod go;
 mod input;
 mod lifecycle;
 mod node;
+mod pod;
+mod ports;
 mod results;
 mod wishes;

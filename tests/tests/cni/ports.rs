@@ -1,0 +1,359 @@
+//! Ports of a node that lead into containers, without any daemon: who reaches them, who is seen, and what is left.
+
+use anyhow::{Result, ensure};
+use flannel_tests::{Host, HttpServer, Lab, LabPlan, Place, eventually, in_lab, secs, seen_as, tcp_opens};
+use serde_json::{Value, json};
+
+use crate::node::{Call, Node, answer, done, error, with};
+use crate::pod::{Pod, served};
+
+const TABLE: &[&str] = &["nft", "list", "table", "inet", "flannel_cni_ports"];
+const DUAL: &str = "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.1.1/24\nFLANNEL_IPV6_NETWORK=fd00:244::/48\n\
+    FLANNEL_IPV6_SUBNET=fd00:244:0:1::1/64\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n";
+
+fn plan(name: &str, hosts: usize) -> LabPlan {
+    Lab::new(name).hosts(hosts).ip_forward(false).needs(&["busybox", "nft"])
+}
+
+/// The configuration with ports, as containerd spells them.
+fn mapped(mappings: &Value) -> Value {
+    with(&Node::conf(), "runtimeConfig", json!({ "portMappings": mappings }))
+}
+
+fn tcp(host_port: u16) -> Value {
+    json!([{ "HostPort": host_port, "ContainerPort": 80, "Protocol": "tcp", "HostIP": "" }])
+}
+
+/// Elements of the table, by their comments.
+fn elements(host: &Host) -> Result<usize> {
+    Ok(host.out(TABLE)?.matches("comment").count())
+}
+
+fn nothing_left(host: &Host) -> Result<()> {
+    let table = host.out(TABLE)?;
+    ensure!(!table.contains("elements"), "{table}");
+    let state =
+        host.sh("find /run/flannel/cni -type f ! -name lock; find /run/flannel/cni -mindepth 1 -type d")?;
+    ensure!(state.is_empty(), "{state}");
+    Ok(())
+}
+
+/// A copy of the binary under the other name.
+fn portmap(host: &Host) -> Result<String> {
+    host.sh("mkdir -p /opt/cni/bin; ln -sf \"$(command -v flannel)\" /opt/cni/bin/portmap")?;
+    Ok("/opt/cni/bin/portmap".to_owned())
+}
+
+#[test]
+fn a_port_is_reached_from_everywhere_and_callers_are_seen() {
+    in_lab(plan("cniports", 2).outside(), |lab| {
+        let (h1, h2) = (lab.host(1), lab.host(2));
+        let node = Node::new(h1)?;
+        let ip = h1.ip().to_string();
+        let (on_host, gateway) = (format!("{ip}:8080"), "10.244.1.1");
+        let mappings = json!([
+            { "HostPort": 8080, "ContainerPort": 80, "Protocol": "tcp", "HostIP": "" },
+            { "hostPort": 8081, "containerPort": 80, "protocol": "TCP", "hostIP": ip },
+            { "hostPort": 8082, "containerPort": 80, "hostIP": "127.0.0.1" },
+            { "hostPort": 8083, "containerPort": 80, "protocol": "tcp", "hostIP": "0.0.0.0" },
+        ]);
+        let c1 = Pod::add(&node, "c1", &mapped(&mappings))?;
+        let n1 = Pod::add(&node, "n1", &Node::conf())?;
+        let _server = c1.serve()?;
+
+        for from in [lab.outside(), h2, h1] {
+            served(from, &on_host, "c1")?;
+            served(from, &format!("{ip}:8081"), "c1")?;
+            served(from, &format!("{ip}:8083"), "c1")?;
+        }
+        for at in ["127.0.0.1:8080", "127.1.2.3:8080", "127.0.0.1:8082", "127.0.0.1:8083", "10.244.1.1:8080"]
+        {
+            served(h1, at, "c1")?;
+        }
+        for pod in [&c1, &n1] {
+            served(pod, &on_host, "c1")?;
+            served(pod, "10.244.1.1:8080", "c1")?;
+        }
+        // The container sees who calls, wherever the answer comes back through this host by itself.
+        ensure!(seen_as(lab.outside(), &ip, 8080)? == "198.51.100.2");
+        ensure!(seen_as(h2, &ip, 8080)? == h2.ip().to_string());
+        ensure!(seen_as(h1, &ip, 8080)? == ip);
+        ensure!(seen_as(h1, "127.0.0.1", 8080)? == gateway);
+        ensure!(seen_as(&n1, &ip, 8080)? == gateway && seen_as(&c1, &ip, 8080)? == gateway);
+        ensure!(seen_as(&n1, &c1.ip, 80)? == n1.ip);
+        // A port of one address answers on that alone.
+        ensure!(tcp_opens(h1, "127.0.0.1", 8081).is_err() && tcp_opens(h1, gateway, 8081).is_err());
+        ensure!(tcp_opens(h2, &ip, 8082).is_err() && tcp_opens(h1, &ip, 8082).is_err());
+        ensure!(tcp_opens(h2, &ip, 80).is_err());
+        others_translations_are_their_own(h1, &n1, &c1)?;
+        // Nobody beside the host reaches what listens on 127.0.0.1 only, though its loopback addresses are routed now.
+        let _private = HttpServer::start(h1, 9999, "private")?;
+        ensure!(h1.sh("cat /proc/sys/net/ipv4/conf/cni0/route_localnet")? == "1");
+        n1.sh("ip route add 127.0.0.9/32 via 10.244.1.1; ip route flush table local 127.0.0.0/8 || true
+               sysctl -qw net.ipv4.conf.eth0.route_localnet=1")?;
+        ensure!(tcp_opens(&n1, "127.0.0.9", 9999).is_err());
+
+        node.del("c1", &mapped(&mappings))?;
+        ensure!(tcp_opens(h2, &ip, 8080).is_err() && tcp_opens(h1, "127.0.0.1", 8080).is_err());
+        nothing_left(h1)?;
+        node.del("c1", &mapped(&mappings))
+    });
+}
+
+/// A service of Kubernetes is an address of no host; where it leads to a neighbor, the neighbor sees the caller.
+fn others_translations_are_their_own(host: &Host, from: &Pod<'_>, to: &Pod<'_>) -> Result<()> {
+    const BRIDGES_FILTER: &str = "/proc/sys/net/bridge/bridge-nf-call-iptables";
+    // Without, what goes from port to port of a bridge cannot be translated at all.
+    if !host.exists(BRIDGES_FILTER) {
+        return Ok(());
+    }
+    host.sh(&format!(
+        "before=$(cat {BRIDGES_FILTER}); echo 1 > {BRIDGES_FILTER}; echo $before > /run/before
+         nft add table ip service
+         nft add chain ip service pre '{{ type nat hook prerouting priority -90; }}'
+         nft add rule ip service pre ip daddr 10.96.0.1 tcp dport 8080 dnat to {}:80",
+        to.ip
+    ))?;
+    let seen = seen_as(from, "10.96.0.1", 8080);
+    host.sh(&format!("nft delete table ip service; cat /run/before > {BRIDGES_FILTER}"))?;
+    let seen = seen?;
+    ensure!(seen == from.ip, "a service's caller is seen as {seen}");
+    Ok(())
+}
+
+#[test]
+fn ports_of_both_families() {
+    in_lab(plan("cniports6", 2), |lab| {
+        let (h1, h2) = (lab.host(1), lab.host(2));
+        let node = Node::new(h1)?;
+        h1.write("/run/flannel/subnet.env", DUAL)?;
+        let at6 = "[fd77::b]";
+        let mappings = json!([
+            { "hostPort": 8080, "containerPort": 80 },
+            { "hostPort": 8081, "containerPort": 80, "hostIP": "fd77::b" },
+            { "hostPort": 8082, "containerPort": 80, "hostIP": "::" },
+            { "hostPort": 8083, "containerPort": 80, "hostIP": "0.0.0.0" },
+            { "hostPort": 8084, "containerPort": 80, "protocol": "sctp" },
+        ]);
+        let c1 = Pod::add(&node, "c1", &mapped(&mappings))?;
+        let n1 = Pod::add(&node, "n1", &Node::conf())?;
+        let _server = HttpServer::start_v6(&c1, 80, "c1")?;
+        for port in [8080, 8081, 8082] {
+            served(h2, &format!("{at6}:{port}"), "c1")?;
+        }
+        for from in [&c1 as &dyn Place, &n1, h1] {
+            served(from, &format!("{at6}:8080"), "c1")?;
+        }
+        served(h2, &format!("{}:8080", h1.ip()), "c1")?;
+        served(h2, &format!("{}:8083", h1.ip()), "c1")?;
+        ensure!(tcp_opens(h2, h1.ip(), 8082).is_err() && tcp_opens(h2, "fd77::b", 8083).is_err());
+        ensure!(seen_as(h2, at6, 8080)? == "fd77::c");
+        ensure!(seen_as(&n1, at6, 8080)? == "fd00:244:0:1::1");
+        // Refused at once, so that `localhost` goes on with the other family.
+        let refused = h1.run(&["busybox", "nc", "-w", "5", "::1", "8080"])?;
+        ensure!(!refused.ok() && refused.stderr.contains("refused"), "{refused}");
+        served(h1, "127.0.0.1:8080", "c1")?;
+        let table = h1.out(TABLE)?;
+        ensure!(table.contains("sctp . 8084"), "{table}");
+        node.del("c1", &mapped(&mappings))?;
+        nothing_left(h1)
+    });
+}
+
+#[test]
+fn a_taken_port_is_refused_with_its_holder() {
+    in_lab(plan("cniheld", 1), |lab| {
+        let host = lab.host(1);
+        let node = Node::new(host)?;
+        let local = |port| json!([{ "hostPort": port, "containerPort": 80, "hostIP": "127.0.0.1" }]);
+        Pod::add(&node, "c1", &mapped(&tcp(8080)))?;
+        Pod::add(&node, "c2", &mapped(&local(8081)))?;
+        node.container("c3")?;
+        let links = node.links()?;
+        let table = host.out(TABLE)?;
+        for (mappings, holder) in
+            [(tcp(8080), "c1"), (local(8080), "c1"), (tcp(8081), "c2"), (local(8081), "c2")]
+        {
+            let (code, text) = error(&node.call(&Call::new("ADD", "c3"), &mapped(&mappings))?)?;
+            let named = text.contains(&format!("container {holder} (eth0) on network cbr0"));
+            ensure!(code == 7 && named, "{mappings}: {code} {text}");
+        }
+        ensure!(node.links()? == links && host.out(TABLE)? == table, "a failed ADD leaves nothing");
+        ensure!(node.ledger()?.len() == 2);
+        let udp = json!([{ "hostPort": 8080, "containerPort": 80, "protocol": "udp" }]);
+        node.add("c3", &mapped(&udp))?;
+        node.del("c3", &mapped(&udp))?;
+
+        // Whose container is gone without a DEL holds nothing, and its late DEL harms nobody.
+        host.sh("ip netns del c1; for n in $(seq 100); do ip netns exec c2 true; ip -o link | grep -q veth || break; sleep 0.01; done")?;
+        eventually("the port is free", secs(10), || node.add("c3", &mapped(&tcp(8080))).map(drop))?;
+        node.del("c1", &mapped(&tcp(8080)))?;
+        ensure!(host.out(TABLE)?.contains("cbr0 c3 eth0"));
+        node.del("c2", &mapped(&local(8081)))?;
+        node.del("c3", &mapped(&tcp(8080)))?;
+        nothing_left(host)
+    });
+}
+
+#[test]
+fn a_flushed_table_is_seen_and_made_anew() {
+    in_lab(plan("cniflush", 2), |lab| {
+        let (h1, h2) = (lab.host(1), lab.host(2));
+        let node = Node::new(h1)?;
+        let many: Vec<Value> = (0..100)
+            .map(|n| json!({ "hostPort": 9000 + n, "containerPort": 80, "protocol": "tcp" }))
+            .collect();
+        let (many, one) = (mapped(&Value::Array(many)), mapped(&tcp(8080)));
+        let c1 = Pod::add(&node, "c1", &one)?;
+        let c2 = Pod::add(&node, "c2", &many)?;
+        let (_one, _many) = (c1.serve()?, c2.serve()?);
+        let at = |port: u16| format!("{}:{port}", h1.ip());
+        served(h2, &at(9000), "c2")?;
+        served(h2, &at(9099), "c2")?;
+        ensure!(elements(h1)? == 101);
+        let check = |pod: &Pod<'_>, id, conf: &Value| {
+            node.call(&Call::new("CHECK", id), &with(conf, "prevResult", pod.result.clone()))
+        };
+        done(&check(&c1, "c1", &one)?)?;
+        done(&check(&c2, "c2", &many)?)?;
+        for (damage, part) in [
+            ("nft delete element inet flannel_cni_ports published '{ tcp . 8080 }'", "tcp . 8080"),
+            ("nft flush chain inet flannel_cni_ports prerouting", "in chain prerouting"),
+            ("nft flush ruleset", "chain prerouting of table inet flannel_cni_ports"),
+        ] {
+            h1.sh(damage)?;
+            let (code, text) = error(&check(&c1, "c1", &one)?)?;
+            ensure!(code == 140 && text.contains(part), "after `{damage}`: {code} {text}");
+        }
+        ensure!(tcp_opens(h2, h1.ip(), 8080).is_err());
+        Pod::add(&node, "c3", &mapped(&tcp(8090)))?;
+        served(h2, &at(8080), "c1")?;
+        served(h2, &at(9050), "c2")?;
+        done(&check(&c1, "c1", &one)?)?;
+        ensure!(elements(h1)? == 102);
+
+        // What is not in the list goes, with whatever no record speaks of; without a list nothing does.
+        let gc = with(&Node::conf(), "cniVersion", json!("1.1.0"));
+        let call = Call::new("GC", "");
+        done(&node.call(&call, &gc)?)?;
+        ensure!(elements(h1)? == 102);
+        h1.sh("nft add element inet flannel_cni_ports published '{ tcp . 7000 comment \"cbr0 lost eth0\" : 10.244.1.9 . 80 }'
+               nft add element inet flannel_cni_ports published '{ tcp . 7001 comment \"web lost eth0\" : 10.244.1.9 . 80 }'")?;
+        let valid = json!([{ "containerID": "c1", "ifname": "eth0" }]);
+        done(&node.call(&call, &with(&gc, "cni.dev/valid-attachments", valid))?)?;
+        let left = h1.out(TABLE)?;
+        ensure!(elements(h1)? == 2 && left.contains("cbr0 c1 eth0") && left.contains("web lost"), "{left}");
+        served(h2, &at(8080), "c1")?;
+        // A DEL knows everything by itself, whatever it is told.
+        h1.sh("nft delete element inet flannel_cni_ports published '{ tcp . 7001 }'")?;
+        node.del("c1", &Node::conf())?;
+        nothing_left(h1)
+    });
+}
+
+/// A sender that never stops goes where the port leads now, not where it led when it began.
+#[test]
+fn udp_senders_follow_the_port() {
+    in_lab(plan("cniudp", 2), |lab| {
+        let (h1, h2) = (lab.host(1), lab.host(2));
+        let node = Node::new(h1)?;
+        let udp = mapped(&json!([{ "hostPort": 5353, "containerPort": 53, "protocol": "udp" }]));
+        // Something has to have the kernel track connections before the port is there.
+        Pod::add(&node, "other", &mapped(&tcp(8080)))?;
+        let send = format!(
+            "exec 3<>/dev/udp/{}/5353; while sleep 0.1; do echo hello >&3 || true; done 2>/dev/null",
+            h1.ip()
+        );
+        let _sender = h2.spawn("sender", &["timeout", "300", "bash", "-c", &send], &[])?;
+        let tracked = || h1.sh("grep -c 'dport=5353' /proc/net/nf_conntrack || true");
+        if h1.exists("/proc/net/nf_conntrack") {
+            eventually("the sender is tracked", secs(10), || tracked().is_ok_and(|count| count != "0"))?;
+        } else {
+            std::thread::sleep(secs(1));
+        }
+        for name in ["first", "second"] {
+            let pod = Pod::add(&node, name, &udp)?;
+            // Nobody need listen: the kernel counts what came for a port that nobody listens on.
+            let heard = || pod.sh(r"sed -n 's/^Udp: [0-9]* \([0-9]*\) .*/\1/p' /proc/net/snmp");
+            eventually(format!("{name} hears the sender"), secs(10), || {
+                let count = heard()?;
+                ensure!(count != "0", "{count} datagrams came");
+                Ok(())
+            })?;
+            node.del(name, &udp)?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn portmap_is_a_plugin_too() {
+    in_lab(plan("cniportmap", 2), |lab| {
+        let (h1, h2) = (lab.host(1), lab.host(2));
+        let node = Node::new(h1)?;
+        let portmap = portmap(h1)?;
+        let by = |verb, id| Call { plugin: &portmap, ..Call::new(verb, id) };
+        let conf = |more: Value| {
+            let mut conf = json!({ "name": "cbr0", "cniVersion": "1.0.0", "type": "portmap",
+                                   "runtimeConfig": { "portMappings": tcp(8080) } });
+            conf.as_object_mut()
+                .into_iter()
+                .for_each(|conf| conf.extend(more.as_object().cloned().unwrap_or_default()));
+            conf
+        };
+        let (code, text) = error(&node.call(&by("ADD", "c1"), &conf(json!({})))?)?;
+        ensure!(code == 7 && text.contains("prevResult"), "{code} {text}");
+        Pod::add(&node, "n1", &Node::conf())?;
+
+        // Alone behind our flannel, and behind one that has done the work.
+        for flannel in [Node::conf(), mapped(&tcp(8080))] {
+            let pod = Pod::add(&node, "c1", &flannel)?;
+            let server = pod.serve()?;
+            let before = h1.run(TABLE)?.stdout;
+            let chained = conf(json!({ "prevResult": pod.result }));
+            let passed = answer(&node.call(&by("ADD", "c1"), &chained)?)?;
+            ensure!(passed == pod.result, "{passed}");
+            served(h2, &format!("{}:8080", h1.ip()), "c1")?;
+            served(h1, "127.0.0.1:8080", "c1")?;
+            ensure!(elements(h1)? == 1);
+            if flannel == mapped(&tcp(8080)) {
+                ensure!(h1.out(TABLE)? == before.trim(), "twice is once");
+            }
+            done(&node.call(&by("CHECK", "c1"), &chained)?)?;
+            h1.sh("nft flush map inet flannel_cni_ports published")?;
+            ensure!(error(&node.call(&by("CHECK", "c1"), &chained)?)?.0 == 140);
+            done(&node.call(&by("DEL", "c1"), &chained)?)?;
+            nothing_left(h1)?;
+            node.del("c1", &flannel)?;
+            server.stop()?;
+            h1.sh("ip netns del c1")?;
+        }
+
+        // Who is seen, as asked.
+        for (more, seen) in [
+            (json!({ "snat": false }), h2.ip().to_string()),
+            (json!({ "masqAll": true }), "10.244.1.1".to_owned()),
+        ] {
+            let pod = Pod::add(&node, "c1", &Node::conf())?;
+            let server = pod.serve()?;
+            let chained = with(&conf(more.clone()), "prevResult", pod.result.clone());
+            answer(&node.call(&by("ADD", "c1"), &chained)?)?;
+            served(h2, &format!("{}:8080", h1.ip()), "c1")?;
+            ensure!(seen_as(h2, h1.ip(), 8080)? == seen, "{more}");
+            if more == json!({ "snat": false }) {
+                ensure!(tcp_opens(h1, "127.0.0.1", 8080).is_err());
+            }
+            done(&node.call(&by("CHECK", "c1"), &chained)?)?;
+            done(&node.call(&by("DEL", "c1"), &chained)?)?;
+            node.del("c1", &Node::conf())?;
+            server.stop()?;
+            h1.sh("ip netns del c1")?;
+        }
+        let gc = with(&conf(json!({ "cni.dev/valid-attachments": [] })), "cniVersion", json!("1.1.0"));
+        done(&node.call(&by("GC", ""), &gc)?)?;
+        done(&node.call(&by("STATUS", ""), &gc)?)?;
+        nothing_left(h1)?;
+        ensure!(node.ledger()?.len() == 1, "the neighbor's address stays");
+        Ok(())
+    });
+}
