@@ -136,6 +136,13 @@ fn from_go_cni() {
         ] {
             ensure!(said.contains(line), "{said}");
         }
+        // The same command is what the guide for Kubernetes has.
+        let kubernetes = blocks(include_str!("../../docs/guides/kubernetes.md"), "sh on the node");
+        let said = type_block(host, kubernetes.first().copied().context("no command for Kubernetes")?)?;
+        ensure!(
+            said.contains("unchanged /opt/cni/bin/flannel") && said.contains("kept /etc/cni/net.d"),
+            "{said}"
+        );
         let (ours1, ours2) = (run(host, "ours1")?, run(host, "ours2")?);
         reach(&go1, &ours1)?;
         reach(&ours1, &go2)?;

@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use flannel_tests::{
-    Host, HttpServer, Lab, LabPlan, Place, http_get, in_lab, ping_within, secs, seen_as, tcp_opens, unchanged,
+    Host, HttpServer, Lab, LabPlan, Place, blocks, http_get, in_lab, ping_within, secs, seen_as, tcp_opens,
+    unchanged,
 };
 use serde_json::{Value, json};
 
@@ -213,7 +214,9 @@ fn firewall_says_what_it_is() {
     in_lab(lab("nerdctl-about"), |lab| {
         let host = lab.host(1);
         host.out(&["flannel", "--install"])?;
-        let said = host.run(&["/opt/cni/bin/firewall"])?;
+        let guide = blocks(include_str!("../../docs/guides/nerdctl.md"), "sh on the node");
+        let command = guide.first().context("the guide has no command")?.trim();
+        let said = host.run(&["sh", "-c", command])?;
         let version = said.stderr.lines().find_map(|line| line.strip_prefix("CNI firewall plugin v"));
         let version = version.with_context(|| format!("{said}"))?;
         let numbers = version.split('+').next().unwrap_or_default().split('.').map(str::parse::<u32>);

@@ -60,6 +60,12 @@ impl Cri {
         Ok((addresses.collect(), serde_json::from_str(verbose)?))
     }
 
+    /// The ids of all pods that have a record.
+    pub(crate) fn pods(&self) -> Result<Vec<String>> {
+        let answer: ListPodSandboxResponse = self.call("ListPodSandbox", Nothing {})?;
+        Ok(answer.items.into_iter().map(|pod| pod.id).collect())
+    }
+
     /// Whether the runtime says that its network is ready, and why not.
     pub(crate) fn network_ready(&self) -> Result<(bool, String)> {
         let answer: StatusResponse = self.call("Status", StatusRequest { verbose: false })?;
@@ -193,6 +199,18 @@ struct PodSandboxNetworkStatus {
 struct PodIp {
     #[prost(string, tag = "1")]
     ip: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct ListPodSandboxResponse {
+    #[prost(message, repeated, tag = "1")]
+    items: Vec<PodSandbox>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct PodSandbox {
+    #[prost(string, tag = "1")]
+    id: String,
 }
 
 #[derive(Clone, PartialEq, Message)]

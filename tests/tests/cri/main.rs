@@ -2,6 +2,7 @@
 //! them.
 
 mod client;
+mod crowd;
 mod install;
 mod moving;
 
@@ -13,8 +14,8 @@ use anyhow::{Context, Result, ensure};
 use client::{Cri, LinuxPodSandboxConfig, PodSandboxConfig, PodSandboxMetadata, PortMapping, Protocol};
 use flannel_tests::flanneld::{Flanneld, put_config};
 use flannel_tests::{
-    Container, Daemon, Host, HttpServer, IMAGE_REFERENCE, Lab, LabPlan, Place, eventually, http_get, in_lab,
-    needs, ping_within, secs, seen_as, tcp_opens, unchanged,
+    Container, Daemon, Host, HttpServer, IMAGE_REFERENCE, Lab, LabPlan, Place, blocks, eventually, http_get,
+    in_lab, needs, ping_within, secs, seen_as, tcp_opens, unchanged,
 };
 
 const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
@@ -24,20 +25,15 @@ const DUAL: &str = r#"{"Network":"10.100.0.0/16","EnableIPv6":true,"IPv6Network"
 const SUBNET_ENV: &str =
     "FLANNEL_NETWORK=10.100.0.0/16\nFLANNEL_SUBNET=10.100.5.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n";
 
-/// As an operator writes it, but for three lines: the image of the pods' first process is the lab's, and a machine of the
-/// tests may lack AppArmor and the right to lower a process's badness.
-fn containerd_config() -> String {
-    format!(
-        r#"version = 2
-[plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "{IMAGE_REFERENCE}"
-  restrict_oom_score_adj = true
-  disable_apparmor = true
-  [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "/opt/cni/bin"
-    conf_dir = "/etc/cni/net.d"
-"#
-    )
+/// The guide's, and three lines: the image of the pods' first process is the lab's, and a machine of the tests may lack AppArmor
+/// and the right to lower a process's badness.
+fn containerd_config() -> Result<String> {
+    let guide = blocks(include_str!("../../../docs/guides/containerd.md"), "toml of containerd");
+    let guide = guide.first().context("the guide has no configuration")?;
+    Ok(format!(
+        "{guide}\n[plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = \"{IMAGE_REFERENCE}\"\n\
+         restrict_oom_score_adj = true\ndisable_apparmor = true\n"
+    ))
 }
 
 /// Who does the work on a node.
@@ -113,11 +109,14 @@ fn start_all(lab: &Lab, chain: Chain) -> Result<[Node<'_>; 2]> {
 
 /// containerd with the image, and its socket.
 fn start_containerd(host: &Host) -> Result<(Daemon, Cri)> {
-    host.write("/etc/containerd/config.toml", containerd_config())?;
+    host.write("/etc/containerd/config.toml", containerd_config()?)?;
     let containerd = host.start_containerd()?;
     host.import_image_into("k8s.io")?;
-    let cri = Cri::connect(&host.path("/run/containerd/containerd.sock"))?;
-    Ok((containerd, cri))
+    Ok((containerd, connect(host)?))
+}
+
+fn connect(host: &Host) -> Result<Cri> {
+    Cri::connect(&host.path("/run/containerd/containerd.sock"))
 }
 
 impl<'a> Node<'a> {
