@@ -5,6 +5,7 @@ mod delegates;
 mod go;
 mod input;
 mod lifecycle;
+mod mixed;
 mod node;
 mod pod;
 mod ports;
