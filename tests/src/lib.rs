@@ -65,6 +65,7 @@ mod guide;
 mod host;
 mod image;
 mod lab;
+mod leftovers;
 mod managed;
 pub mod needs;
 pub mod probe;

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use flannel_tests::{Lab, LabPlan, in_lab, ping_within, secs};
 
 use crate::client::Protocol;
-use crate::{Pod, SUBNET_ENV, connect, port, start_containerd, without_pods};
+use crate::{Pod, SUBNET_ENV, connect, port, start_containerd};
 
 const PODS: i32 = 8;
 
@@ -17,7 +17,6 @@ fn lab(name: &str) -> LabPlan {
 
 /// As after a node's start, when the kubelet wants all its pods at once.
 #[test]
-#[ignore = "ports are not built yet"]
 fn many_pods_come_and_go_at_once() {
     in_lab(lab("cri-crowd"), |lab| {
         let host = lab.host(1);
@@ -54,7 +53,7 @@ fn many_pods_come_and_go_at_once() {
                 .collect();
             ending.into_iter().try_for_each(|pod| pod.join().expect("no panic"))
         })?;
-        without_pods(host)?;
+        host.without_cni_containers()?;
         let rules = host.out(&["nft", "list", "ruleset"])?;
         ensure!(!(0..PODS).any(|n| rules.contains(&format!("{}", 9000 + n))), "{rules}");
         Ok(())
@@ -63,7 +62,6 @@ fn many_pods_come_and_go_at_once() {
 
 /// The disk remembers pods, leases and results; the kernel does not.
 #[test]
-#[ignore = "ports are not built yet"]
 fn a_power_cut_leaves_nothing() {
     in_lab(lab("cri-power"), |lab| {
         let host = lab.host(1);
@@ -91,6 +89,6 @@ fn a_power_cut_leaves_nothing() {
         ensure!(held.ends_with(&new.ip) && held.lines().count() == 1, "{held}");
         cri.stop_pod(&new.id)?;
         cri.remove_pod(&new.id)?;
-        without_pods(host).context("after the last pod")
+        host.without_cni_containers().context("after the last pod")
     });
 }

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use flannel_tests::{Host, Lab, eventually, in_lab, secs};
 
 use crate::client::Cri;
-use crate::{Pod, SUBNET_ENV, start_containerd, without_pods};
+use crate::{Pod, SUBNET_ENV, start_containerd};
 
 fn becomes_ready(cri: &Cri) -> Result<()> {
     eventually("containerd has a network", secs(20), || {
@@ -53,7 +53,7 @@ fn a_node_is_installed_while_its_runtime_runs() {
         host.out(&["cmp", "/run/newer", "/opt/cni/bin/flannel"])?;
         cri.stop_pod(&pod.id)?;
         cri.remove_pod(&pod.id)?;
-        without_pods(host)?;
+        host.without_cni_containers()?;
 
         // The network goes and comes back; containerd sees it both times.
         host.out(&["rm", "/etc/cni/net.d/10-flannel.conflist"])?;

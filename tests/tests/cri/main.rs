@@ -168,31 +168,6 @@ impl Pod {
     }
 }
 
-/// Whatever a pod may leave: files of the plugin, of the runtime's plugin library, and namespaces.
-fn files(host: &Host) -> Result<String> {
-    host.sh("cd /; find var/lib/cni run/flannel run/netns -not -type d 2>/dev/null | sort")
-}
-
-/// What stays of a network with no pod on it: the bridge, and the ledger's own files.
-fn without_pods(host: &Host) -> Result<()> {
-    let left = files(host)?;
-    let stays = [
-        "lock",
-        "boot_id",
-        "last_reserved_ip.0",
-        "default.agent",
-        "subnet.env",
-        "subnet.ledger",
-        "subnet.bridge",
-    ];
-    let stray: Vec<_> =
-        left.lines().filter(|file| !stays.contains(&file.rsplit('/').next().unwrap_or_default())).collect();
-    ensure!(stray.is_empty(), "{stray:?} in\n{left}");
-    let links = host.out(&["ip", "-br", "link"])?;
-    ensure!(!["veth", "bwp", "ifb"].iter().any(|kind| links.contains(kind)), "{links}");
-    Ok(())
-}
-
 /// What somebody at `from` gets at a port within a few seconds.
 fn served(from: &dyn Place, at: &str, text: &str) -> Result<()> {
     eventually(format!("{} reaches http://{at}/", from.name()), secs(5), || {
@@ -298,11 +273,11 @@ fn a_pod_gets_what_it_asks_for(lab: &Lab, chain: Chain) -> Result<()> {
 
     // Both take the network down: the second with no namespace any more.
     one.cri.stop_pod(&pod.id)?;
-    without_pods(one.host)?;
+    one.host.without_cni_containers()?;
     ensure!(tcp_opens(lab.outside(), one.host.ip(), 8080).is_err());
     one.cri.remove_pod(&pod.id)?;
-    without_pods(one.host)?;
-    one.host.out(&["ip", "link", "del", "cni0"])?;
+    one.host.without_cni_containers()?;
+    one.host.remove_cni_network("cni0")?;
     if chain != Chain::Debian {
         // Debian's portmap leaves its chains.
         unchanged("the kernel after the last pod", &before, &one.host.network_state()?)?;
@@ -311,7 +286,6 @@ fn a_pod_gets_what_it_asks_for(lab: &Lab, chain: Chain) -> Result<()> {
 }
 
 #[test]
-#[ignore = "ports are not built yet"]
 fn pods_with_one_plugin_for_everything() {
     let plan = lab("cri-ours").outside().needs(&["iperf3"]);
     in_lab(plan, |lab| a_pod_gets_what_it_asks_for(lab, Chain::Ours));

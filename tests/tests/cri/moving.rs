@@ -6,10 +6,9 @@ use anyhow::ensure;
 use flannel_tests::{HttpServer, Lab, http_get, in_lab, needs, ping_within, secs, tcp_opens};
 
 use crate::client::Protocol;
-use crate::{Pod, SUBNET_ENV, port, served, start_containerd, without_pods};
+use crate::{Pod, SUBNET_ENV, port, served, start_containerd};
 
 #[test]
-#[ignore = "ports are not built yet"]
 fn pods_that_gos_plugins_made_are_taken_down_by_ours() {
     if !Path::new("/usr/lib/cni/portmap").exists() {
         needs::skipped("Debian's containernetworking-plugins in /usr/lib/cni");
@@ -42,6 +41,6 @@ fn pods_that_gos_plugins_made_are_taken_down_by_ours() {
         cri.remove_pod(&old.id)?;
         cri.stop_pod(&new.id)?;
         cri.remove_pod(&new.id)?;
-        without_pods(host)
+        host.without_cni_containers()
     });
 }
