@@ -9,5 +9,6 @@ mod mixed;
 mod node;
 mod pod;
 mod ports;
+mod ports_beside;
 mod results;
 mod wishes;

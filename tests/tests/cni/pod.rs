@@ -26,6 +26,11 @@ impl<'a> Pod<'a> {
         Ok(Self { host: node.host, id: id.to_owned(), ip: ip_of(&result), result })
     }
 
+    /// What somebody else attached.
+    pub(crate) fn of(host: &'a Host, id: &str, result: Value) -> Self {
+        Self { host, id: id.to_owned(), ip: ip_of(&result), result }
+    }
+
     /// Starts a web server on port 80 that says the pod's name.
     pub(crate) fn serve(&self) -> Result<HttpServer> {
         HttpServer::start(self, 80, &self.id)

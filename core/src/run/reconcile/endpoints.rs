@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 
 use crate::act::pass::{chain, converge};
 use crate::decide::firewall::Range;
+use crate::decide::hostports;
 use crate::decide::publish::{self, PublishScene};
 use crate::touch::world::kernel::Kernel;
 use crate::touch::world::kernel::nftables::conntrack::Changed;
@@ -18,6 +19,7 @@ use crate::words::exposure::{Exposure, PublishedPort, Transport};
 use crate::words::fact::{Conflict, Fact, Facts, Key, diff};
 use crate::words::name::{LinkName, NetworkName};
 use crate::words::report::Report;
+use crate::words::rule::TableFamily;
 use crate::words::territory::Territory;
 
 /// Who waits for a change.
@@ -106,7 +108,7 @@ impl Endpoints {
             return Ok(());
         }
         let own = Territory { tables: [publish::table_name(&self.network)].into(), ..Territory::default() };
-        if guarded(&kernel.observe(&own)?, &self.network) {
+        if guarded(&kernel.observe(&own)?, &self.network) && !is_guarded_by_cni(kernel)? {
             territory.sysctls.extend(Territory::of([&open]).sysctls);
             facts.set(publish::localnet(bridge, false));
         }
@@ -158,7 +160,7 @@ impl Endpoints {
     fn write(&mut self, kernel: &mut Kernel) -> Result<(), EndpointsError> {
         let mut wanted = self.plan()?;
         if let Some(written) = self.written.take() {
-            self.close(&mut wanted, &written);
+            self.close(kernel, &mut wanted, &written)?;
             if kernel.apply(&diff(&wanted, &written)).iter().all(Result::is_ok) {
                 self.written = Some(self.plan()?);
                 return Ok(());
@@ -182,14 +184,23 @@ impl Endpoints {
     }
 
     /// The setting that the old rules guarded goes with them.
-    fn close(&self, wanted: &mut Facts, written: &Facts) {
+    fn close(&self, kernel: &mut Kernel, wanted: &mut Facts, written: &Facts) -> Result<(), WorldError> {
         if let Some(bridge) = self.bridge
             && guarded(written, &self.network)
             && !guarded(wanted, &self.network)
+            && !is_guarded_by_cni(kernel)?
         {
             wanted.set(publish::localnet(bridge, false));
         }
+        Ok(())
     }
+}
+
+/// Containers that the CNI plugin put on the same bridge may need the setting as well; their table has a guard of its own, and nobody
+/// but the plugin knows what is in it.
+fn is_guarded_by_cni(kernel: &mut Kernel) -> Result<bool, WorldError> {
+    let tables = kernel.netfilter()?.table_names(TableFamily::Inet)?;
+    Ok(tables.contains(&hostports::table_name().name))
 }
 
 fn guarded(facts: &Facts, network: &NetworkName) -> bool {
