@@ -12,12 +12,15 @@ use crate::json::first_asked;
 use crate::ports::{self, Place, PortMappings, Withdrawn};
 use crate::previous::Previous;
 use crate::result::{Attached, CniError};
+use crate::sandbox::Home;
+use crate::tuning::Settings;
 
 /// What is asked for; read before anything is made, so that what cannot be read harms nothing.
 #[derive(Clone, PartialEq, Debug)]
 pub(crate) struct Extras {
     limits: Option<Limits>,
     ports: PortMappings,
+    settings: Settings,
 }
 
 /// What keeps the end of a DEL waiting: closing a socket right after rules were deleted waits for the kernel, and by the time
@@ -27,14 +30,21 @@ pub(crate) struct Closing {
 }
 
 impl Extras {
-    pub(crate) fn read(conf: &Conf) -> Result<Self, CniError> {
-        Ok(Self { limits: Limits::read(conf)?, ports: PortMappings::read(&conf.runtime)? })
+    pub(crate) fn read(call: &Call, conf: &Conf) -> Result<Self, CniError> {
+        Ok(Self {
+            limits: Limits::read(conf)?,
+            ports: PortMappings::read(&conf.runtime)?,
+            settings: Settings::read(conf, call.link()?)?,
+        })
     }
 
     /// Makes them, in this order; what was made is taken back on failure.
     pub(crate) fn add(&self, call: &Call, conf: &Conf, attached: &Attached) -> Result<(), CniError> {
         let owner = call.attachment()?;
         let [bridge, end, _] = &attached.interfaces;
+        if !self.settings.is_empty() {
+            self.settings.set(&mut Kernel::open_inside(Home::open(call)?.inside)?)?;
+        }
         if let Some(limits) = &self.limits {
             limits.put_on(&mut Kernel::open()?, end.name, &conf.name, &owner)?;
         }
@@ -68,6 +78,10 @@ impl Extras {
     /// What is not as it was made.
     pub(crate) fn check(&self, call: &Call, conf: &Conf) -> Result<Vec<String>, CniError> {
         let mut missing = Vec::new();
+        if !self.settings.is_empty() {
+            let mut inside = Kernel::open_inside(Home::open(call)?.inside)?;
+            missing.extend(self.settings.missing(&mut inside)?);
+        }
         if let Some(limits) = &self.limits {
             let mut host = Kernel::open()?;
             let end = bandwidth::host_end(call, &mut host)?;

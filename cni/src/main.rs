@@ -28,6 +28,7 @@ mod previous;
 mod result;
 mod sandbox;
 mod state;
+mod tuning;
 
 use std::env;
 use std::fs;

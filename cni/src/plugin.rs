@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::args::{Call, Verb};
 use crate::conf::Conf;
 use crate::result::{Answer, CniError, Version};
-use crate::{bandwidth, flannel, loopback, portmap};
+use crate::{bandwidth, flannel, loopback, portmap, tuning};
 
 /// A plugin, by the name of the file that was executed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -15,10 +15,12 @@ pub(crate) enum Plugin {
     Bandwidth,
     Loopback,
     Portmap,
+    Tuning,
 }
 
 impl Plugin {
-    pub(crate) const ALL: [Self; 4] = [Self::Flannel, Self::Bandwidth, Self::Loopback, Self::Portmap];
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Flannel, Self::Bandwidth, Self::Loopback, Self::Portmap, Self::Tuning];
 
     /// The plugin of that name. A name nobody knows is flannel's: somebody keeps two versions side by side.
     pub(crate) fn called_by(argv0: Option<OsString>) -> Self {
@@ -35,6 +37,7 @@ impl Plugin {
             Self::Bandwidth => "bandwidth",
             Self::Loopback => "loopback",
             Self::Portmap => "portmap",
+            Self::Tuning => "tuning",
         }
     }
 
@@ -54,6 +57,7 @@ impl Plugin {
             Self::Bandwidth => bandwidth::run(call, conf),
             Self::Loopback => loopback::run(call, conf),
             Self::Portmap => portmap::run(call, conf),
+            Self::Tuning => tuning::run(call, conf),
         }
     }
 }

@@ -50,7 +50,7 @@ fn add(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
     if let Worker::Plugin(kind) = conf.worker() {
         return delegation::add(call, conf, &env, &kind);
     }
-    let extras = Extras::read(conf.common)?;
+    let extras = Extras::read(call, conf.common)?;
     // Before anything is settled for the node.
     let home = sandbox::Home::open(call)?;
     let (network, wish) = network(call, conf, &env)?;
@@ -116,7 +116,7 @@ fn check(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
         return delegation::check(call, conf, &kind, kept);
     }
     let env = subnet_env(conf, CniError::TRY_AGAIN)?;
-    let extras = Extras::read(conf.common)?;
+    let extras = Extras::read(call, conf.common)?;
     let (network, wish) = network(call, conf, &env)?;
     let ledger = Ledger::find(&conf.subnet_file, &conf.ledger_root(), &conf.common.name)?;
     let mut missing = check::check(call, conf.common, ledger.as_ref(), &network, &wish)?;

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use flannel_tests::{Host, Place, in_lab, needs, secs};
+use flannel_tests::{Host, in_lab, needs, secs};
 use serde_json::{Value, json};
 
 use crate::go::has_debian_plugins;
