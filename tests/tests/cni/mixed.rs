@@ -1,22 +1,54 @@
 //! One node, two generations of plugins: containers that one made are taken down by the other, with nothing left and
 //! nothing of others touched.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context, Result, ensure};
-use flannel_tests::{Host, in_lab, needs};
+use flannel_tests::{Host, Lab, eventually, http_get, in_lab, needs, secs};
 use serde_json::{Value, json};
 
 use crate::go::has_debian_plugins;
 use crate::node::{Call, DEBIAN, Node, V4, answer, done, ip_of, one_host, with};
 
-/// A chain of plugins: what is executed, and its part of the configuration.
-type Chain = Vec<(String, Value)>;
+/// A plugin of a chain.
+#[derive(Clone)]
+struct Stage {
+    /// What is executed.
+    plugin: String,
+    /// Its part of the configuration.
+    part: Value,
+    /// Whether a file is kept for DEL, as Go's flannel does for the plugin that it executes; Debian has no flannel.
+    kept: bool,
+}
 
-/// What kube-flannel ships: no result is given at DEL in this version, only the capabilities are.
-const VERSION: &str = "0.3.1";
+impl Stage {
+    fn new(plugin: impl Into<String>, part: Value) -> Self {
+        Self { plugin: plugin.into(), part, kept: false }
+    }
+}
 
-/// Go's flannel chain, as it runs `bridge` and `host-local` with FLANNEL_IPMASQ=false, and `portmap` behind it.
+type Chain = Vec<Stage>;
+
+/// Go's flannel and what it tells `bridge` where FLANNEL_IPMASQ=false.
+fn go_flannel() -> Stage {
+    Stage { kept: true, ..Stage::new(format!("{DEBIAN}/bridge"), go_bridge()) }
+}
+
+fn go_portmap(port: u16) -> Stage {
+    Stage::new(format!("{DEBIAN}/portmap"), portmap(port))
+}
+
+fn our_flannel() -> Stage {
+    Stage::new("flannel", flannel())
+}
+
 fn go(port: u16) -> Chain {
-    vec![(format!("{DEBIAN}/bridge"), go_bridge()), (format!("{DEBIAN}/portmap"), portmap(port))]
+    vec![go_flannel(), go_portmap(port)]
+}
+
+/// The same node after the binary `flannel` was replaced.
+fn ours(port: u16) -> Chain {
+    vec![our_flannel(), go_portmap(port)]
 }
 
 fn go_bridge() -> Value {
@@ -30,50 +62,50 @@ fn portmap(port: u16) -> Value {
             "runtimeConfig": { "portMappings": [{ "hostPort": port, "containerPort": 80, "protocol": "tcp" }] } })
 }
 
-/// The same node after the binary `flannel` was replaced.
-fn ours(port: u16) -> Chain {
-    vec![("flannel".to_owned(), flannel()), (format!("{DEBIAN}/portmap"), portmap(port))]
-}
-
 fn flannel() -> Value {
     json!({ "type": "flannel", "delegate": { "hairpinMode": true, "isDefaultGateway": true } })
 }
 
+/// What kube-flannel ships: no result is given at DEL in this version, only the capabilities are.
 fn whole(part: &Value) -> Value {
-    with(&with(part, "name", json!("cbr0")), "cniVersion", json!(VERSION))
+    with(&with(part, "name", json!("cbr0")), "cniVersion", json!("0.3.1"))
 }
 
-fn add(node: &Node<'_>, id: &str, chain: &Chain) -> Result<Value> {
+fn scratch(id: &str) -> String {
+    format!("/var/lib/cni/flannel/{id}")
+}
+
+fn add(node: &Node<'_>, id: &str, chain: &[Stage]) -> Result<Value> {
     let mut result = Value::Null;
-    for (plugin, part) in chain {
-        let mut conf = whole(part);
+    for stage in chain {
+        let mut conf = whole(&stage.part);
+        if stage.kept {
+            node.host.write(&scratch(id), conf.to_string())?;
+        }
         if !result.is_null() {
             conf["prevResult"] = result;
         }
-        let output = node.call(&Call { plugin, ..Call::new("ADD", id) }, &conf)?;
-        result = answer(&output).with_context(|| format!("{plugin} adds {id}"))?;
-        if plugin.ends_with("/bridge") {
-            // As Go's flannel, which Debian does not have.
-            node.host.write(&format!("/var/lib/cni/flannel/{id}"), whole(part).to_string())?;
-        }
+        let output = node.call(&Call { plugin: &stage.plugin, ..Call::new("ADD", id) }, &conf)?;
+        result = answer(&output).with_context(|| format!("{} adds {id}", stage.plugin))?;
     }
     Ok(result)
 }
 
-fn del(node: &Node<'_>, id: &str, chain: &Chain) -> Result<()> {
-    for (plugin, part) in chain.iter().rev() {
-        let scratch = format!("/var/lib/cni/flannel/{id}");
-        let go = plugin.ends_with("/bridge");
-        if go && !node.host.exists(&scratch) {
+fn del(node: &Node<'_>, id: &str, chain: &[Stage]) -> Result<()> {
+    for stage in chain.iter().rev() {
+        if stage.kept && !node.host.exists(&scratch(id)) {
             continue;
         }
-        // Go's flannel hands its delegate what it kept, which may be what we kept.
-        let conf = if go { serde_json::from_str(&node.host.read(&scratch)?)? } else { whole(part) };
-        let output = node.call(&Call { plugin, ..Call::new("DEL", id) }, &conf)?;
-        done(&output).with_context(|| format!("{plugin} deletes {id}"))?;
-        ensure!(output.stderr.is_empty() || go || plugin.starts_with('/'), "{output}");
-        if go {
-            node.host.sh(&format!("rm {scratch}"))?;
+        // What was kept may be what we kept.
+        let conf = match stage.kept {
+            true => serde_json::from_str(&node.host.read(&scratch(id))?)?,
+            false => whole(&stage.part),
+        };
+        let output = node.call(&Call { plugin: &stage.plugin, ..Call::new("DEL", id) }, &conf)?;
+        done(&output).with_context(|| format!("{} deletes {id}", stage.plugin))?;
+        ensure!(stage.plugin.starts_with(DEBIAN) || output.stderr.is_empty(), "{output}");
+        if stage.kept {
+            node.host.sh(&format!("rm {}", scratch(id)))?;
         }
     }
     Ok(())
@@ -119,13 +151,11 @@ fn a_node_is_upgraded_and_rolled_back_under_its_containers() {
         for id in all {
             node.container(id)?;
         }
-        let (go, ours) = (go(8080), ours(8081));
-        let ports = |port| vec![go[0].clone(), (go[1].0.clone(), portmap(port))];
         // Go alone.
         let mut results = vec![
-            ("g1", add(&node, "g1", &ports(8001))?),
-            ("g2", add(&node, "g2", &ports(8002))?),
-            ("g3", add(&node, "g3", &ports(8003))?),
+            ("g1", add(&node, "g1", &go(8001))?),
+            ("g2", add(&node, "g2", &go(8002))?),
+            ("g3", add(&node, "g3", &go(8003))?),
         ];
         let of_g2 = |rules: &[String]| -> Vec<String> {
             rules.iter().filter(|rule| rule.contains("id: \\\"g2\\\"")).cloned().collect()
@@ -133,8 +163,8 @@ fn a_node_is_upgraded_and_rolled_back_under_its_containers() {
         let before = rules(host)?;
         ensure!(of_g2(&before).len() >= 4, "{before:#?}");
         // The upgrade. No address twice, everybody is reached, and reaches out.
-        results.push(("o1", add(&node, "o1", &ours)?));
-        results.push(("o2", add(&node, "o2", &vec![ours[0].clone()])?));
+        results.push(("o1", add(&node, "o1", &ours(8081))?));
+        results.push(("o2", add(&node, "o2", &[our_flannel()])?));
         let mut ips: Vec<String> = results.iter().map(|(_, result)| ip_of(result)).collect();
         ips.dedup();
         ensure!(ips == ["10.244.1.2", "10.244.1.3", "10.244.1.4", "10.244.1.5", "10.244.1.6"], "{ips:?}");
@@ -150,7 +180,7 @@ fn a_node_is_upgraded_and_rolled_back_under_its_containers() {
             done(&output).with_context(|| (*id).to_owned())?;
         }
         // ...and deleted: with its namespace there, and with nothing but its name.
-        del(&node, "g1", &ours)?;
+        del(&node, "g1", &ours(8001))?;
         host.sh("ip netns del g3")?;
         let gone = Call { netns: String::new(), ..Call::new("DEL", "g3") };
         done(&node.call(&gone, &whole(&flannel()))?)?;
@@ -163,18 +193,107 @@ fn a_node_is_upgraded_and_rolled_back_under_its_containers() {
         ensure!(node.ledger()? == ["10.244.1.3", "10.244.1.5", "10.244.1.6"], "{:?}", node.ledger()?);
         node.ping("g2", &outside)?;
         // Back to Go: it adds beside ours, and deletes ours by what we kept for it.
-        let g4 = add(&node, "g4", &ports(8004))?;
+        let g4 = add(&node, "g4", &go(8004))?;
         ensure!(ip_of(&g4) == "10.244.1.7", "{g4}");
         node.ping("g4", &ips[3])?;
-        del(&node, "o1", &go)?;
-        del(&node, "g2", &go)?;
+        del(&node, "o1", &go(8081))?;
+        del(&node, "g2", &go(8002))?;
         // And again to ours, for the rest.
-        add(&node, "o3", &ours)?;
+        add(&node, "o3", &ours(8083))?;
         for id in ["o2", "o3", "g4"] {
-            del(&node, id, &ours)?;
-            del(&node, id, &ours)?;
+            del(&node, id, &ours(8004))?;
+            del(&node, id, &ours(8004))?;
         }
         nothing_is_left(&node)
+    });
+}
+
+/// Our binary by another plugin's name.
+fn alias(host: &Host, name: &str) -> Result<String> {
+    let file = format!("/run/ours/{name}");
+    host.sh(&format!("mkdir -p /run/ours; ln -sf /run/lab/bin/flannel {file}"))?;
+    let about = host.run(&[&file])?;
+    ensure!(about.stderr.starts_with(&format!("CNI {name} plugin v")), "{about}");
+    Ok(file)
+}
+
+/// A container, who made it, and who is to delete it.
+struct Made {
+    id: String,
+    port: u16,
+    ip: String,
+    maker: [Stage; 2],
+    breaker: [Stage; 2],
+}
+
+/// Those of the addresses that rules still name.
+fn published<'a>(host: &Host, ips: &BTreeSet<&'a String>) -> Result<BTreeSet<&'a String>> {
+    let rules = host.sh("nft list ruleset")?;
+    let whole = |rest: &str| !rest.starts_with(|next: char| next.is_ascii_digit() || next == '/');
+    let named =
+        |ip: &&&String| rules.match_indices(ip.as_str()).any(|(at, _)| whole(&rules[at + ip.len()..]));
+    Ok(ips.iter().filter(named).copied().collect())
+}
+
+/// Adds a container with each chain of these stages for each of them to delete: all are reached by their ports, and nothing is left.
+fn every_pair(lab: &Lab, networks: &[Stage], portmaps: &[String]) -> Result<()> {
+    let host = lab.host(1);
+    let node = new(host)?;
+    let chains: Vec<(&Stage, &String)> =
+        networks.iter().flat_map(|network| portmaps.iter().map(move |portmap| (network, portmap))).collect();
+    let mut containers = Vec::new();
+    for (made, maker) in chains.iter().enumerate() {
+        for (gone, breaker) in chains.iter().enumerate() {
+            let id = format!("c{made}{gone}");
+            let port = 8000 + u16::try_from(10 * made + gone)?;
+            node.container(&id)?;
+            let chain = |(network, plugin): &(&Stage, &String)| {
+                [(*network).clone(), Stage::new(plugin.as_str(), portmap(port))]
+            };
+            let (maker, breaker) = (chain(maker), chain(breaker));
+            let ip = ip_of(&add(&node, &id, &maker).with_context(|| id.clone())?);
+            host.write(&format!("/run/www/{id}/index.html"), &id)?;
+            host.sh(&format!("ip netns exec {id} busybox httpd -p 80 -h /run/www/{id}"))?;
+            containers.push(Made { id, port, ip, maker, breaker });
+        }
+    }
+    let ips: BTreeSet<&String> = containers.iter().map(|container| &container.ip).collect();
+    ensure!(ips.len() == containers.len() && node.ledger()?.len() == ips.len(), "{ips:?}");
+    for Made { id, port, .. } in &containers {
+        let url = format!("http://{}:{port}/", host.ip());
+        let got = eventually(&url, secs(20), || http_get(lab.outside(), &url))?;
+        ensure!(got.trim() == id, "port {port} leads to {got}, not to {id}");
+        node.ping(id, &lab.outside().ip().to_string())?;
+    }
+    for Made { id, breaker, .. } in &containers {
+        del(&node, id, breaker).with_context(|| id.clone())?;
+    }
+    // Go's plugins do not know of ports that ours published. Who went back for good deletes the table; else ours finds them.
+    let unknown = |maker: &[Stage], breaker: &[Stage]| {
+        !maker[1].plugin.starts_with(DEBIAN) && breaker.iter().all(|stage| stage.plugin.starts_with(DEBIAN))
+    };
+    let expected: BTreeSet<&String> = containers
+        .iter()
+        .filter(|container| unknown(&container.maker, &container.breaker))
+        .map(|container| &container.ip)
+        .collect();
+    ensure!(published(host, &ips)? == expected, "{expected:?} in\n{}", host.sh("nft list ruleset")?);
+    if let Some(portmap) = portmaps.iter().find(|plugin| !plugin.starts_with(DEBIAN)) {
+        let nobody = json!({ "name": "cbr0", "cniVersion": "1.1.0", "type": "portmap", "cni.dev/valid-attachments": [] });
+        done(&node.call(&Call { plugin: portmap, ..Call::new("GC", "") }, &nobody)?)?;
+    }
+    ensure!(published(host, &ips)?.is_empty(), "{}", host.sh("nft list ruleset")?);
+    nothing_is_left(&node)
+}
+
+#[test]
+fn either_generation_deletes_what_either_made() {
+    if !has_debian_plugins() || !needs::require("iptables") {
+        return;
+    }
+    in_lab(one_host("cnipairs").outside(), |lab| {
+        let ours = alias(lab.host(1), "portmap")?;
+        every_pair(lab, &[go_flannel(), our_flannel()], &[format!("{DEBIAN}/portmap"), ours])
     });
 }
 
@@ -193,7 +312,8 @@ fn either_variant_of_iptables_is_cleaned() {
         for variant in ["nft", "legacy"] {
             // Go's plugins run whatever `iptables` is.
             let mut chain = Chain::new();
-            for (plugin, part) in go(8080) {
+            for stage in go(8080) {
+                let plugin = &stage.plugin;
                 let name = plugin.rsplit('/').next().unwrap_or_default().to_owned();
                 let file = format!("/run/{variant}/{name}");
                 let links =
@@ -202,18 +322,18 @@ fn either_variant_of_iptables_is_cleaned() {
                 host.sh(&format!(
                     "chmod 755 {file}; for l in {links}; do ln -sf $(command -v xtables-{variant}-multi) /run/{variant}/$l; done"
                 ))?;
-                chain.push((file, part));
+                chain.push(Stage { plugin: file, ..stage });
             }
             for id in ["g1", "g2"] {
                 node.container(id)?;
                 let port = if id == "g1" { 8001 } else { 8002 };
-                let chain = vec![chain[0].clone(), (chain[1].0.clone(), portmap(port))];
+                chain[1].part = portmap(port);
                 add(&node, id, &chain)?;
             }
             let listed = host.sh(&format!("iptables-{variant} -t nat -S"))?;
             ensure!(listed.matches("-N CNI-").count() >= 4, "{variant} is not what was written:\n{listed}");
             // `portmap` is in the chain no more; then the chain is as it was.
-            del(&node, "g1", &vec![("flannel".to_owned(), flannel())])?;
+            del(&node, "g1", &[our_flannel()])?;
             let left = rules(host)?;
             ensure!(left.iter().any(|rule| rule.contains("g2")), "{left:#?}");
             ensure!(!left.iter().any(|rule| rule.contains("g1")), "{left:#?}");
