@@ -374,6 +374,33 @@ fn a_firewall_that_drops_does_not_stop_the_network() {
     });
 }
 
+/// ctr 1.6 tells nobody that a container which it started with `-d` has ended.
+#[test]
+fn addresses_of_containers_that_ctr_forgot_are_given_out_again() {
+    in_lab(Lab::new("cni-forgot").hosts(1).needs(&["containerd", "ctr", "runc"]), |lab| {
+        let host = lab.host(1);
+        let subnet = "FLANNEL_NETWORK=10.100.0.0/16\nFLANNEL_SUBNET=10.100.5.1/29\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=true\n";
+        host.write("/run/flannel/subnet.env", subnet)?;
+        start_containerd(host, CBR0)?;
+        let names = ["a", "b", "c", "d", "e"];
+        let all = names.map(|name| host.ctr_run(name, &["--cni"])).into_iter().collect::<Result<Vec<_>>>()?;
+        ensure!(ledger(host)?.len() == names.len(), "{:?}", ledger(host)?);
+        let full =
+            host.try_ctr(&["run", "-d", "--null-io", "--cni", IMAGE_REFERENCE, "f", "sleep", "infinity"])?;
+        ensure!(!full.ok() && full.stderr.contains("10.100.5.0/29"), "{full}");
+        ensure!(ledger(host)?.len() == names.len());
+        let forgotten = [all[1].ip()?, all[2].ip()?];
+        host.ctr_remove("b")?;
+        host.ctr_remove("c")?;
+        let next = host.ctr_run("g", &["--cni"])?;
+        ensure!(forgotten.contains(&next.ip()?), "{} is not one of {forgotten:?}", next.ip()?);
+        for living in [&all[0], &all[3], &all[4]] {
+            ping_within(secs(3), &next, living.ip()?)?;
+        }
+        Ok(())
+    });
+}
+
 /// Without an agent that keeps the bridge nobody looks after the ports of containers that are there already: they are cut off
 /// until they are made anew, and can be removed at any time.
 #[test]

@@ -223,10 +223,12 @@ fn limits_hold(far: &Pod, pod: &Pod) -> Result<()> {
     let server = pod.container.spawn("iperf3", &["iperf3", "-s"], &[])?;
     for direction in [&[][..], &["-R"]] {
         let argv = [&["iperf3", "-c", &pod.ip, "-t", "2", "-J"], direction].concat();
-        let said = eventually("the server listens", secs(10), || far.container.out(&argv))?;
-        let said: serde_json::Value = serde_json::from_str(&said)?;
-        let rate =
-            said["end"]["sum_received"]["bits_per_second"].as_f64().with_context(|| said.to_string())?;
+        // The server may not listen yet, or not be done with the one before; iperf3 says that in its answer.
+        let rate = eventually("the server serves", secs(20), || -> Result<f64> {
+            let said: serde_json::Value = serde_json::from_str(&far.container.out(&argv)?)?;
+            let rate = said["end"]["sum_received"]["bits_per_second"].as_f64();
+            rate.with_context(|| said["error"].to_string())
+        })?;
         ensure!((2e6..15e6).contains(&rate), "{:.1} Mbit/s {direction:?}", rate / 1e6);
     }
     server.crash()
@@ -269,6 +271,9 @@ fn a_pod_gets_what_it_asks_for(lab: &Lab, chain: Chain) -> Result<()> {
     if chain == Chain::Ours {
         // What containerd asks for beside the rate is a burst of 512 MB, which Debian's plugin grants.
         limits_hold(&far, &pod)?;
+        let clash = one.pod("clash", vec![port(Protocol::Udp, 5353, 5353, "")], &[]);
+        let error = format!("{:#}", clash.err().context("a port that is taken was given again")?);
+        ensure!(error.contains(&pod.id) && error.contains("5353"), "{error}");
     }
 
     // Both take the network down: the second with no namespace any more.
