@@ -1,9 +1,12 @@
 //! A container that has nothing but a network namespace, as a place for probes.
 
+use std::net::UdpSocket;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::ensure;
 use anyhow::{Context, Result};
+use flannel_core::touch::world::kernel::Namespace;
 use flannel_tests::{Host, HttpServer, Place, eventually, http_get, secs};
 use serde_json::Value;
 
@@ -34,6 +37,14 @@ impl<'a> Pod<'a> {
     /// Starts a web server on port 80 that says the pod's name.
     pub(crate) fn serve(&self) -> Result<HttpServer> {
         HttpServer::start(self, 80, &self.id)
+    }
+
+    /// A UDP socket in the pod.
+    pub(crate) fn udp(&self, port: u16) -> Result<UdpSocket> {
+        let namespace = Namespace::open(&self.host.path(format!("/run/netns/{}", self.id)))?;
+        let socket = namespace.run(|| UdpSocket::bind(("0.0.0.0", port)))??;
+        socket.set_read_timeout(Some(Duration::from_millis(100)))?;
+        Ok(socket)
     }
 }
 

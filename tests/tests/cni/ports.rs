@@ -1,6 +1,8 @@
 //! Ports of a node that lead into containers, without any daemon: who reaches them, who is seen, and what is left.
 
-use anyhow::{Result, ensure};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Result, anyhow, ensure};
 use flannel_tests::{Host, HttpServer, Lab, LabPlan, Place, eventually, in_lab, secs, seen_as, tcp_opens};
 use serde_json::{Value, json};
 
@@ -281,6 +283,79 @@ fn udp_senders_follow_the_port() {
                 Ok(())
             })?;
             node.del(name, &udp)?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn datagrams_come_and_go() {
+    in_lab(plan("cniecho", 2), |lab| {
+        let (h1, h2) = (lab.host(1), lab.host(2));
+        let node = Node::new(h1)?;
+        let udp = mapped(&json!([{ "hostPort": 7007, "containerPort": 7, "protocol": "UDP" }]));
+        let (c1, n1) = (Pod::add(&node, "c1", &udp)?, Pod::add(&node, "n1", &Node::conf())?);
+        let echo = c1.udp(7)?;
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut datagram = [0; 64];
+                while !done.load(Ordering::Relaxed) {
+                    if let Ok((length, from)) = echo.recv_from(&mut datagram) {
+                        let _ = echo.send_to(&datagram[..length], from);
+                    }
+                }
+            });
+            let asked = askers_are_answered(h1, h2, &c1, &n1);
+            done.store(true, Ordering::Relaxed);
+            asked
+        })?;
+        node.del("c1", &udp)?;
+        nothing_left(h1)
+    });
+}
+
+fn askers_are_answered(h1: &Host, h2: &Host, c1: &Pod<'_>, n1: &Pod<'_>) -> Result<()> {
+    let ip = h1.ip().to_string();
+    let askers: [(&dyn Place, &str); 5] =
+        [(h2, &ip), (h1, &ip), (h1, "127.0.0.1"), (n1, &ip), (c1, "10.244.1.1")];
+    for (from, at) in askers {
+        let ask = format!("exec 3<>/dev/udp/{at}/7007; echo hello >&3; timeout 1 head -n 1 <&3");
+        eventually(format!("{} gets an echo from {at}", from.name()), secs(10), || {
+            let said = from.out(&["bash", "-c", &ask])?;
+            ensure!(said == "hello", "{said:?}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// The first containers of a node come at once, and each finds no table.
+#[test]
+fn many_come_and_go_at_once() {
+    const COUNT: u16 = 12;
+    in_lab(plan("cnirush", 1), |lab| {
+        let host = lab.host(1);
+        let node = Node::new(host)?;
+        let ids: Vec<(String, u16)> = (0..COUNT).map(|n| (format!("r{n}"), 9000 + n)).collect();
+        for (id, _) in &ids {
+            node.container(id)?;
+        }
+        let at_once = |call: &(dyn Fn(&str, &Value) -> Result<()> + Sync)| -> Result<()> {
+            std::thread::scope(|scope| {
+                let calls: Vec<_> = ids
+                    .iter()
+                    .map(|(id, port)| scope.spawn(move || call(id, &mapped(&tcp(*port)))))
+                    .collect();
+                calls.into_iter().try_for_each(|call| call.join().map_err(|_| anyhow!("a call panicked"))?)
+            })
+        };
+        for _ in 0..2 {
+            at_once(&|id, conf| node.add(id, conf).map(drop))?;
+            ensure!(elements(host)? == usize::from(COUNT), "{}", host.out(TABLE)?);
+            at_once(&|id, conf| node.del(id, conf))?;
+            nothing_left(host)?;
+            host.sh("nft flush ruleset; nft add table inet flannel_cni_ports")?;
         }
         Ok(())
     });
