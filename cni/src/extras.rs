@@ -1,5 +1,6 @@
 //! What the plugin `flannel` does beyond a bridge, in the same process: what upstream has plugins of their own for.
 
+use flannel_core::decide::isolation::Policy;
 use flannel_core::touch::world::kernel::Kernel;
 use flannel_core::words::hostport::CallerMasquerade;
 use flannel_core::words::name::Attachment;
@@ -8,6 +9,7 @@ use serde_json::Value;
 use crate::args::Call;
 use crate::bandwidth::{self, Limits};
 use crate::conf::Conf;
+use crate::firewall;
 use crate::json::first_asked;
 use crate::ports::{self, Place, PortMappings, Withdrawn};
 use crate::previous::Previous;
@@ -21,6 +23,7 @@ pub(crate) struct Extras {
     limits: Option<Limits>,
     ports: PortMappings,
     settings: Settings,
+    policy: Option<Policy>,
 }
 
 /// What keeps the end of a DEL waiting: closing a socket right after rules were deleted waits for the kernel, and by the time
@@ -35,6 +38,7 @@ impl Extras {
             limits: Limits::read(conf)?,
             ports: PortMappings::read(&conf.runtime)?,
             settings: Settings::read(conf, call.link()?)?,
+            policy: firewall::policy(conf)?,
         })
     }
 
@@ -44,6 +48,9 @@ impl Extras {
         let [bridge, end, _] = &attached.interfaces;
         if !self.settings.is_empty() {
             self.settings.set(&mut Kernel::open_inside(Home::open(call)?.inside)?)?;
+        }
+        if let Some(policy) = self.policy {
+            firewall::isolate(&mut Kernel::open()?, bridge.name, Some(end.name), policy)?;
         }
         if let Some(limits) = &self.limits {
             limits.put_on(&mut Kernel::open()?, end.name, &conf.name, &owner)?;
@@ -81,6 +88,14 @@ impl Extras {
         if !self.settings.is_empty() {
             let mut inside = Kernel::open_inside(Home::open(call)?.inside)?;
             missing.extend(self.settings.missing(&mut inside)?);
+        }
+        if let Some(policy) = self.policy
+            && let Some(previous) = conf.previous.as_ref().and_then(Previous::read)
+        {
+            let mut host = Kernel::open()?;
+            if let Some(bridge) = firewall::bridge(&mut host, &previous)? {
+                missing.extend(firewall::missing(&mut host, bridge, previous.host_veth(), policy)?);
+            }
         }
         if let Some(limits) = &self.limits {
             let mut host = Kernel::open()?;

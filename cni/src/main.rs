@@ -16,6 +16,7 @@ mod conf;
 mod delegate;
 mod errors;
 mod extras;
+mod firewall;
 mod flannel;
 mod go_leftovers;
 mod install;

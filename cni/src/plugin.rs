@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::args::{Call, Verb};
 use crate::conf::Conf;
 use crate::result::{Answer, CniError, Version};
-use crate::{bandwidth, flannel, loopback, portmap, tuning};
+use crate::{bandwidth, firewall, flannel, loopback, portmap, tuning};
 
 /// A plugin, by the name of the file that was executed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -16,11 +16,12 @@ pub(crate) enum Plugin {
     Loopback,
     Portmap,
     Tuning,
+    Firewall,
 }
 
 impl Plugin {
-    pub(crate) const ALL: [Self; 5] =
-        [Self::Flannel, Self::Bandwidth, Self::Loopback, Self::Portmap, Self::Tuning];
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Flannel, Self::Bandwidth, Self::Loopback, Self::Portmap, Self::Tuning, Self::Firewall];
 
     /// The plugin of that name. A name nobody knows is flannel's: somebody keeps two versions side by side.
     pub(crate) fn called_by(argv0: Option<OsString>) -> Self {
@@ -38,6 +39,7 @@ impl Plugin {
             Self::Loopback => "loopback",
             Self::Portmap => "portmap",
             Self::Tuning => "tuning",
+            Self::Firewall => "firewall",
         }
     }
 
@@ -58,6 +60,7 @@ impl Plugin {
             Self::Loopback => loopback::run(call, conf),
             Self::Portmap => portmap::run(call, conf),
             Self::Tuning => tuning::run(call, conf),
+            Self::Firewall => firewall::run(call, conf),
         }
     }
 }

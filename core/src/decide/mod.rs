@@ -6,6 +6,7 @@ pub mod bridge;
 pub mod endpoint;
 pub mod firewall;
 pub mod hostports;
+pub mod isolation;
 pub mod plan;
 pub mod pool;
 pub mod publish;

@@ -2,6 +2,7 @@
 
 mod bandwidth;
 mod delegates;
+mod firewall;
 mod go;
 mod input;
 mod lifecycle;

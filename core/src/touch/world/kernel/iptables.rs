@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -126,6 +127,24 @@ impl Legacy {
         }
         text.push_str(&format!("-F {chain}\n-X {chain}\nCOMMIT\n"));
         run(family, "-restore", &["--noflush", "--wait", "5"], &text).map(|_| true)
+    }
+
+    /// Deletes the rules of a chain of table `filter` that name this address alone, and says how many; as above.
+    pub(super) fn remove_rules_about(&self, chain: &str, address: IpAddr) -> Result<usize, WorldError> {
+        let family = Family::of(address);
+        if !self.is_writable(family) {
+            return Ok(0);
+        }
+        let (rules, prefix) = (self.rules(family)?, Prefix::host(address).to_string());
+        let of_chain = rules.lines().filter_map(|line| line.strip_prefix("-A "));
+        let is_meant =
+            |rule: &&str| rule.split(' ').next() == Some(chain) && rule.split(' ').any(|word| word == prefix);
+        let meant: Vec<&str> = of_chain.filter(is_meant).collect();
+        if !meant.is_empty() {
+            let lines: String = meant.iter().map(|rule| format!("-D {rule}\n")).collect();
+            run(family, "-restore", &["--noflush", "--wait", "5"], &format!("*filter\n{lines}COMMIT\n"))?;
+        }
+        Ok(meant.len())
     }
 
     fn rules(&self, family: Family) -> Result<String, WorldError> {

@@ -12,6 +12,7 @@ mod foreign;
 mod forward_chain;
 mod mac_guard;
 mod port_map;
+mod revise;
 mod wire;
 
 use std::collections::BTreeSet;
@@ -159,6 +160,24 @@ impl Netfilter {
             found |= self.legacy.remove_nat_chain(family, chain)?;
         }
         Ok(found)
+    }
+
+    /// Deletes the rules about one address in a chain that another program keeps in iptables' table `filter`, and says how
+    /// many there were.
+    ///
+    /// # Errors
+    /// `Refused` if the kernel says no.
+    pub fn remove_rules_about(
+        &mut self,
+        chain: &str,
+        address: std::net::IpAddr,
+    ) -> Result<usize, WorldError> {
+        let family = Family::of(address);
+        let found = match self.is_absent()? {
+            true => 0,
+            false => foreign::remove_addressed(&mut self.socket, family, chain, address)?,
+        };
+        Ok(found + self.legacy.remove_rules_about(chain, address)?)
     }
 
     /// Deletes the rules of another program's table whose comment is meant, and says how many there were.

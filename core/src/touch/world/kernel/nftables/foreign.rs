@@ -2,6 +2,8 @@
 //!
 //! A chain of iptables-nft is a chain of nftables like any other, so neither `iptables` nor `nft` has to be there.
 
+use std::net::IpAddr;
+
 use super::encode::{number_of, protocol_of};
 use super::wire::{Attributes, Batch, Socket, attribute, attributes, error_code, kind, long, text};
 use crate::touch::world::WorldError;
@@ -57,6 +59,48 @@ pub(super) fn remove_commented(
         let count = batch.len();
         commit(socket, batch).map(|done| done.then_some(count))
     })
+}
+
+/// Deletes the rules of a chain of iptables' table `filter` that test for this address alone, and says how many.
+pub(super) fn remove_addressed(
+    socket: &mut Socket,
+    family: Family,
+    chain: &str,
+    address: IpAddr,
+) -> Result<usize, WorldError> {
+    const TABLE: &str = "filter";
+    let protocol = protocol_of(family);
+    let bytes = match address {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    };
+    let what = format!("remove rules about {address} of chain {chain}");
+    again(&what, || {
+        let mut wanted = Attributes::default();
+        wanted.text(1, TABLE).text(3, chain);
+        if socket.get(&what, kind::GET_CHAIN, protocol, &wanted)?.is_none() {
+            return Ok(Some(0));
+        }
+        let mut batch = Batch::new(Some(socket.generation()?));
+        for rule in rules(socket, protocol, TABLE)? {
+            if text(&rule, 2) == Some(chain) && compares_with(&rule, &bytes) {
+                delete_rule(&mut batch, protocol, TABLE, &rule);
+            }
+        }
+        let count = batch.len();
+        commit(socket, batch).map(|done| done.then_some(count))
+    })
+}
+
+/// Whether one of the rule's expressions compares with this value.
+fn compares_with(rule: &[u8], value: &[u8]) -> bool {
+    let compared = |expression: &[u8]| -> Option<bool> {
+        // NFTA_CMP_DATA, NFTA_DATA_VALUE.
+        let data = attribute(attribute(attribute(expression, 2)?, 3)?, 1)?;
+        Some(text(expression, 1) == Some("cmp") && data == value)
+    };
+    attribute(rule, 4)
+        .is_some_and(|list| attributes(list).any(|(_, expression)| compared(expression).unwrap_or(false)))
 }
 
 fn again<T>(what: &str, mut attempt: impl FnMut() -> Result<Option<T>, WorldError>) -> Result<T, WorldError> {

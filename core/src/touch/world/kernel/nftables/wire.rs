@@ -194,6 +194,19 @@ impl Batch {
         Self { bytes, steps: Vec::new(), last: 0 }
     }
 
+    /// The same, refused once the rules are no longer those of this generation.
+    pub(super) fn unless_changed_since(mut self, generation: u32) -> Self {
+        let mut attributes = Attributes::default();
+        attributes.number(BATCH_GENERATION, generation);
+        let begin = message(BATCH_BEGIN, 0, 0, 0, SUBSYSTEM, attributes.as_bytes());
+        if !self.steps.is_empty() {
+            self.last += begin.len() - HEADER;
+        }
+        // It was made without one.
+        self.bytes.splice(..HEADER, begin);
+        self
+    }
+
     /// One more message; `step` says what it does, like `write chain forward`.
     pub(super) fn step(
         &mut self,
