@@ -6,12 +6,13 @@ use std::path::Path;
 use crate::args::{Call, Verb};
 use crate::conf::Conf;
 use crate::result::{Answer, CniError, Version};
-use crate::{bandwidth, firewall, flannel, loopback, portmap, tuning};
+use crate::{bandwidth, bridge, firewall, flannel, loopback, portmap, tuning};
 
 /// A plugin, by the name of the file that was executed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Plugin {
     Flannel,
+    Bridge,
     Bandwidth,
     Loopback,
     Portmap,
@@ -20,8 +21,15 @@ pub(crate) enum Plugin {
 }
 
 impl Plugin {
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Flannel, Self::Bandwidth, Self::Loopback, Self::Portmap, Self::Tuning, Self::Firewall];
+    pub(crate) const ALL: [Self; 7] = [
+        Self::Flannel,
+        Self::Bridge,
+        Self::Bandwidth,
+        Self::Loopback,
+        Self::Portmap,
+        Self::Tuning,
+        Self::Firewall,
+    ];
 
     /// The plugin of that name. A name nobody knows is flannel's: somebody keeps two versions side by side.
     pub(crate) fn called_by(argv0: Option<OsString>) -> Self {
@@ -35,6 +43,7 @@ impl Plugin {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Flannel => "flannel",
+            Self::Bridge => "bridge",
             Self::Bandwidth => "bandwidth",
             Self::Loopback => "loopback",
             Self::Portmap => "portmap",
@@ -56,6 +65,7 @@ impl Plugin {
         }
         match self {
             Self::Flannel => flannel::run(call, conf),
+            Self::Bridge => bridge::run(call, conf),
             Self::Bandwidth => bandwidth::run(call, conf),
             Self::Loopback => loopback::run(call, conf),
             Self::Portmap => portmap::run(call, conf),

@@ -7,6 +7,7 @@ use flannel_core::words::addr::{InterfaceAddress, Mac};
 use flannel_core::words::name::LinkName;
 use serde_json::Value;
 
+use crate::bridge::routes;
 use crate::conf::Conf;
 use crate::json::Object;
 use crate::result::CniError;
@@ -77,15 +78,24 @@ impl<'a> Previous<'a> {
 
     /// Addresses of the container's interface.
     pub(crate) fn addresses(&self, link: LinkName) -> Vec<InterfaceAddress> {
+        self.leases(link).into_iter().map(|(address, _)| address).collect()
+    }
+
+    fn of_container(&self, link: LinkName) -> impl Iterator<Item = &'a Value> {
         let container = self.container(link).map(|(index, _)| index as u64);
-        self.ips
-            .iter()
-            .filter(|ip| match ip.get("interface").and_then(Value::as_u64) {
-                Some(index) => Some(index) == container,
-                None => true,
-            })
-            .filter_map(|ip| text(ip, "address")?.parse().ok())
-            .collect()
+        self.ips.iter().filter(move |ip| match ip.get("interface").and_then(Value::as_u64) {
+            Some(index) => Some(index) == container,
+            None => true,
+        })
+    }
+
+    /// Addresses of the container's interface, each with its gateway if it has one.
+    pub(crate) fn leases(&self, link: LinkName) -> Vec<(InterfaceAddress, Option<IpAddr>)> {
+        let lease = |ip: &Value| {
+            let gateway = text(ip, "gateway").and_then(|gateway| gateway.parse().ok());
+            Some((text(ip, "address")?.parse().ok()?, gateway))
+        };
+        self.of_container(link).filter_map(lease).collect()
     }
 
     /// Gateways, in the order of the addresses.
@@ -95,18 +105,7 @@ impl<'a> Previous<'a> {
 
     /// The container's routes.
     pub(crate) fn routes(&self) -> Vec<EndpointRoute> {
-        let route = |route: &Value| {
-            let destination = text(route, "dst")?.parse::<InterfaceAddress>().ok()?.prefix();
-            Some(EndpointRoute {
-                via: text(route, "gw").and_then(|via| via.parse().ok()),
-                metric: route
-                    .get("priority")
-                    .and_then(Value::as_u64)
-                    .and_then(|m| u32::try_from(m).ok())
-                    .unwrap_or(0),
-                ..EndpointRoute::to(destination)
-            })
-        };
+        let route = |route| routes::route(route, "prevResult.routes").ok();
         self.routes.iter().filter_map(route).collect()
     }
 }

@@ -2,8 +2,10 @@
 
 use std::fmt;
 
-use flannel_core::words::addr::{Family, InterfaceAddress, Mac, Prefix};
+use flannel_core::decide::endpoint::EndpointRoute;
+use flannel_core::words::addr::{Family, InterfaceAddress, Mac};
 use flannel_core::words::code::Code;
+use flannel_core::words::fact::RouteTable;
 use flannel_core::words::name::LinkName;
 use flannel_core::words::units::Mtu;
 use serde_json::{Map, Value, json};
@@ -99,16 +101,7 @@ pub(crate) struct Interface {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Address {
     pub(crate) address: InterfaceAddress,
-    pub(crate) gateway: std::net::IpAddr,
-}
-
-/// A route of the container.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) struct Route {
-    pub(crate) destination: Prefix,
-    /// Only where it was given: without one it is the gateway of the family.
-    pub(crate) via: Option<std::net::IpAddr>,
-    pub(crate) metric: u32,
+    pub(crate) gateway: Option<std::net::IpAddr>,
 }
 
 /// What ADD made.
@@ -116,8 +109,11 @@ pub(crate) struct Route {
 pub(crate) struct Attached {
     /// Bridge, host's end, container's end: in this order, because readers count.
     pub(crate) interfaces: [Interface; 3],
+    /// Where the gateway is, if that is not the bridge itself.
+    pub(crate) vlan_gateway: Option<Interface>,
     pub(crate) addresses: Vec<Address>,
-    pub(crate) routes: Vec<Route>,
+    /// A gateway only where it was given: without one it is that of the family.
+    pub(crate) routes: Vec<EndpointRoute>,
     /// As the configuration gave it.
     pub(crate) dns: Map<String, Value>,
 }
@@ -149,9 +145,12 @@ impl Attached {
                 .routes
                 .iter()
                 .filter(|route| route.destination.family() == family)
-                .map(Route::render)
+                .map(render_route)
                 .collect();
-            let mut ip = json!({ "ip": first.address.to_string(), "gateway": first.gateway.to_string() });
+            let mut ip = json!({ "ip": first.address.to_string() });
+            if let Some(gateway) = first.gateway {
+                ip["gateway"] = json!(gateway.to_string());
+            }
             if !routes.is_empty() {
                 ip["routes"] = Value::Array(routes);
             }
@@ -161,12 +160,19 @@ impl Attached {
     }
 
     fn by_interface(&self, version: Version) -> Map<String, Value> {
-        let interfaces = self.interfaces.iter().map(|interface| interface.render(version)).collect();
-        let ips = self.addresses.iter().map(|address| address.render(version)).collect();
-        let routes: Vec<Value> = self.routes.iter().map(Route::render).collect();
+        let interfaces = self
+            .interfaces
+            .iter()
+            .chain(&self.vlan_gateway)
+            .map(|interface| interface.render(version))
+            .collect();
+        let ips: Vec<Value> = self.addresses.iter().map(|address| address.render(version)).collect();
+        let routes: Vec<Value> = self.routes.iter().map(render_route).collect();
         let mut result = Map::new();
         result.insert("interfaces".to_owned(), Value::Array(interfaces));
-        result.insert("ips".to_owned(), Value::Array(ips));
+        if !ips.is_empty() {
+            result.insert("ips".to_owned(), Value::Array(ips));
+        }
         if !routes.is_empty() {
             result.insert("routes".to_owned(), Value::Array(routes));
         }
@@ -197,8 +203,10 @@ impl Address {
         let mut value = json!({
             "interface": CONTAINER,
             "address": self.address.to_string(),
-            "gateway": self.gateway.to_string(),
         });
+        if let Some(gateway) = self.gateway {
+            value["gateway"] = json!(gateway.to_string());
+        }
         if version < Version::V1_0_0 {
             value["version"] = json!(match self.address.family() {
                 Family::V4 => "4",
@@ -209,18 +217,24 @@ impl Address {
     }
 }
 
-impl Route {
-    /// The same in every version: upstream has one type for all of them, and CHECK has to find the route again.
-    fn render(&self) -> Value {
-        let mut value = json!({ "dst": self.destination.to_string() });
-        if let Some(via) = self.via {
-            value["gw"] = json!(via.to_string());
-        }
-        if self.metric != 0 {
-            value["priority"] = json!(self.metric);
-        }
-        value
+/// The same in every version: upstream has one type for all of them, and CHECK has to find the route again.
+fn render_route(route: &EndpointRoute) -> Value {
+    let mut value = json!({ "dst": route.destination.to_string() });
+    if let Some(via) = route.via {
+        value["gw"] = json!(via.to_string());
     }
+    let table = Some(route.extras.table.0).filter(|_| route.extras.table != RouteTable::MAIN);
+    let scope = route.scope.map(|scope| u32::from(scope.number()));
+    let metric = Some(route.metric).filter(|metric| *metric != 0);
+    let (mtu, advmss) = (route.extras.mtu, route.extras.advmss);
+    for (key, number) in
+        [("mtu", mtu), ("advmss", advmss), ("priority", metric), ("table", table), ("scope", scope)]
+    {
+        if let Some(number) = number {
+            value[key] = json!(number);
+        }
+    }
+    value
 }
 
 /// Why a command failed, as the runtime is told (SPEC.md, "Error").
@@ -315,17 +329,17 @@ mod tests {
         Attached {
             interfaces: [interface("cni0", ""), interface("veth1", ""), interface("eth0", "/run/netns/a")],
             addresses: vec![
-                Address { address: "10.244.1.5/24".parse().unwrap(), gateway: "10.244.1.1".parse().unwrap() },
-                Address { address: "fd00::5/64".parse().unwrap(), gateway: "fd00::1".parse().unwrap() },
+                Address { address: "10.244.1.5/24".parse().unwrap(), gateway: "10.244.1.1".parse().ok() },
+                Address { address: "fd00::5/64".parse().unwrap(), gateway: "fd00::1".parse().ok() },
             ],
             routes: vec![
-                Route { destination: "10.244.0.0/16".parse().unwrap(), via: None, metric: 0 },
-                Route {
-                    destination: "0.0.0.0/0".parse().unwrap(),
+                EndpointRoute::to("10.244.0.0/16".parse().unwrap()),
+                EndpointRoute {
                     via: Some("10.244.1.1".parse().unwrap()),
-                    metric: 0,
+                    ..EndpointRoute::to("0.0.0.0/0".parse().unwrap())
                 },
             ],
+            vlan_gateway: None,
             dns: Map::new(),
         }
     }

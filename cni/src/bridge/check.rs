@@ -6,10 +6,10 @@ use flannel_core::touch::ledger::Ledger;
 use flannel_core::touch::world::kernel::Kernel;
 use flannel_core::words::addr::{InterfaceAddress, Mac};
 use flannel_core::words::code::Code;
-use flannel_core::words::name::{Attachment, LinkName};
+use flannel_core::words::name::LinkName;
 
-use super::Network;
 use super::wish::Wish;
+use super::{Lease, Network};
 use crate::args::Call;
 use crate::conf::Conf;
 use crate::previous::Previous;
@@ -17,37 +17,39 @@ use crate::result::CniError;
 use crate::sandbox;
 
 /// What is not as it was made, as the commands that would make it; nothing if all is well. What later plugins added is no fault.
+/// `leases` are addresses that are not of the network's sets.
 pub(crate) fn check(
     call: &Call,
     conf: &Conf,
-    ledger: Option<&Ledger>,
     network: &Network,
     wish: &Wish,
+    leases: &[Lease],
 ) -> Result<Vec<String>, CniError> {
     let (owner, link) = (call.attachment()?, call.link()?);
-    let previous = conf
-        .previous
-        .as_ref()
-        .and_then(Previous::read)
-        .ok_or_else(|| CniError::config("Required prevResult missing or unreadable"))?;
-    let shared = network.shared(wish);
+    let previous = required(conf)?;
+    let shared = network.shared(wish, leases)?;
     let mut sandbox = Kernel::open_inside(sandbox::open(call)?)?;
     let mut host = Kernel::open()?;
-    let addresses = previous.addresses(link);
     let bare = network.endpoint(&owner, link, wish, &[]);
+    let mac = previous.mac(link);
     let spec = EndpointSpec {
         host_link: previous.host_link(network.bridge).unwrap_or(bare.host_link),
         mtu: None,
         mac: None,
-        addresses: addresses.clone(),
+        addresses: previous.addresses(link),
         gateways: previous.gateways(),
         routes: previous.routes(),
+        options: wish.endpoint_options(mac),
         ..bare
     };
     let mut missing = attach::check(&mut host, Some(&mut sandbox), &shared, &spec)?;
-    missing.extend(wrong_mac(&mut sandbox, link, previous.mac(link))?);
-    missing.extend(unclaimed(ledger, &owner, &addresses)?);
+    missing.extend(wrong_mac(&mut sandbox, link, mac)?);
     Ok(missing)
+}
+
+fn required(conf: &Conf) -> Result<Previous<'_>, CniError> {
+    let previous = conf.previous.as_ref().and_then(Previous::read);
+    previous.ok_or_else(|| CniError::config("Required prevResult missing or unreadable"))
 }
 
 /// The error of CHECK.
@@ -65,16 +67,13 @@ fn wrong_mac(sandbox: &mut Kernel, link: LinkName, wanted: Option<Mac>) -> Resul
 }
 
 /// Addresses of the container that the ledger does not know as its own.
-fn unclaimed(
-    ledger: Option<&Ledger>,
-    owner: &Attachment,
-    addresses: &[InterfaceAddress],
-) -> Result<Vec<String>, CniError> {
+pub(crate) fn unclaimed(call: &Call, conf: &Conf, ledger: Option<&Ledger>) -> Result<Vec<String>, CniError> {
+    let (owner, addresses) = (call.attachment()?, required(conf)?.addresses(call.link()?));
     let nobody = |address: &InterfaceAddress| format!("no entry for {} in the ledger", address.address());
     let Some(ledger) = ledger else { return Ok(addresses.iter().map(nobody).collect()) };
     let held = ledger.lock()?;
     let mut wrong = Vec::new();
-    for address in addresses {
+    for address in &addresses {
         match held.owner(address.address())? {
             None => wrong.push(nobody(address)),
             Some(other) if other.container != owner.container => {

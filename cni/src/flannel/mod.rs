@@ -8,21 +8,26 @@ mod scratch;
 mod upkeep;
 
 use std::io::ErrorKind;
+use std::net::IpAddr;
 use std::time::Duration;
 
+use flannel_core::act::attach::OtherAddresses;
 use flannel_core::act::pass::chain;
+use flannel_core::decide::bridge::masquerade_table;
+use flannel_core::decide::endpoint::EndpointRoute;
 use flannel_core::decide::ranges::RangeSet;
-use flannel_core::touch::ledger::Ledger;
+use flannel_core::touch::ledger::{Ledger, Released};
 use flannel_core::touch::marker;
 use flannel_core::touch::subnet_env::{SubnetEnv, SubnetEnvError};
 use serde_json::{Value, json};
 
 use crate::args::{Call, CniArgs, Verb};
-use crate::bridge::{self, Network, check, wish, wish::Wish};
+use crate::bridge::{self, Network, Spared, check, routes, wish::Wish};
 use crate::conf::Conf;
 use crate::extras::Extras;
 use crate::go_leftovers;
-use crate::result::{Answer, CniError, Route};
+use crate::json::flag;
+use crate::result::{Answer, CniError};
 use crate::sandbox;
 use conf::{FlannelConf, Worker};
 use scratch::{Kept, Scratch};
@@ -59,7 +64,7 @@ fn add(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
     let fresh = scratch.keep(&kept(conf, &env))?;
     let made = bridge::add(call, home, &ledger, &network, &wish).and_then(|made| {
         extras.add(call, conf.common, &made.attached).map(|()| made).map_err(|error| {
-            let undone = bridge::unlink(call, &network.name, None)
+            let undone = bridge::unlink(call, &network.name, None, wish.guarded)
                 .and_then(|()| bridge::release(Some(&ledger), &owner).map(drop));
             match undone {
                 Ok(()) => error,
@@ -98,14 +103,32 @@ fn del(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
             .inspect_err(|error| say!("flannel: rules that upstream's plugins made may be left: {error}"))
             .ok()
     });
-    bridge::unlink(call, conf.network().as_str(), conf.common.previous.as_ref())?;
+    let guarded = flag(&conf.delegate, "macspoofchk")?.unwrap_or(false);
+    bridge::unlink(call, conf.network().as_str(), conf.common.previous.as_ref(), guarded)?;
     let ledger = Ledger::find(&conf.subnet_file, &conf.ledger_root(), &conf.common.name)?;
     let released = bridge::release(ledger.as_ref(), &owner)?;
     // Upstream keeps one file for all interfaces of a container; the last one takes it along.
     if !released.siblings {
         scratch.remove();
     }
+    if let Err(error) = retire(call, conf, &released) {
+        say!("flannel: the bridge may have an address that nobody needs any more: {error}");
+    }
     Ok(Answer::Nothing)
+}
+
+/// The node may have another subnet by now than the container had. With the last container of the old one its gateway goes.
+fn retire(call: &Call, conf: &FlannelConf<'_>, released: &Released) -> Result<(), CniError> {
+    if released.addresses.is_empty() {
+        return Ok(());
+    }
+    let Ok(env) = SubnetEnv::read(&conf.subnet_file) else { return Ok(()) };
+    let here = |address: &IpAddr| env.subnets.iter().any(|subnet| subnet.prefix().contains(*address));
+    if released.addresses.iter().all(here) {
+        return Ok(());
+    }
+    let (network, wish) = network(call, conf, &env)?;
+    bridge::retire(&network, &wish, released)
 }
 
 fn check(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
@@ -119,7 +142,8 @@ fn check(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
     let extras = Extras::read(call, conf.common)?;
     let (network, wish) = network(call, conf, &env)?;
     let ledger = Ledger::find(&conf.subnet_file, &conf.ledger_root(), &conf.common.name)?;
-    let mut missing = check::check(call, conf.common, ledger.as_ref(), &network, &wish)?;
+    let mut missing = check::check(call, conf.common, &network, &wish, &[])?;
+    missing.extend(check::unclaimed(call, conf.common, ledger.as_ref())?);
     missing.extend(extras.check(call, conf.common)?);
     if missing.is_empty() { Ok(Answer::Nothing) } else { Err(check::drift(missing.join("; "))) }
 }
@@ -130,15 +154,20 @@ fn network(call: &Call, conf: &FlannelConf<'_>, env: &SubnetEnv) -> Result<(Netw
     let name = conf.network();
     let bridge = marker::settle_bridge(&conf.subnet_file, wish.bridge, name.bridge())
         .map_err(|error| CniError::config(chain(&error)))?;
-    let given = wish::routes(conf.ipam()?)?;
-    let networks = env.networks.iter().map(|network| Route { destination: *network, via: None, metric: 0 });
+    let given = routes::read(conf.ipam()?, "routes", "ipam")?;
+    let networks = env.networks.iter().copied().map(EndpointRoute::to);
+    let spared =
+        || Spared { table: masquerade_table(bridge), networks: env.networks.clone(), accumulate: false };
     let network = Network {
         name: name.as_str().to_owned(),
         bridge,
         mtu: wish.mtu.unwrap_or(env.mtu),
         sets: sets(env)?,
         routes: given.into_iter().chain(networks).collect(),
-        masquerade: wish.ip_masq.unwrap_or(!env.ip_masq).then(|| env.networks.clone()),
+        is_gateway: wish.gateway.unwrap_or(true),
+        // Containers of an earlier subnet of the node may still be there.
+        others: OtherAddresses::Keep,
+        masquerade: wish.ip_masq.unwrap_or(!env.ip_masq).then(spared),
     };
     Ok((network, wish))
 }

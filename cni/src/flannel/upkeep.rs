@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use flannel_core::act::pass::chain;
 use flannel_core::touch::ledger::{Entry, Ledger};
 use flannel_core::touch::world::kernel::Kernel;
 use flannel_core::words::code::Code;
@@ -12,6 +13,7 @@ use super::scratch::{Kept, Scratch};
 use super::{delegation, sets, subnet_env};
 use crate::args::Call;
 use crate::extras::Extras;
+use crate::json::flag;
 use crate::result::{Answer, CniError};
 
 /// Takes back what belongs to attachments that are no more. Goes on after a failure, and reports them all.
@@ -52,6 +54,11 @@ pub(super) fn gc(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError
         if !left.iter().any(|other| other.owner.container == entry.owner.container) {
             Scratch::of(conf, &entry.owner).remove();
         }
+    }
+    if flag(&conf.delegate, "macspoofchk")?.unwrap_or(false)
+        && let Err(error) = host.lift_stray_guards()
+    {
+        failed.push(chain(&error));
     }
     if let Err(error) = Extras::gc(conf.common, valid) {
         failed.push(error.to_string());

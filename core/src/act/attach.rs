@@ -148,7 +148,8 @@ impl Shared {
     fn keep_masquerading(&self, wanted: &mut Facts, observed: &Facts, going: &[InterfaceAddress]) {
         let Some(planned) = &self.masquerade else { return };
         let mut masquerade = planned.clone();
-        for address in self.other_addresses(observed).map(|there| there.address) {
+        let stayers = self.other_addresses(observed).filter(|_| self.others == OtherAddresses::Keep);
+        for address in stayers.map(|there| there.address) {
             let subnet = address.prefix();
             let route = Key::Route(false, RouteTable::MAIN, subnet, 0);
             let made =
@@ -157,6 +158,11 @@ impl Shared {
             if ours && !going.contains(&address) && !masquerade.subnets.contains(&subnet) {
                 masquerade.subnets.push(subnet);
             }
+        }
+        if let Some(Fact::Table(there)) = observed.get(&Key::Table(planned.table.clone()))
+            && planned.accumulate
+        {
+            masquerade = masquerade.accumulated(there);
         }
         wanted.set(bridge::masquerade(&masquerade));
     }
@@ -207,7 +213,7 @@ fn take_back(host: &mut dyn World, spec: &EndpointSpec) -> Result<(), WorldError
     let territory = Territory { links: BTreeSet::from([spec.host_link]), ..Territory::default() };
     match host.observe(&territory)?.get(&Key::Link(spec.host_link)) {
         Some(Fact::Link(link)) if spec.mac.is_none() || link.mac == spec.mac.map(endpoint::host_mac) => {
-            if spec.options.guarded {
+            if spec.options.guard.is_some() {
                 lift_guard(host, spec.host_link)?;
             }
             disconnect(host, spec.host_link)
@@ -323,11 +329,10 @@ fn prepare(host: &mut dyn World, shared: &Shared, spec: &EndpointSpec) -> Result
         }
         let mut wanted = planned.clone();
         let mac = settle_for(&mut wanted, &observed, name);
-        match shared.others {
-            OtherAddresses::Keep => shared.keep_masquerading(&mut wanted, &observed, &[]),
-            OtherAddresses::Refuse => refuse_others(shared, &observed)?,
-            OtherAddresses::Remove => {}
+        if shared.others == OtherAddresses::Refuse {
+            refuse_others(shared, &observed)?;
         }
+        shared.keep_masquerading(&mut wanted, &observed, &[]);
         let changes: Vec<_> = diff(&wanted, &observed)
             .into_iter()
             .filter(|change| match change {

@@ -9,7 +9,7 @@ use crate::words::fact::{
     Address, BridgePort, Conflict, Fact, Facts, Key, Link, LinkKind, LinkModes, PortVlans, Route,
     RouteExtras, RouteProtocol, RouteScope, Sysctl, VethPeer, VlanMember,
 };
-use crate::words::name::{Attachment, LinkName, NameError};
+use crate::words::name::{Attachment, LinkName, NameError, table_named};
 use crate::words::rule::{
     Base, Chain, ChainKind, Hook, Match, Rule, Side, Table, TableFamily, TableName, Verdict,
 };
@@ -196,6 +196,29 @@ pub struct Masquerade {
     pub subnets: Vec<Prefix>,
     /// ...unless it goes to these.
     pub spared: Vec<Prefix>,
+    /// What the table says already goes on: nobody knows all subnets at once.
+    pub accumulate: bool,
+}
+
+impl Masquerade {
+    /// With the subnets that a table of this kind masquerades now; they are spared by each other.
+    pub fn accumulated(mut self, there: &Table) -> Self {
+        let tests = there.chains.values().flat_map(|chain| &chain.rules).flat_map(|rule| &rule.matches);
+        for test in tests {
+            if let Match::Address { side: Side::Source, negated: false, prefix } = test
+                && !self.subnets.contains(prefix)
+            {
+                self.subnets.push(*prefix);
+                self.spared.push(*prefix);
+            }
+        }
+        self
+    }
+}
+
+/// Name of the table that [`masquerade`] plans for a network of the plugin `bridge`; several may share a bridge.
+pub fn network_masquerade_table(network: &str) -> TableName {
+    TableName { family: TableFamily::Inet, name: table_named("flannel_cni_net", network) }
 }
 
 /// Name of the table that [`masquerade`] plans for a flannel network's bridge.
@@ -284,7 +307,8 @@ mod tests {
         let subnets = ["10.5.29.0/24".parse().unwrap(), "fd00:5::/64".parse().unwrap()];
         let networks = ["10.5.0.0/16".parse().unwrap(), "fd00::/16".parse().unwrap()];
         let table = masquerade_table(LinkName::new("cni0").unwrap());
-        let wanted = Masquerade { table, subnets: subnets.into(), spared: networks.into() };
+        let wanted =
+            Masquerade { table, subnets: subnets.into(), spared: networks.into(), accumulate: false };
         let table = masquerade(&wanted).to_string();
         assert!(table.contains("table inet flannel_cni {"), "{table}");
         assert!(

@@ -76,8 +76,8 @@ pub struct EndpointSpec {
 pub struct EndpointOptions {
     /// The VLANs of its port; none where the bridge keeps none apart.
     pub vlans: Option<EndpointVlans>,
-    /// What it sends from another MAC than its own is dropped.
-    pub guarded: bool,
+    /// What it sends from another MAC than this one is dropped.
+    pub guard: Option<Mac>,
     /// Its IPv6 addresses are not used before nobody objects.
     pub detect_duplicates: bool,
     /// Its interface is left down.
@@ -145,7 +145,7 @@ fn host(spec: &EndpointSpec) -> Result<Facts, Conflict> {
     if let Some(EndpointVlans { members, not_default }) = spec.options.vlans.clone() {
         facts.add(Fact::PortVlans(PortVlans { link: spec.host_link, members, not_default }))?;
     }
-    if let Some(mac) = spec.mac.filter(|_| spec.options.guarded) {
+    if let Some(mac) = spec.options.guard {
         facts.add(Fact::Guard(Guard { link: spec.host_link, mac }))?;
     }
     Ok(facts)

@@ -94,8 +94,12 @@ fn table(scene: &ReaderScene<'_>, ranges: &[Range]) -> Result<Option<Table>, Con
     if let Some(bridge) = scene.bridge.filter(|_| scene.masquerade) {
         let subnets: Vec<Prefix> = scene.gateways.iter().map(InterfaceAddress::prefix).collect();
         let name = bridge::masquerade_table(bridge);
-        let planned =
-            bridge::masquerade(&Masquerade { table: name.clone(), subnets, spared: scene.networks.to_vec() });
+        let planned = bridge::masquerade(&Masquerade {
+            table: name.clone(),
+            subnets,
+            spared: scene.networks.to_vec(),
+            accumulate: false,
+        });
         let chains = take_table(&mut Facts::from_iter([planned]), name);
         table.chains.extend(chains.into_iter().flat_map(|table| table.chains));
     }

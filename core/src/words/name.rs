@@ -158,17 +158,19 @@ impl NetworkName {
     }
 
     fn table_named(&self, first: &str) -> String {
-        const TABLE_NAME_MAX: usize = 31;
-        let room = TABLE_NAME_MAX - first.len() - 1;
-        match self.is_default() {
-            true => first.to_owned(),
-            false if self.0.len() <= room => format!("{first}-{}", self.0),
-            false => {
-                let hash = fingerprint(self.0.as_bytes());
-                format!("{first}-{}", &hash[..room.min(hash.len())])
-            }
-        }
+        if self.is_default() { first.to_owned() } else { table_named(first, &self.0) }
     }
+}
+
+/// Name of an nftables table: `FIRST-NAME` while that has at most 31 bytes, else `FIRST-` and a hash of the name.
+pub fn table_named(first: &str, name: &str) -> String {
+    const TABLE_NAME_MAX: usize = 31;
+    let room = TABLE_NAME_MAX - first.len() - 1;
+    if name.len() <= room {
+        return format!("{first}-{name}");
+    }
+    let hash = fingerprint(name.as_bytes());
+    format!("{first}-{}", &hash[..room.min(hash.len())])
 }
 
 impl fmt::Display for NetworkName {

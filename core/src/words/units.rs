@@ -28,6 +28,9 @@ fn within(what: &'static str, value: u64, min: u64, max: u64) -> Result<u64, Out
 pub struct Mtu(u32);
 
 impl Mtu {
+    /// What Ethernet has, and a bridge and a veth pair without any other wish.
+    pub const ETHERNET: Self = Self(1500);
+
     /// Checked.
     pub fn new(bytes: u64) -> Result<Self, OutOfRange> {
         within("MTU", bytes, 68, 65_535).map(|bytes| Self(bytes as u32))

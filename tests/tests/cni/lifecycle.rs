@@ -146,7 +146,7 @@ fn bad_calls_are_refused_before_anything_is_touched() {
                 "invalid characters found in network name",
             ),
             (call(&keep, &delegate(json!({ "name": "x" })))?, 7, "'name'"),
-            (call(&keep, &delegate(json!({ "vlan": 5 })))?, 2, "delegate.vlan"),
+            (call(&keep, &delegate(json!({ "vlan": 5000 })))?, 7, "delegate.vlan"),
             (call(&keep, &delegate(json!({ "bridge": "much-too-long-a-name" })))?, 7, "delegate.bridge"),
             (call(&keep, &delegate(json!({ "bridge": "eth0" })))?, 7, "eth0 exists and is no bridge"),
         ] {

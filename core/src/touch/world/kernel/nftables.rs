@@ -25,6 +25,7 @@ use super::iptables::Legacy;
 use crate::touch::world::WorldError;
 use crate::words::addr::{Family, Prefix};
 use crate::words::fact::{Accept, Change, Fact, Facts};
+use crate::words::name::LinkName;
 use crate::words::rule::{Table, TableName};
 use crate::words::territory::Territory;
 
@@ -193,6 +194,14 @@ impl Netfilter {
             return Ok(0);
         }
         foreign::remove_commented(&mut self.socket, table, is_meant)
+    }
+
+    /// The ports of bridges that are held to one source MAC.
+    ///
+    /// # Errors
+    /// `Refused` if the kernel does not let us look.
+    pub fn guarded(&mut self) -> Result<BTreeSet<LinkName>, WorldError> {
+        if self.is_absent()? { Ok(BTreeSet::new()) } else { mac_guard::all(&mut self.socket) }
     }
 
     /// What the operator should know: a FORWARD chain is there that we cannot write.

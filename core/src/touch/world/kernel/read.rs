@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use netlink_packet_route::address::AddressFlags;
 
 use super::{Kernel, address, io_error, link, route, settled, sysctl};
-use crate::touch::world::WorldError;
-use crate::words::addr::{Family, InterfaceAddress};
-use crate::words::fact::{Link, RouteProtocol, RouteScope};
+use crate::touch::world::{World as _, WorldError};
+use crate::words::addr::{Family, InterfaceAddress, Mac};
+use crate::words::fact::{Change, Fact, Guard, Link, RouteProtocol, RouteScope};
 use crate::words::name::LinkName;
 use crate::words::node::HostRoute;
 use crate::words::territory::Territory;
@@ -207,6 +207,20 @@ impl Kernel {
     pub fn existing_links(&mut self, prefix: &str) -> Result<BTreeSet<LinkName>, WorldError> {
         let links = settled("look at the interfaces", link::all(&mut self.socket))?;
         Ok(links.into_iter().map(|seen| seen.name).filter(|name| name.as_str().starts_with(prefix)).collect())
+    }
+
+    /// Lets ports be that are guarded and do not exist any more.
+    pub fn lift_stray_guards(&mut self) -> Result<(), WorldError> {
+        // In this order: a port is there before it is guarded.
+        let guarded = self.netfilter()?.guarded()?;
+        let mut lost = Vec::new();
+        for link in guarded {
+            if !self.link_exists(link)? {
+                lost.push(Fact::Guard(Guard { link, mac: Mac([0; 6]) }));
+            }
+        }
+        let changes: Vec<_> = lost.iter().map(Change::Delete).collect();
+        self.apply(&changes).into_iter().collect()
     }
 
     /// Deletes an interface; false if there was none.

@@ -93,6 +93,13 @@ pub(super) fn look(socket: &mut Socket, links: &BTreeSet<LinkName>) -> Result<Ve
     Ok(links.intersection(&guarded).filter_map(of).collect())
 }
 
+/// Every port that is guarded.
+pub(super) fn all(socket: &mut Socket) -> Result<BTreeSet<LinkName>, WorldError> {
+    let mut all = guarded(socket)?;
+    all.extend(sources(socket)?.into_keys());
+    Ok(all)
+}
+
 fn put_elements(batch: &mut Batch, guard: &Guard) {
     change(batch, kind::NEW_ELEMENTS, SOURCES, [source(guard.link, guard.mac)]);
     change(batch, kind::NEW_ELEMENTS, GUARDED, [name(guard.link)]);
