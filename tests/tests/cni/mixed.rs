@@ -67,8 +67,11 @@ fn flannel() -> Value {
 }
 
 /// What kube-flannel ships: no result is given at DEL in this version, only the capabilities are.
-fn whole(part: &Value) -> Value {
-    with(&with(part, "name", json!("cbr0")), "cniVersion", json!("0.3.1"))
+const OLD: &str = "0.3.1";
+const NEW: &str = "1.0.0";
+
+fn whole(part: &Value, version: &str) -> Value {
+    with(&with(part, "name", json!("cbr0")), "cniVersion", json!(version))
 }
 
 fn scratch(id: &str) -> String {
@@ -76,9 +79,13 @@ fn scratch(id: &str) -> String {
 }
 
 fn add(node: &Node<'_>, id: &str, chain: &[Stage]) -> Result<Value> {
+    add_in(OLD, node, id, chain)
+}
+
+fn add_in(version: &str, node: &Node<'_>, id: &str, chain: &[Stage]) -> Result<Value> {
     let mut result = Value::Null;
     for stage in chain {
-        let mut conf = whole(&stage.part);
+        let mut conf = whole(&stage.part, version);
         if stage.kept {
             node.host.write(&scratch(id), conf.to_string())?;
         }
@@ -92,6 +99,11 @@ fn add(node: &Node<'_>, id: &str, chain: &[Stage]) -> Result<Value> {
 }
 
 fn del(node: &Node<'_>, id: &str, chain: &[Stage]) -> Result<()> {
+    del_with(None, node, id, chain)
+}
+
+/// With what ADD printed, as libcni gives it in newer versions.
+fn del_with(result: Option<&Value>, node: &Node<'_>, id: &str, chain: &[Stage]) -> Result<()> {
     for stage in chain.iter().rev() {
         if stage.kept && !node.host.exists(&scratch(id)) {
             continue;
@@ -99,7 +111,10 @@ fn del(node: &Node<'_>, id: &str, chain: &[Stage]) -> Result<()> {
         // What was kept may be what we kept.
         let conf = match stage.kept {
             true => serde_json::from_str(&node.host.read(&scratch(id))?)?,
-            false => whole(&stage.part),
+            false => match result {
+                Some(result) => with(&whole(&stage.part, NEW), "prevResult", result.clone()),
+                None => whole(&stage.part, OLD),
+            },
         };
         let output = node.call(&Call { plugin: &stage.plugin, ..Call::new("DEL", id) }, &conf)?;
         done(&output).with_context(|| format!("{} deletes {id}", stage.plugin))?;
@@ -173,9 +188,9 @@ fn a_node_is_upgraded_and_rolled_back_under_its_containers() {
             node.ping(from, &outside)?;
         }
         // What Go made is checked (from 0.4.0 on) by ours...
-        let newer = with(&whole(&flannel()), "cniVersion", json!("1.0.0"));
+        let newer = whole(&flannel(), NEW);
         for (id, result) in &results {
-            let result = with(result, "cniVersion", json!("1.0.0"));
+            let result = with(result, "cniVersion", json!(NEW));
             let output = node.call(&Call::new("CHECK", id), &with(&newer, "prevResult", result))?;
             done(&output).with_context(|| (*id).to_owned())?;
         }
@@ -183,7 +198,7 @@ fn a_node_is_upgraded_and_rolled_back_under_its_containers() {
         del(&node, "g1", &ours(8001))?;
         host.sh("ip netns del g3")?;
         let gone = Call { netns: String::new(), ..Call::new("DEL", "g3") };
-        done(&node.call(&gone, &whole(&flannel()))?)?;
+        done(&node.call(&gone, &whole(&flannel(), OLD))?)?;
         let now = rules(host)?;
         ensure!(of_g2(&now) == of_g2(&before), "{before:#?}\nbecame\n{now:#?}");
         ensure!(
@@ -366,9 +381,9 @@ fn rules_of_the_newest_go_plugins_are_found_by_their_comments() {
                 nft "add rule ip cni_hostport hostports tcp dport 80 counter comment \"$id\""
             done"#)?;
         host.sh("sh -e /run/make")?;
-        host.write("/var/lib/cni/flannel/g1", whole(&go_bridge()).to_string())?;
+        host.write("/var/lib/cni/flannel/g1", whole(&go_bridge(), OLD).to_string())?;
         node.container("g1")?;
-        node.del("g1", &whole(&flannel()))?;
+        node.del("g1", &whole(&flannel(), OLD))?;
         let left = host.sh("nft list ruleset")?;
         ensure!(
             left.matches("id: g11\"").count() == 1 && left.matches("comment \"g11\"").count() == 1,
@@ -376,5 +391,69 @@ fn rules_of_the_newest_go_plugins_are_found_by_their_comments() {
         );
         ensure!(!left.contains("id: g1\"") && !left.contains("\"g1\""), "{left}");
         Ok(())
+    });
+}
+
+/// What clusters put behind the plugin that makes the interface.
+fn behind(id: &str, port: u16, by: impl Fn(&str) -> String) -> Chain {
+    let part = |kind: &str, more: Value| {
+        let mut part = more;
+        part["type"] = json!(kind);
+        Stage::new(by(kind), part)
+    };
+    let rates = json!({ "ingressRate": 80_000_000, "ingressBurst": 8_000_000, "egressRate": 80_000_000, "egressBurst": 8_000_000 });
+    let mac = format!("0a:58:00:00:00:{id}");
+    vec![
+        Stage::new(by("portmap"), portmap(port)),
+        part("bandwidth", json!({ "runtimeConfig": { "bandwidth": rates } })),
+        part("tuning", json!({ "mac": mac, "mtu": 1400, "sysctl": { "net.ipv4.conf.all.arp_ignore": "1" } })),
+        part("firewall", json!({ "backend": "iptables" })),
+    ]
+}
+
+#[test]
+fn whole_chains_of_both_generations_behind_either() {
+    if !has_debian_plugins() || !needs::require("iptables") {
+        return;
+    }
+    in_lab(one_host("cnichains").outside(), |lab| {
+        let host = lab.host(1);
+        let node = new(host)?;
+        for name in ["portmap", "bandwidth", "tuning", "firewall"] {
+            alias(host, name)?;
+        }
+        let go = |kind: &str| format!("{DEBIAN}/{kind}");
+        let ours = |kind: &str| format!("/run/ours/{kind}");
+        let mut containers = Vec::new();
+        for (id, port, first, behind) in [
+            ("a0", 8001, our_flannel(), behind("a0", 8001, go)),
+            ("b0", 8002, go_flannel(), behind("b0", 8002, ours)),
+            ("c0", 8003, our_flannel(), behind("c0", 8003, ours)),
+        ] {
+            node.container(id)?;
+            let chain: Chain = [first].into_iter().chain(behind).collect();
+            let result = add_in(NEW, &node, id, &chain).with_context(|| id.to_owned())?;
+            ensure!(host.sh(&format!("ip -n {id} -o link show eth0"))?.contains("mtu 1400"), "{id}");
+            host.write(&format!("/run/www/{id}/index.html"), id)?;
+            host.sh(&format!("ip netns exec {id} busybox httpd -p 80 -h /run/www/{id}"))?;
+            containers.push((id, port, chain, result));
+        }
+        for (id, port, chain, result) in &containers {
+            let url = format!("http://{}:{port}/", host.ip());
+            let got = eventually(&url, secs(20), || http_get(lab.outside(), &url))?;
+            ensure!(got.trim() == *id, "port {port} leads to {got}");
+            // Ours checks what it made, and is not disturbed by what the others did to it.
+            for stage in chain.iter().filter(|stage| !stage.plugin.starts_with(DEBIAN)) {
+                let conf = with(&whole(&stage.part, NEW), "prevResult", result.clone());
+                let output = node.call(&Call { plugin: &stage.plugin, ..Call::new("CHECK", id) }, &conf)?;
+                done(&output).with_context(|| format!("{} checks {id}", stage.plugin))?;
+            }
+        }
+        for (id, _, chain, result) in &containers {
+            del_with(Some(result), &node, id, chain).with_context(|| (*id).to_owned())?;
+        }
+        let left = host.sh("ip -o link; tc qdisc show")?;
+        ensure!(!left.contains("bwp") && !left.contains("tbf"), "{left}");
+        nothing_is_left(&node)
     });
 }

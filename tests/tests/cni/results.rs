@@ -246,3 +246,78 @@ fn versions_are_told_to_whoever_asks() {
         Ok(())
     });
 }
+
+#[test]
+fn plugins_behind_others_pass_on_what_came() {
+    in_lab(one_host("cnichained"), |lab| {
+        let node = Node::new(lab.host(1))?;
+        let host = lab.host(1);
+        for id in ["c1", "c2"] {
+            node.container(id)?;
+        }
+        let names = ["portmap", "bandwidth", "tuning", "firewall"];
+        for name in names {
+            host.sh(&format!("mkdir -p /run/ours; ln -s /run/lab/bin/flannel /run/ours/{name}"))?;
+        }
+        for version in VERSIONS {
+            let conf = with(&Node::conf(), "cniVersion", json!(version));
+            let result = node.add("c1", &conf)?;
+            for name in names {
+                let plugin = format!("/run/ours/{name}");
+                let conf = json!({ "name": "cbr0", "cniVersion": version, "type": name, "x-nobody": 1,
+                                   "capabilities": { "portMappings": true }, "runtimeConfig": { "aliases": {} } });
+                let call =
+                    |verb, conf: &Value| node.call(&Call { plugin: &plugin, ..Call::new(verb, "c1") }, conf);
+                let passed = answer(&call("ADD", &with(&conf, "prevResult", result.clone()))?)?;
+                ensure!(passed == result, "{name} {version}: {result}\nbecame {passed}");
+                let what = || format!("{name} {version}");
+                // Behind nobody there is nothing to do it to.
+                let (code, text) = error(&call("ADD", &conf)?).with_context(what)?;
+                ensure!(code == 7 && text.contains("prevResult"), "{name} {version}: {code} {text}");
+                if version >= "0.4.0" {
+                    done(&call("CHECK", &with(&conf, "prevResult", result.clone()))?).with_context(what)?;
+                }
+                if version == "1.1.0" {
+                    done(&call("STATUS", &conf)?).with_context(what)?;
+                    done(&call("GC", &conf)?).with_context(what)?;
+                    done(&call("GC", &with(&conf, "cni.dev/valid-attachments", json!([])))?)
+                        .with_context(what)?;
+                }
+                done(&call("DEL", &conf)?).with_context(what)?;
+                done(&call("DEL", &with(&conf, "prevResult", result.clone()))?).with_context(what)?;
+            }
+            node.del("c1", &conf)?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn every_plugin_answers_by_its_own_name() {
+    in_lab(one_host("cninames"), |lab| {
+        let node = Node::new(lab.host(1))?;
+        let host = lab.host(1);
+        for name in ["flannel", "portmap", "bandwidth", "tuning", "firewall", "loopback"] {
+            let plugin = format!("/run/ours/{name}");
+            host.sh(&format!("mkdir -p /run/ours; ln -s /run/lab/bin/flannel {plugin}"))?;
+            let about = host.run_env(&[&plugin], &[])?;
+            let lines: Vec<&str> = about.stderr.lines().collect();
+            ensure!(about.ok() && about.stdout.is_empty() && lines.len() == 2, "{about}");
+            ensure!(lines[0].starts_with(&format!("CNI {name} plugin v")), "{about}");
+            ensure!(
+                lines[1] == format!("CNI protocol versions supported: {}", VERSIONS.join(", ")),
+                "{about}"
+            );
+            let call = |verb| Call { plugin: &plugin, ..Call::new(verb, "c1") };
+            let told = answer(&node.call(&call("VERSION"), &json!({ "cniVersion": "1.0.0" }))?)?;
+            ensure!(told == json!({ "cniVersion": "1.0.0", "supportedVersions": VERSIONS }), "{told}");
+            let (code, text) =
+                error(&node.call(&call("ADD"), &json!({ "name": "n", "cniVersion": "2.0.0" }))?)?;
+            ensure!(code == 1 && text.contains("plugin supports [0.1.0"), "{name}: {code} {text}");
+            let missing = Call { netns: String::new(), ifname: "", ..call("ADD") };
+            let (code, text) = error(&node.call(&missing, &json!({ "name": "n" }))?)?;
+            ensure!(code == 4 && text.contains("[CNI_NETNS,CNI_IFNAME] missing"), "{name}: {code} {text}");
+        }
+        Ok(())
+    });
+}
