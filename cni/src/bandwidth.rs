@@ -16,7 +16,7 @@ use crate::conf::Conf;
 use crate::json::{Object, asked, field, first_asked, number, object, text};
 use crate::previous;
 use crate::result::{Answer, CniError, Version};
-use crate::sandbox;
+use crate::sandbox::Home;
 
 /// Limits that were asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -81,12 +81,22 @@ impl Limits {
         if self.missing(host, end)?.is_empty() {
             return Ok(None);
         }
-        let (shaping, funnel) = (self.on(host, end)?, funnel(network, owner)?);
-        let seen = host.shaping(end)?;
-        if seen.egress.is_some() && shaping.egress.is_some() {
-            host.unshape(end, &funnel)?;
+        if self.egress.rate != 0 && host.shaping(end)?.egress.is_some() {
+            host.unshape(end, &funnel(network, owner)?)?;
         }
-        Ok(host.shape(end, &funnel, &shaping)?)
+        self.put_on_new(host, end, network, owner)
+    }
+
+    /// The same for an interface that was made just now, and has nothing on it yet.
+    pub(crate) fn put_on_new(
+        &self,
+        host: &mut Kernel,
+        end: LinkName,
+        network: &str,
+        owner: &Attachment,
+    ) -> Result<Option<MadeFunnel>, CniError> {
+        let shaping = self.on(host, end)?;
+        Ok(host.shape(end, &funnel(network, owner)?, &shaping)?)
     }
 
     fn on(&self, host: &mut Kernel, end: LinkName) -> Result<Shaping, CniError> {
@@ -218,7 +228,7 @@ fn describe(result: &mut Object, version: Version, funnel: &MadeFunnel) {
 /// The host's end of the container's interface, as the kernel knows it.
 pub(crate) fn host_end(call: &Call, host: &mut Kernel) -> Result<LinkName, CniError> {
     let link = call.link()?;
-    let mut inside = Kernel::open_inside(sandbox::open(call)?)?;
+    let mut inside = Kernel::open_inside(Home::open(call)?.inside)?;
     let none = |what: &str| CniError::config(format!("the container's interface {link} {what}"));
     let device = inside.device(link)?.ok_or_else(|| none("does not exist"))?;
     host.other_end(&device)?

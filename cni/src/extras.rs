@@ -42,6 +42,18 @@ impl Extras {
         })
     }
 
+    /// Where another plugin does the work, only what a plugin behind it can do is done: the rest is not left out in silence.
+    pub(crate) fn refuse_beside(delegate: &str, conf: &Conf) -> Result<(), CniError> {
+        const OURS: [&str; 6] =
+            ["sysctl", "ingressPolicy", "ingressRate", "ingressBurst", "egressRate", "egressBurst"];
+        match first_asked(&conf.given, &OURS) {
+            None => Ok(()),
+            Some(key) => Err(CniError::unsupported(format!(
+                "{key} is not supported where delegate.type is {delegate:?}: list tuning, firewall or bandwidth after this plugin"
+            ))),
+        }
+    }
+
     /// Makes them, in this order; what was made is taken back on failure.
     pub(crate) fn add(&self, call: &Call, conf: &Conf, attached: &Attached) -> Result<(), CniError> {
         let owner = call.attachment()?;
@@ -53,7 +65,7 @@ impl Extras {
             firewall::isolate(&mut Kernel::open()?, bridge.name, Some(end.name), policy)?;
         }
         if let Some(limits) = &self.limits {
-            limits.put_on(&mut Kernel::open()?, end.name, &conf.name, &owner)?;
+            limits.put_on_new(&mut Kernel::open()?, end.name, &conf.name, &owner)?;
         }
         if self.ports.is_empty() {
             return Ok(());

@@ -53,6 +53,7 @@ fn add(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
     let env = SubnetEnv::await_usable(&conf.subnet_file, PATIENCE)
         .map_err(|error| no_lease(&error, CniError::TRY_AGAIN))?;
     if let Worker::Plugin(kind) = conf.worker() {
+        Extras::refuse_beside(&kind, conf.common)?;
         return delegation::add(call, conf, &env, &kind);
     }
     let extras = Extras::read(call, conf.common)?;

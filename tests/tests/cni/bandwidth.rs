@@ -290,3 +290,32 @@ fn gos_plugin_and_ours_take_down_what_the_other_made() {
         no_traces(host)
     });
 }
+
+#[test]
+fn the_burst_is_as_asked_where_the_configuration_says_so() {
+    if !has_tc() {
+        return;
+    }
+    in_lab(one_host("cnibwburst"), |lab| {
+        let node = Node::new(lab.host(1))?;
+        let conf = with(&Node::conf(), "burst", json!("as-asked"));
+        let conf = with(
+            &conf,
+            "runtimeConfig",
+            json!({ "bandwidth": { "ingressRate": 40_000_000, "ingressBurst": BURST } }),
+        );
+        node.container("c1")?;
+        let result = node.add("c1", &conf)?;
+        let shaping = shaping(node.host)?;
+        ensure!(shaping.contains("rate 40Mbit burst 512Mb") && !shaping.contains("bwp"), "{shaping}");
+        done(&node.call(&Call::new("CHECK", "c1"), &with(&conf, "prevResult", result))?)?;
+        node.del("c1", &conf)?;
+        let elsewhere = with(&with(&conf, "delegate", json!({ "type": "ptp" })), "ingressRate", json!(8000));
+        let (code, text) = error(&node.call(&Call::new("ADD", "c1"), &elsewhere)?)?;
+        ensure!(
+            code == 2 && text.contains("ingressRate is not supported where delegate.type is \"ptp\""),
+            "{text}"
+        );
+        no_traces(node.host)
+    });
+}
