@@ -86,12 +86,12 @@ impl Extras {
     }
 
     /// Takes back whatever the attachment may have, in the opposite order, before its interface goes.
-    pub(crate) fn del(call: &Call, conf: &Conf) -> Result<Closing, CniError> {
-        let owner = call.attachment()?;
+    pub(crate) fn del(owner: &Attachment, conf: &Conf) -> Result<Closing, CniError> {
         let asked = first_asked(&conf.runtime, &["portMappings"]).is_some();
-        let ports = ports::withdraw(&conf.name, &owner, asked)?;
-        bandwidth::take_off(&mut Kernel::open()?, &conf.name, &owner)?;
-        Ok(Closing { _ports: ports })
+        let ports = ports::withdraw(&conf.name, owner, asked);
+        // Whatever becomes of the ports.
+        bandwidth::take_off(&mut Kernel::open()?, &conf.name, owner)?;
+        Ok(Closing { _ports: ports? })
     }
 
     /// What is not as it was made.

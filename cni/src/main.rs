@@ -19,6 +19,7 @@ mod extras;
 mod firewall;
 mod flannel;
 mod go_leftovers;
+mod host_local;
 mod install;
 mod json;
 mod loopback;
@@ -30,6 +31,7 @@ mod result;
 mod sandbox;
 mod state;
 mod tuning;
+mod upkeep;
 
 use std::env;
 use std::fs;

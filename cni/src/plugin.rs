@@ -6,13 +6,14 @@ use std::path::Path;
 use crate::args::{Call, Verb};
 use crate::conf::Conf;
 use crate::result::{Answer, CniError, Version};
-use crate::{bandwidth, bridge, firewall, flannel, loopback, portmap, tuning};
+use crate::{bandwidth, bridge, firewall, flannel, host_local, loopback, portmap, tuning};
 
 /// A plugin, by the name of the file that was executed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Plugin {
     Flannel,
     Bridge,
+    HostLocal,
     Bandwidth,
     Loopback,
     Portmap,
@@ -21,9 +22,10 @@ pub(crate) enum Plugin {
 }
 
 impl Plugin {
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Flannel,
         Self::Bridge,
+        Self::HostLocal,
         Self::Bandwidth,
         Self::Loopback,
         Self::Portmap,
@@ -44,6 +46,7 @@ impl Plugin {
         match self {
             Self::Flannel => "flannel",
             Self::Bridge => "bridge",
+            Self::HostLocal => "host-local",
             Self::Bandwidth => "bandwidth",
             Self::Loopback => "loopback",
             Self::Portmap => "portmap",
@@ -66,6 +69,7 @@ impl Plugin {
         match self {
             Self::Flannel => flannel::run(call, conf),
             Self::Bridge => bridge::run(call, conf),
+            Self::HostLocal => host_local::run(call, conf),
             Self::Bandwidth => bandwidth::run(call, conf),
             Self::Loopback => loopback::run(call, conf),
             Self::Portmap => portmap::run(call, conf),

@@ -76,6 +76,9 @@ fn add(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
     match made {
         Ok(made) => {
             for entry in made.reclaimed {
+                if let Err(error) = Extras::del(&entry.owner, conf.common) {
+                    say!("flannel: {} is gone, but {error}", entry.owner);
+                }
                 Scratch::of(conf, &entry.owner).remove();
             }
             Ok(Answer::Value(made.attached.render(conf.common.version)))
@@ -96,26 +99,42 @@ fn del(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
     if let Worker::Plugin(kind) = kept.as_ref().map_or_else(|| conf.worker(), Kept::worker) {
         return delegation::del(call, conf, &kind, kept);
     }
-    // Both are dropped last.
-    let _closing = Extras::del(call, conf.common)?;
+    let mut failed: Vec<CniError> = Vec::new();
+    // Both are dropped last. Every step is tried, whatever becomes of the others: what is left by one is no reason to leave more.
+    let _closing = Extras::del(&owner, conf.common).map_err(|error| failed.push(error));
     let _rules = kept.filter(Kept::is_upstreams).and_then(|kept| {
         let network = kept.name().unwrap_or(&conf.common.name);
         go_leftovers::remove(network, &owner)
             .inspect_err(|error| say!("flannel: rules that upstream's plugins made may be left: {error}"))
             .ok()
     });
-    let guarded = flag(&conf.delegate, "macspoofchk")?.unwrap_or(false);
-    bridge::unlink(call, conf.network().as_str(), conf.common.previous.as_ref(), guarded)?;
-    let ledger = Ledger::find(&conf.subnet_file, &conf.ledger_root(), &conf.common.name)?;
-    let released = bridge::release(ledger.as_ref(), &owner)?;
-    // Upstream keeps one file for all interfaces of a container; the last one takes it along.
-    if !released.siblings {
-        scratch.remove();
+    let guarded = flag(&conf.delegate, "macspoofchk").ok().flatten().unwrap_or(false);
+    let unlinked = bridge::unlink(call, conf.network().as_str(), conf.common.previous.as_ref(), guarded);
+    // As long as there is an interface with them its addresses are not free.
+    let released = unlinked.and_then(|()| {
+        let ledger = Ledger::find(&conf.subnet_file, &conf.ledger_root(), &conf.common.name)?;
+        bridge::release(ledger.as_ref(), &owner)
+    });
+    match released {
+        Ok(released) => {
+            // Upstream keeps one file for all interfaces of a container; the last one takes it along.
+            if !released.siblings {
+                scratch.remove();
+            }
+            if let Err(error) = retire(call, conf, &released) {
+                say!("flannel: the bridge may have an address that nobody needs any more: {error}");
+            }
+        }
+        Err(error) => failed.push(error),
     }
-    if let Err(error) = retire(call, conf, &released) {
-        say!("flannel: the bridge may have an address that nobody needs any more: {error}");
+    match failed.len() {
+        0 => Ok(Answer::Nothing),
+        1 => Err(failed.remove(0)),
+        _ => {
+            let all: Vec<String> = failed.iter().map(CniError::to_string).collect();
+            Err(CniError::leftover(all.join("; ")))
+        }
     }
-    Ok(Answer::Nothing)
 }
 
 /// The node may have another subnet by now than the container had. With the last container of the old one its gateway goes.

@@ -60,6 +60,11 @@ impl Scratch {
         Ok(fresh)
     }
 
+    /// Whether there is a file, readable or not.
+    pub(crate) fn exists(&self) -> bool {
+        self.file.symlink_metadata().is_ok()
+    }
+
     /// What was kept; none if there is nothing that can be read.
     pub(crate) fn read(&self) -> Option<Kept> {
         let text = match fs::read_to_string(&self.file) {
