@@ -10,6 +10,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use flannel_core::act::hostports;
+use flannel_core::touch::world::kernel::Netfilter;
 use flannel_core::words::addr::Family;
 use flannel_core::words::exposure::{PublishedPort, Transport};
 use flannel_core::words::name::NetworkName;
@@ -55,6 +57,16 @@ pub(crate) enum PortError {
         at: SocketAddr,
         /// Who has it.
         holder: Box<Holder>,
+    },
+    /// A container of another runtime has it, by the CNI plugin.
+    #[error(
+        "Bind for {at} failed: port is already allocated: a container that CNI put on this host has it ({holder}): stop that container, or publish another port of this host"
+    )]
+    HeldByCni {
+        /// What was wanted.
+        at: SocketAddr,
+        /// Network, container and interface.
+        holder: String,
     },
     /// A program of this host has it.
     #[error(
@@ -119,7 +131,7 @@ impl fmt::Display for Holder {
 impl PortError {
     /// Whether another port may do.
     fn concerns_one_port(&self) -> bool {
-        matches!(self, Self::Held { .. } | Self::Busy { .. })
+        matches!(self, Self::Held { .. } | Self::HeldByCni { .. } | Self::Busy { .. })
     }
 }
 
@@ -321,7 +333,10 @@ impl Held {
         let same = |claim: &&Claim| claim.port.clashes(&port) && self::at(&claim.port) == at;
         let socket = match before.iter().find(same).and_then(|claim| claim.socket.as_ref()) {
             Some(socket) => socket.try_clone().map(Some),
-            None => keep(protocol, at),
+            None => match cni_holder(&port) {
+                Some(holder) => return Err(PortError::HeldByCni { at, holder }),
+                None => keep(protocol, at),
+            },
         };
         let socket = socket.map_err(|source| match source.kind() {
             io::ErrorKind::AddrInUse => PortError::Busy { at, protocol },
@@ -330,6 +345,12 @@ impl Held {
         let (endpoint, network) = (asker.endpoint.to_owned(), asker.network.clone());
         Ok(Claim { endpoint, network, port, socket })
     }
+}
+
+/// CNI's ports are in the packet filter only. Where that cannot be looked at, nobody can have put anything there.
+fn cni_holder(port: &PublishedPort) -> Option<String> {
+    let mut filter = Netfilter::open().ok()?;
+    hostports::holder(&mut filter, port).ok().flatten()
 }
 
 /// Where one `-p` is published, without the host's port: once for each family that is meant and that the container has.

@@ -122,6 +122,17 @@ fn refuse_engine_ports(filter: &mut Netfilter, mine: &Holding) -> Result<(), Hos
     Ok(())
 }
 
+/// Whose attachment has a port, or one that clashes with it: network, container and interface.
+pub fn holder(filter: &mut Netfilter, port: &PublishedPort) -> Result<Option<String>, WorldError> {
+    let (map, kind, key) = place(port);
+    let same = filter.port(&table_name(), (&map, kind), &key)?;
+    let found = match same {
+        None => rival(filter, &table_name(), port)?.map(|(_, target)| target),
+        same => same,
+    };
+    Ok(found.map(|target| target.owner.unwrap_or_default()))
+}
+
 /// Who has the same port on another address, or on all of them: one of possibly many.
 fn rival(
     filter: &mut Netfilter,

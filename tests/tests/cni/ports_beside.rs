@@ -3,7 +3,7 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use flannel_tests::{Host, Lab, LabPlan, eventually, in_lab, needs, secs, tcp_opens};
+use flannel_tests::{Host, IMAGE, Lab, LabPlan, eventually, in_lab, needs, secs, tcp_opens};
 use serde_json::{Value, json};
 
 use crate::node::{Call, DEBIAN, Node, answer, done, error, with};
@@ -138,6 +138,10 @@ fn docker_and_cni_publish_ports_on_one_bridge() {
         node.container("c2")?;
         let (code, text) = error(&node.call(&Call::new("ADD", "c2"), &with_ports(&Node::conf(), 8081))?)?;
         ensure!(code == 7 && text.contains("Docker network"), "{code} {text}");
+        for taken in ["8080:80", "127.0.0.1:8080:80"] {
+            let refused = h1.run(&["docker", "run", "-d", "--network", "web", "-p", taken, IMAGE, "true"])?;
+            ensure!(!refused.ok() && refused.stderr.contains("cbr0 c1 eth0"), "{taken}: {refused}");
+        }
 
         // The last port of Docker's goes, and with it what only Docker's needed.
         h1.docker(&["rm", "-f", "d1"])?;
