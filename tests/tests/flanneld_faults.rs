@@ -235,10 +235,8 @@ fn a_lease_that_is_lost_is_acquired_again() {
 
 #[test]
 fn the_host_for_whom_no_subnet_is_left_gets_one_once_there_is() {
-    const THREE: &str =
-        r#"{"Network":"10.100.0.0/16","SubnetLen":25,"SubnetMin":"10.100.0.0","SubnetMax":"10.100.1.0"}"#;
-    const FOUR: &str =
-        r#"{"Network":"10.100.0.0/16","SubnetLen":25,"SubnetMin":"10.100.0.0","SubnetMax":"10.100.1.128"}"#;
+    const THREE: &str = r#"{"Network":"10.100.0.0/16","SubnetLen":25,"SubnetMin":"10.100.0.0","SubnetMax":"10.100.1.0","Backend":{"Type":"vxlan"}}"#;
+    const FOUR: &str = r#"{"Network":"10.100.0.0/16","SubnetLen":25,"SubnetMin":"10.100.0.0","SubnetMax":"10.100.1.128","Backend":{"Type":"vxlan"}}"#;
     in_lab(Lab::new("full").hosts(4).etcd(), |lab| {
         put_config(lab, THREE)?;
         // All at once: they race for three subnets.

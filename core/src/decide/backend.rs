@@ -5,6 +5,7 @@
 
 mod alloc;
 mod host_gw;
+mod udp;
 mod vxlan;
 
 use crate::words::addr::{Family, Prefix};
@@ -38,6 +39,7 @@ pub fn of(config: &BackendConfig) -> Box<dyn Backend> {
     match config {
         BackendConfig::Alloc => Box::new(alloc::Alloc),
         BackendConfig::HostGw => Box::new(host_gw::HostGw),
+        BackendConfig::Udp(options) => Box::new(udp::Udp::new(options.clone())),
         BackendConfig::Vxlan(options) => Box::new(vxlan::Vxlan::new(options.clone())),
     }
 }

@@ -16,6 +16,7 @@ use crate::words::name::{LinkName, NetworkName};
 use crate::words::node::{HostRoute, Node};
 use crate::words::report::Finding;
 use crate::words::territory::Territory;
+use crate::words::tunnel::Tunnel;
 use crate::words::units::{Mtu, OutOfRange};
 
 /// What a plan is made from: whole values, at one moment.
@@ -48,6 +49,8 @@ pub struct Inputs<'a> {
 pub struct Plan {
     /// What should be true.
     pub facts: Facts,
+    /// The tunnel that this program itself should carry, before the facts can be true.
+    pub tunnel: Option<Tunnel>,
     /// What may be looked at and deleted.
     pub territory: Territory,
     /// What the operator should know.
@@ -96,9 +99,9 @@ pub fn plan(inputs: &Inputs<'_>) -> Result<Plan, PlanError> {
         plan_bridge(bridge, mtu, &scene, &mut draft);
     }
 
-    let Draft { facts, findings } = draft;
+    let Draft { facts, findings, tunnel } = draft;
     let territory = territory(inputs, &facts);
-    Ok(Plan { facts, territory, findings, mtu, ranges })
+    Ok(Plan { facts, tunnel, territory, findings, mtu, ranges })
 }
 
 /// A host that forwards does not follow router advertisements any more, unless it is told to: 2 instead of 1

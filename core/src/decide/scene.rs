@@ -13,6 +13,7 @@ use crate::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
 use crate::words::name::NetworkName;
 use crate::words::node::Node;
 use crate::words::report::Finding;
+use crate::words::tunnel::Tunnel;
 
 /// One network as this node sees it at one moment.
 #[derive(Clone, Debug)]
@@ -56,6 +57,8 @@ pub struct Draft {
     pub facts: Facts,
     /// What the operator should know.
     pub findings: Vec<Finding>,
+    /// The tunnel that this program itself should carry.
+    pub tunnel: Option<Tunnel>,
 }
 
 impl Draft {
@@ -178,8 +181,9 @@ impl<'a> Scene<'a> {
         }
         let theirs = &peer.value.advertisement.backend;
         if theirs != backend {
-            let named = |name: &str| if name.is_empty() { "none".to_owned() } else { name.to_owned() };
-            let text = format!("{peer} uses backend {}, this host {}", named(theirs), named(backend));
+            // Leases of these two do not say which.
+            let theirs = if theirs.is_empty() { "udp or alloc" } else { theirs };
+            let text = format!("{peer} uses backend {theirs}, this host {}", self.config.backend.name());
             draft.find(Code::PEER_OTHER_BACKEND, text);
             return false;
         }

@@ -99,6 +99,10 @@ pub struct CommonFlags {
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..86_400))]
     pub iptables_resync: u32,
 
+    /// Move packets of the udp backend in batches and large pieces; false: one packet for each system call
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = true, default_missing_value = "true", value_parser = go_syntax::parse_bool)]
+    pub udp_offload: bool,
+
     /// Address of the health server
     #[arg(long, value_name = "IP", default_value = "0.0.0.0")]
     pub healthz_ip: IpAddr,

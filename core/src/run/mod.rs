@@ -15,3 +15,4 @@ pub mod setup;
 pub mod store;
 mod survey;
 pub mod tenure;
+mod udp;

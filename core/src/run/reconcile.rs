@@ -18,6 +18,7 @@ use self::endpoints::{Endpoints, Reply};
 use super::health::Counters;
 use super::journal::Journal;
 use super::survey::Public;
+use super::udp::{Carrier, UdpError};
 use crate::act::pass::{chain, converge};
 use crate::decide::bridge;
 use crate::decide::plan::{self, Plan, PlanError, plan, remains};
@@ -48,6 +49,7 @@ pub(super) struct Place {
     pub(super) subnet_file: PathBuf,
     pub(super) masquerade: bool,
     pub(super) forward: bool,
+    pub(super) udp_offload: bool,
     /// The bridge, if the agent keeps one.
     pub(super) bridge: Option<LinkName>,
 }
@@ -152,7 +154,8 @@ impl Reconciler {
         let (done, outcome) = watch::channel(Outcome::default());
         let endpoints = Endpoints::new(place.network.clone(), place.bridge, exposure);
         let journal = Journal::new(&place.network, counters);
-        let thread = Thread { journal, place, endpoints, kernel: None, done };
+        let carrier = Carrier::new(place.udp_offload);
+        let thread = Thread { journal, place, endpoints, kernel: None, carrier, done };
         std::thread::Builder::new().name("reconciler".into()).spawn(move || thread.run(&todo))?;
         Ok(Self { work, outcome })
     }
@@ -202,6 +205,8 @@ enum PassError {
     Uplink(#[from] UplinkError),
     #[error(transparent)]
     Plan(#[from] PlanError),
+    #[error(transparent)]
+    Udp(#[from] UdpError),
 }
 
 struct Thread {
@@ -209,6 +214,8 @@ struct Thread {
     journal: Journal,
     endpoints: Endpoints,
     kernel: Option<Kernel>,
+    /// Carries the packets of the udp backend.
+    carrier: Carrier,
     done: watch::Sender<Outcome>,
 }
 
@@ -290,10 +297,17 @@ impl Thread {
         {
             bridge::adopt(&mut plan.facts, &Facts::from_iter([Fact::Link(Box::new(link))]), bridge);
         }
+        if let Some(tunnel) = &plan.tunnel {
+            self.carrier.carry(tunnel)?;
+        }
         let kernel = open(&mut self.kernel)?;
         self.endpoints.prepare(kernel, &mut plan.facts, &mut plan.territory)?;
         let report = converge(kernel, &plan.territory, &plan.facts)?;
         self.endpoints.passed(kernel, plan.ranges.clone(), &report);
+        // Only now: until here the packets of a network that leaves this backend had it still.
+        if plan.tunnel.is_none() {
+            self.carrier.stop();
+        }
         if self.place.forward
             && let Some(hint) = self.kernel()?.netfilter()?.hint()
         {
@@ -358,6 +372,7 @@ impl Thread {
     fn retire(&mut self, going: Going) -> Result<Report, WorldError> {
         let territory = match going {
             Going::Network(cidrs) => {
+                self.carrier.stop();
                 let mut territory = remains(&self.place.network, cidrs);
                 territory.links.extend(self.place.bridge);
                 territory.tables.extend(self.place.bridge.map(bridge::masquerade_table));

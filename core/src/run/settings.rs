@@ -30,6 +30,8 @@ pub struct AgentSettings {
     pub masquerade: bool,
     /// Accept forwarded traffic of the network.
     pub forward: bool,
+    /// Let the kernel cut and put together what the udp backend carries.
+    pub udp_offload: bool,
     /// Keep this bridge.
     pub bridge: Option<LinkName>,
     /// CIDRs that this network's containers must not reach, and the other way round.

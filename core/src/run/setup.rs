@@ -52,6 +52,7 @@ pub fn agent(
         state_dir: flags.state_dir.clone(),
         masquerade: flags.ip_masq,
         forward: flags.iptables_forward_rules,
+        udp_offload: flags.udp_offload,
         bridge: None,
         isolated_from,
         exposure: None,

@@ -35,7 +35,7 @@ catalogue! {
     CONFIG_UNKNOWN_KEY = 103, "the network config has a key that nothing reads",
         "remove it or correct its spelling";
     BACKEND_ABSENT = 104, "the network config names no backend",
-        "say it: {\"Backend\":{\"Type\":\"vxlan\"}}; Go flanneld would take udp";
+        "say it, for example {\"Backend\":{\"Type\":\"vxlan\"}}: udp is what Go flanneld takes, too, but not what its documentation says";
     NETWORK_OVERLAP = 105, "the network overlaps a route of this host",
         "choose another Network, or remove the route";
     OUT_OF_SUBNETS = 106, "every subnet of the network is taken",
@@ -76,6 +76,8 @@ catalogue! {
         "one was cloned from the other: delete its flannel device and state directory, and restart it";
     MTU_ABOVE_UPLINK = 124, "the MTU of the config does not fit the uplink",
         "lower Backend.MTU, or raise the uplink's MTU";
+    FAMILY_NOT_CARRIED = 125, "the backend does not carry IPv6",
+        "use vxlan or host-gw for a network with IPv6";
     ATTACHMENT_DRIFT = 140, "a container's place on the network is not as it was made",
         "start the container anew; the details name what is missing as the commands that would make it";
     ATTACHMENT_EXISTS = 141, "the container's interface is attached already",

@@ -99,6 +99,8 @@ pub enum BackendConfig {
     HostGw,
     /// VXLAN.
     Vxlan(VxlanConfig),
+    /// Whole packets in UDP, carried by this program itself.
+    Udp(UdpConfig),
 }
 
 impl BackendConfig {
@@ -108,7 +110,21 @@ impl BackendConfig {
             Self::Alloc => "alloc",
             Self::HostGw => "host-gw",
             Self::Vxlan(_) => "vxlan",
+            Self::Udp(_) => "udp",
         }
+    }
+}
+
+/// `Backend` of type udp.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct UdpConfig {
+    /// `Port`, the same on every host; 0 or absent is 8285.
+    pub port: Port,
+}
+
+impl Default for UdpConfig {
+    fn default() -> Self {
+        Self { port: Port::UDP_BACKEND }
     }
 }
 
@@ -166,8 +182,11 @@ const KEYS: &[&str] = &[
     "Backend",
 ];
 const VXLAN_KEYS: &[&str] = &["Type", "VNI", "Port", "GBP", "Learning", "DirectRouting", "MTU"];
+const UDP_KEYS: &[&str] = &["Type", "Port"];
+/// The types there are, as errors list them.
+const BUILT: &str = "alloc, host-gw, udp, vxlan";
 /// Upstream's types that this software does not have yet.
-const NOT_BUILT: &[&str] = &["udp", "ipip", "wireguard", "ipsec", "extension", "tencent-vpc"];
+const NOT_BUILT: &[&str] = &["ipip", "wireguard", "ipsec", "extension", "tencent-vpc"];
 
 impl NetworkConfig {
     /// Reads and checks a document.
@@ -188,6 +207,9 @@ impl NetworkConfig {
             nftables: document.get("EnableNFTables").map(|v| v.bool()).transpose()?.unwrap_or(false),
             backend: backend(&document, &mut findings)?,
         };
+        if config.v4.is_none() && matches!(config.backend, BackendConfig::Udp(_)) {
+            return Err(ConfigError::Missing { key: "Network", cause: "backend udp carries IPv4 only" });
+        }
         Ok(Parsed { config, findings })
     }
 
@@ -226,6 +248,11 @@ impl NetworkConfig {
         }
         let mut backend = serde_json::Map::new();
         backend.insert("Type".into(), json!(self.backend.name()));
+        if let BackendConfig::Udp(udp) = &self.backend
+            && udp.port != Port::UDP_BACKEND
+        {
+            backend.insert("Port".into(), json!(udp.port.number()));
+        }
         if let BackendConfig::Vxlan(vxlan) = &self.backend {
             backend.insert("VNI".into(), json!(vxlan.vni.id()));
             if vxlan.port != Port::VXLAN {
@@ -394,12 +421,12 @@ fn bound(
 
 fn backend(document: &Document<'_>, findings: &mut Vec<Finding>) -> Result<BackendConfig, ConfigError> {
     let Some(value) = document.get("Backend") else {
-        findings.push(Finding::new(Code::BACKEND_ABSENT, "Backend is missing, vxlan is used"));
-        return Ok(BackendConfig::Vxlan(VxlanConfig::default()));
+        findings.push(Finding::new(Code::BACKEND_ABSENT, "Backend is missing, udp is used"));
+        return Ok(BackendConfig::Udp(UdpConfig::default()));
     };
     let options = value.document()?;
     let Some(kind) = options.get("Type") else {
-        return Err(value.error("Backend has no Type; say one of alloc, host-gw, vxlan"));
+        return Err(value.error(format!("Backend has no Type; say one of {BUILT}")));
     };
     let name = kind.string()?.to_ascii_lowercase();
     match name.as_str() {
@@ -411,12 +438,23 @@ fn backend(document: &Document<'_>, findings: &mut Vec<Finding>) -> Result<Backe
             findings.extend(options.unknown_keys(VXLAN_KEYS));
             vxlan(&options).map(BackendConfig::Vxlan)
         }
-        name if NOT_BUILT.contains(&name) => {
-            Err(kind
-                .error(format!("backend {name} is not built yet; this version has alloc, host-gw and vxlan")))
+        "udp" => {
+            findings.extend(options.unknown_keys(UDP_KEYS));
+            udp(&options).map(BackendConfig::Udp)
         }
-        _ => Err(kind.error("unknown backend type; say one of alloc, host-gw, vxlan")),
+        name if NOT_BUILT.contains(&name) => {
+            Err(kind.error(format!("backend {name} is not built yet; this version has {BUILT}")))
+        }
+        _ => Err(kind.error(format!("unknown backend type; say one of {BUILT}"))),
     }
+}
+
+fn udp(options: &Document<'_>) -> Result<UdpConfig, ConfigError> {
+    let port = options.get("Port").map(|v| v.number().map(|n| (v, n))).transpose()?;
+    Ok(match port {
+        None | Some((_, 0)) => UdpConfig::default(),
+        Some((value, n)) => UdpConfig { port: Port::new(n).map_err(|e| value.error(e))? },
+    })
 }
 
 fn vxlan(options: &Document<'_>) -> Result<VxlanConfig, ConfigError> {

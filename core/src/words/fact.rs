@@ -130,7 +130,8 @@ pub enum LinkKind {
         /// namespace.
         peer: Option<VethPeer>,
     },
-    /// Something that exists by itself in a namespace (`lo`): never created, only set up.
+    /// Something that exists by itself in a namespace (`lo`) or by the program that holds it open (a TUN device): never
+    /// created, only set up.
     Given,
 }
 

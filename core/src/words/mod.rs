@@ -15,4 +15,5 @@ pub mod rule;
 pub mod secret;
 pub mod shaping;
 pub mod territory;
+pub mod tunnel;
 pub mod units;

@@ -73,6 +73,8 @@ pub struct Overhead(pub u32);
 impl Overhead {
     /// Nothing is added.
     pub const NONE: Self = Self(0);
+    /// UDP 8 (RFC 768), outer IPv4 20 (RFC 791).
+    pub const UDP_OVER_V4: Self = Self(8 + 20);
     /// Inner Ethernet 14 (IEEE 802.3), VXLAN 8 (RFC 7348), UDP 8 (RFC 768), outer IPv4 20 (RFC 791).
     pub const VXLAN_OVER_V4: Self = Self(14 + 8 + 8 + 20);
     /// As above with an outer IPv6 header of 40 (RFC 8200).
@@ -125,6 +127,8 @@ pub struct Port(u16);
 impl Port {
     /// The kernel's VXLAN port, older than the assigned 4789 (drivers/net/vxlan/vxlan_core.c `vxlan_port`).
     pub const VXLAN: Self = Self(8472);
+    /// Upstream's port of the udp backend (pkg/backend/udp).
+    pub const UDP_BACKEND: Self = Self(8285);
 
     /// Checked.
     pub fn new(number: u64) -> Result<Self, OutOfRange> {

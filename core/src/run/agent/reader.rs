@@ -168,6 +168,7 @@ impl Reader {
             subnet_file: settings.subnet_file.clone(),
             masquerade: settings.masquerade,
             forward: settings.forward,
+            udp_offload: settings.udp_offload,
             bridge: settings.bridge,
         };
         let kernel_notice = Arc::new(Notify::new());

@@ -93,6 +93,7 @@ impl Work {
             subnet_file: settings.subnet_file.clone(),
             masquerade: settings.masquerade,
             forward: settings.forward,
+            udp_offload: settings.udp_offload,
             bridge: settings.bridge,
         };
         let reconciler = Reconciler::start(place, settings.exposure.clone(), settings.counters.clone())?;

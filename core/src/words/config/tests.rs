@@ -46,6 +46,7 @@ fn what_operators_type_is_understood() {
         r#"{"Network":"10.100.0.0/16","SubnetLen":25,"SubnetMin":"10.100.0.0","SubnetMax":"10.100.1.0"}"#;
     assert_eq!(v4(text), (25, "10.100.0.0".into(), "10.100.1.0".into()));
     assert_eq!(parsed(text).findings[0].code, Code::BACKEND_ABSENT);
+    assert_eq!(parsed(text).config.backend, BackendConfig::Udp(UdpConfig { port: Port::new(8285).unwrap() }));
 
     assert_eq!(
         v4(r#"{"network":"10.0.0.0/8","NETWORK":"10.5.0.0/16","Backend":{"Type":"alloc"}}"#).1,
@@ -100,12 +101,20 @@ fn errors_say_what_where_and_why() {
             "SubnetMax at line 1, column 65 is \"10.100.1.0\": SubnetMin 10.100.9.0 is above SubnetMax 10.100.1.0",
         ),
         (
-            r#"{"Network":"10.100.0.0/16","Backend":{"Type":"udp"}}"#,
-            "Backend.Type at line 1, column 46 is \"udp\": backend udp is not built yet; this version has alloc, host-gw and vxlan",
+            r#"{"Network":"10.100.0.0/16","Backend":{"Type":"ipip"}}"#,
+            "Backend.Type at line 1, column 46 is \"ipip\": backend ipip is not built yet; this version has alloc, host-gw, udp, vxlan",
+        ),
+        (
+            r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"Type":"udp"}}"#,
+            "Network is missing: backend udp carries IPv4 only",
+        ),
+        (
+            r#"{"Network":"10.100.0.0/16","Backend":{"Type":"udp","Port":65536}}"#,
+            "Backend.Port at line 1, column 59 is 65536: port 65536 is outside 1..=65535",
         ),
         (
             r#"{"Network":"10.100.0.0/16","Backend":{}}"#,
-            "Backend at line 1, column 38 is {}: Backend has no Type; say one of alloc, host-gw, vxlan",
+            "Backend at line 1, column 38 is {}: Backend has no Type; say one of alloc, host-gw, udp, vxlan",
         ),
         (
             r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan","VNI":16777216}}"#,
@@ -126,6 +135,8 @@ fn a_written_config_reads_back() {
     for text in [
         r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan","VNI":7,"Port":4789,"DirectRouting":true,"MTU":1400}}"#,
         r#"{"Network":"10.5.0.0/16","SubnetLen":26,"Backend":{"Type":"host-gw"}}"#,
+        r#"{"Network":"10.5.0.0/16","Backend":{"Type":"udp","Port":8286}}"#,
+        r#"{"Network":"10.5.0.0/16","Backend":{"Type":"udp"}}"#,
         r#"{"EnableIPv6":true,"Network":"10.5.0.0/16","IPv6Network":"fd00::/48","Backend":{"Type":"alloc"}}"#,
     ] {
         let config = parsed(text).config;
