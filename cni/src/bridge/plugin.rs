@@ -16,6 +16,7 @@ use crate::args::{Call, CniArgs, Verb};
 use crate::conf::Conf;
 use crate::go_leftovers;
 use crate::json::{flag, object, text};
+use crate::ports;
 use crate::previous::Previous;
 use crate::result::{Answer, CniError, Version};
 use crate::sandbox::{self, Home};
@@ -98,7 +99,9 @@ impl Network {
 fn del(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
     let owner = call.attachment()?;
     let is = |key| flag(&conf.given, key).map(|flag| flag.unwrap_or(false));
-    // Dropped last: closing it right after rules were deleted waits for the kernel.
+    // Both are dropped last: closing a socket right after rules were deleted waits for the kernel. Ports that our portmap gave and
+    // another one was to take back would lead to whoever gets the address next.
+    let _ports = ports::withdraw(&conf.name, &owner, false)?;
     let mut rules = None;
     if is("ipMasq")? {
         let filter = rules.insert(Netfilter::open()?);
