@@ -199,7 +199,7 @@ impl Records for Books<'_> {
 
     fn remove(&mut self, holding: &Holding) {
         if let Err(error) = self.state.remove(&holding.network, &holding.owner) {
-            eprintln!("flannel: {error}");
+            say!("flannel: {error}");
         }
     }
 }
@@ -285,7 +285,7 @@ pub(crate) fn withdraw(
         }
         let mut filter = Netfilter::open()?;
         if let Err(error) = go_leftovers::remove_ports(&mut filter, network, &owner.container) {
-            eprintln!("flannel: rules that upstream's portmap made may be left: {}", chain(&error));
+            say!("flannel: rules that upstream's portmap made may be left: {}", chain(&error));
         }
         return Ok(Some(Withdrawn { _filter: filter }));
     }

@@ -147,7 +147,7 @@ impl State {
 fn read(path: &Path) -> Option<Record> {
     let text = fs::read(path).ok()?;
     serde_json::from_slice(&text)
-        .inspect_err(|error| eprintln!("flannel: {} cannot be used: {error}", path.display()))
+        .inspect_err(|error| say!("flannel: {} cannot be used: {error}", path.display()))
         .ok()
 }
 
