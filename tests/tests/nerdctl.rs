@@ -193,7 +193,6 @@ fn two_containers(lab: &Lab, conflist: &str, args: &'static str, asked: &str, br
 }
 
 #[test]
-#[ignore = "not all names are built yet"]
 fn its_own_network() {
     let args = "IgnoreUnknown=1;NERDCTL_CNI_DHCP_HOSTNAME=two;IP=10.4.0.77;MAC=02:00:00:00:00:77";
     in_lab(lab("nerdctl-own"), |lab| two_containers(lab, BRIDGE, args, "10.4.0.77", "nerdctl0"));
@@ -207,7 +206,6 @@ fn a_flannel_network() {
 
 /// nerdctl isolates networks where `firewall` says that it is 1.1.0 or newer, and has more to choose from 1.7.1 on.
 #[test]
-#[ignore = "not all names are built yet"]
 fn firewall_says_what_it_is() {
     in_lab(lab("nerdctl-about"), |lab| {
         let host = lab.host(1);

@@ -174,7 +174,6 @@ fn flannel_alone() {
 }
 
 #[test]
-#[ignore = "not all names are built yet"]
 fn podmans_own_network_with_our_plugins() {
     in_lab(lab("podman-own"), |lab| a_day_with_podman(lab, Chain::Bridge));
 }
