@@ -34,7 +34,10 @@ impl Host {
     pub fn remove_cni_network(&self, bridge: &str) -> Result<()> {
         self.out(&["ip", "link", "del", bridge])?;
         let tables = self.out(&["nft", "list", "tables"])?;
-        for table in tables.lines().filter(|table| table.starts_with("table inet flannel_cni")) {
+        let shared = |table: &&str| {
+            table.starts_with("table inet flannel_cni") || *table == "table inet flannel_isolation"
+        };
+        for table in tables.lines().filter(shared) {
             self.sh(&format!("nft delete {table}"))?;
         }
         Ok(())
