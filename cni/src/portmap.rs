@@ -2,8 +2,10 @@
 //! plugins/meta/portmap). Behind our own `flannel`, which does the same, it finds the work done.
 
 use flannel_core::decide::hostports::MARK_BIT;
-use flannel_core::touch::world::kernel::Netfilter;
+use flannel_core::touch::world::kernel::{HostAddress, Kernel, Netfilter};
+use flannel_core::words::addr::InterfaceAddress;
 use flannel_core::words::hostport::CallerMasquerade;
+use flannel_core::words::name::LinkName;
 use flannel_core::words::rule::TableFamily;
 use serde_json::Value;
 
@@ -128,15 +130,24 @@ fn place<'a>(call: &Call, conf: &'a Conf, previous: &Object) -> Result<Place<'a>
             owner.interface
         )));
     }
-    let on_host: Vec<_> = read.iter().flat_map(Previous::on_host).collect();
-    Ok(Place {
-        network: &conf.name,
-        owner,
-        addresses,
-        // Bridge first, then the veth; or the veth alone.
-        towards: on_host.first().copied(),
-        host_link: on_host.last().copied(),
-    })
+    // The bridge first, then the veth, then what others made; or the veth alone.
+    let mut on_host = read.iter().flat_map(Previous::on_host);
+    let (first, second) = (on_host.next(), on_host.next());
+    let towards = match previous.get("interfaces") {
+        Some(_) => first,
+        None => link_towards(&addresses)?,
+    };
+    Ok(Place { network: &conf.name, owner, addresses, towards, host_link: second.or(first) })
+}
+
+/// The host's interface in the container's subnet, for results that name no interfaces.
+fn link_towards(addresses: &[InterfaceAddress]) -> Result<Option<LinkName>, CniError> {
+    let is_near = |near: &HostAddress| {
+        addresses.iter().any(|address| near.address.prefix().contains(address.address()))
+    };
+    let interfaces = Kernel::open()?.interfaces()?;
+    let found = interfaces.iter().find(|interface| interface.addresses.iter().any(is_near));
+    Ok(found.map(|interface| interface.name))
 }
 
 #[cfg(test)]

@@ -330,6 +330,48 @@ fn askers_are_answered(h1: &Host, h2: &Host, c1: &Pod<'_>, n1: &Pod<'_>) -> Resu
     Ok(())
 }
 
+/// Who publishes nothing does not pay for it, and who does pays for one transaction.
+#[test]
+fn what_is_not_asked_for_costs_nothing() {
+    in_lab(plan("cnifrugal", 1).needs(&["strace"]), |lab| {
+        let host = lab.host(1);
+        let node = Node::new(host)?;
+        host.sh("mkdir -p /opt/cni/bin
+                 printf '#!/bin/sh\nexec strace -f -s 0 -o /run/trace flannel\n' > /opt/cni/bin/traced
+                 chmod 755 /opt/cni/bin/traced")?;
+        let traced = |verb, id, conf: &Value| -> Result<String> {
+            let output = node.call(&Call { plugin: "/opt/cni/bin/traced", ..Call::new(verb, id) }, conf)?;
+            ensure!(output.ok(), "{output}");
+            host.read("/run/trace")
+        };
+        // The first makes bridge and table.
+        Pod::add(&node, "c1", &mapped(&tcp(8080)))?;
+        node.container("c2")?;
+        for verb in ["ADD", "DEL"] {
+            let trace = traced(verb, "c2", &Node::conf())?;
+            ensure!(
+                !trace.contains("NETLINK_NETFILTER") && !trace.contains("/run/flannel/cni/lock"),
+                "{verb}:\n{trace}"
+            );
+        }
+        let calls = |trace: &str| trace.lines().filter(|line| line.contains('(')).count();
+        let few = calls(&traced("ADD", "c2", &mapped(&tcp(8081)))?);
+        let trace = traced("DEL", "c2", &mapped(&tcp(8081)))?;
+        ensure!(
+            trace.matches("NETLINK_NETFILTER").count() == 1 && !trace.contains("execve(\"/usr/sbin"),
+            "{trace}"
+        );
+        for n in 0..40 {
+            let id = format!("m{n}");
+            Pod::add(&node, &id, &mapped(&tcp(9000 + n)))?;
+        }
+        let many = calls(&traced("ADD", "c2", &mapped(&tcp(8081)))?);
+        // Some vary with what the ledger finds; none with the number of ports.
+        ensure!(many < few + 30, "{few} calls beside one port, {many} beside forty");
+        Ok(())
+    });
+}
+
 /// The first containers of a node come at once, and each finds no table.
 #[test]
 fn many_come_and_go_at_once() {

@@ -63,6 +63,16 @@ fn our_portmap_stands_behind_gos_bridge() {
         ensure!(!h1.sh("iptables-save -t nat")?.contains("CNI-"), "not by iptables");
         done(&node.call(&by("DEL"), &conf)?)?;
         ensure!(tcp_opens(h2, h1.ip(), 8080).is_err());
+        // A result of the oldest shape names no interfaces.
+        let address = pod.result["ips"][0]["address"].clone();
+        let old =
+            json!({ "cniVersion": "0.2.0", "ip4": { "ip": address, "gateway": "10.7.1.1" }, "dns": {} });
+        let conf = with(&portmap_conf(8080, &old), "cniVersion", json!("0.2.0"));
+        h1.sh("echo 0 > /proc/sys/net/ipv4/conf/br7/route_localnet")?;
+        ensure!(answer(&node.call(&by("ADD"), &conf)?)? == old);
+        served(h2, &format!("{}:8080", h1.ip()), "c1")?;
+        served(h1, "127.0.0.1:8080", "c1")?;
+        done(&node.call(&by("DEL"), &conf)?)?;
         done(&node.call(&Call { plugin: &bridge, ..Call::new("DEL", "c1") }, &go)?)
     });
 }
