@@ -27,7 +27,7 @@ const TO_OTHERS: &str = "to-others";
 
 /// The table's name.
 pub fn table_name() -> TableName {
-    TableName { family: TableFamily::Inet, name: "flannel_isolation".to_owned() }
+    TableName { family: TableFamily::Inet, name: "flannel_cni_isolation".to_owned() }
 }
 
 /// The bridges that a table speaks of.
@@ -100,7 +100,7 @@ mod tests {
         assert_eq!(
             table.to_string(),
             "\
-table inet flannel_isolation {
+table inet flannel_cni_isolation {
 	chain forward {
 		type filter hook forward priority filter; policy accept;
 		iifname \"br0\" oifname != \"br0\" jump to-others

@@ -55,7 +55,7 @@ fn unreachable(node: &Node<'_>, from: &str, to: &str) -> Result<()> {
 }
 
 fn isolation(host: &Host) -> Result<String> {
-    host.sh("nft list table inet flannel_isolation 2>/dev/null || true")
+    host.sh("nft list table inet flannel_cni_isolation 2>/dev/null || true")
 }
 
 #[test]
