@@ -73,7 +73,8 @@ pub(crate) fn run() -> Result<()> {
     let lab = lab.start()?;
     let host = lab.host(1);
     let mut rows = Vec::new();
-    for scene in scenes(host)? {
+    let scenes = scenes(host)?;
+    for scene in &scenes {
         let names: Vec<String> = scene
             .chains
             .iter()
@@ -86,7 +87,7 @@ pub(crate) fn run() -> Result<()> {
         let pairs = [scene.chains[0].at_once(host)?, scene.chains[1].at_once(host)?];
         rows.push(figure(&format!("8 at once, ADD+DEL pairs, {}", scene.title), "/s", pairs, Some(">= 150")));
     }
-    rows.extend(inside(host, || alone(&scenes(host)?[0].chains[0]))?);
+    rows.extend(inside(host, || alone(&scenes[0].chains[0]))?);
     lab.tear_down()?;
     table::print(&["", "flannel", "Go plugins", "ratio", "aim"], &rows);
     Ok(())
