@@ -46,6 +46,9 @@ use conf::Conf;
 use plugin::Plugin;
 use result::{Answer, CniError, Version};
 
+#[global_allocator]
+static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+
 fn main() -> ExitCode {
     // No runtime gives arguments; a person does, and sets no variables.
     if env::var_os("CNI_COMMAND").is_none_or(|verb| verb.is_empty()) && env::args_os().len() > 1 {
