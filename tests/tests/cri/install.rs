@@ -18,11 +18,14 @@ fn becomes_ready(cri: &Cri) -> Result<()> {
 fn busy(host: &Host) -> Result<flannel_tests::Daemon> {
     let call = "sleep 600 | env CNI_COMMAND=STATUS CNI_PATH=/opt/cni/bin /opt/cni/bin/flannel";
     let daemon = host.spawn("busy", &["sh", "-c", call], &[])?;
-    eventually("the plugin runs", secs(10), || -> Result<()> {
-        let said = host.run(&["cp", "/run/lab/bin/flannel", "/opt/cni/bin/flannel"])?;
-        ensure!(said.stderr.contains("Text file busy"), "{said}");
+    // Looked at, not tried: while somebody writes to it, it could not be executed either.
+    eventually("the plugin runs", secs(20), || -> Result<()> {
+        let running = host.sh("readlink /proc/[0-9]*/exe || true")?;
+        ensure!(running.lines().any(|program| program == "/opt/cni/bin/flannel"), "{running}");
         Ok(())
     })?;
+    let said = host.run(&["cp", "/run/lab/bin/flannel", "/opt/cni/bin/flannel"])?;
+    ensure!(said.stderr.contains("Text file busy"), "{said}");
     Ok(daemon)
 }
 
