@@ -1,7 +1,10 @@
 //! Another plugin does the work: the one place where this binary starts a process. As upstream does it, for delegates other
 //! than a bridge with host-local.
 
+use std::env;
+use std::fs;
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -11,6 +14,11 @@ use serde_json::Value;
 
 use crate::result::CniError;
 
+/// How many of us are above, each executed by the one before: two configurations may send each other round for ever.
+const DEPTH: &str = "FLANNEL_CNI_DEPTH";
+/// flannel, bridge and host-local are two deep.
+const DEPTH_MAX: u32 = 4;
+
 /// Runs a plugin with our environment and this configuration. `verb` replaces CNI_COMMAND, if it is another than
 /// ours. The answer is what the plugin printed; what it says on stderr is passed on.
 pub(crate) fn run(
@@ -19,12 +27,19 @@ pub(crate) fn run(
     verb: Option<&str>,
     conf: &Value,
 ) -> Result<Vec<u8>, CniError> {
+    let depth = env::var(DEPTH).ok().and_then(|depth| depth.parse().ok()).unwrap_or(0_u32);
+    if depth >= DEPTH_MAX {
+        return Err(CniError::config(format!(
+            "{kind:?} is executed by a plugin that was executed by a plugin, {depth} deep: do they name each other, or are they one file?"
+        )));
+    }
     let plugin = find(kind, path)?;
     let failed = |error: io::Error| {
         CniError::new(CniError::INPUT, format!("could not run {}", plugin.display()))
             .with_details(error.to_string())
     };
     let mut command = Command::new(&plugin);
+    command.env(DEPTH, (depth + 1).to_string());
     if let Some(verb) = verb {
         command.env("CNI_COMMAND", verb);
     }
@@ -57,6 +72,13 @@ fn start(command: &mut Command) -> io::Result<Child> {
         }
     }
     command.spawn()
+}
+
+/// Whether the plugin of that name is the file that runs right now.
+pub(crate) fn is_this_file(kind: &str, path: &[PathBuf]) -> bool {
+    let identity = |file: &Path| fs::metadata(file).map(|meta| (meta.dev(), meta.ino())).ok();
+    let own = identity(Path::new("/proc/self/exe"));
+    own.is_some() && find(kind, path).is_ok_and(|plugin| identity(&plugin) == own)
 }
 
 /// The first regular file of that name.

@@ -14,6 +14,7 @@ use crate::args::Call;
 use crate::bridge::check;
 use crate::delegate;
 use crate::json::{Object, asks, field};
+use crate::plugin::Plugin;
 use crate::result::{Answer, CniError};
 
 /// What the plugin is told.
@@ -45,6 +46,12 @@ pub(super) fn add(
     env: &SubnetEnv,
     kind: &str,
 ) -> Result<Answer, CniError> {
+    // Of this file, the other plugins are good for the work; this one would hand it to itself for ever.
+    if Plugin::called_by(Some(kind.into())) == Plugin::Flannel && delegate::is_this_file(kind, &call.path) {
+        return Err(CniError::config(format!(
+            "delegate.type is {kind:?}, which is this plugin: leave it out"
+        )));
+    }
     let told = told(conf, env);
     let scratch = Scratch::of(conf, &call.attachment()?);
     let fresh = scratch.keep(&Value::Object(told.clone()))?;

@@ -237,3 +237,53 @@ fn real_plugins_do_the_work_of_other_kinds() {
         Ok(())
     });
 }
+
+#[test]
+fn plugins_that_send_each_other_round_come_to_an_end() {
+    in_lab(one_host("cniround"), |lab| {
+        let node = Node::new(lab.host(1))?;
+        let host = lab.host(1);
+        let before = node.links()?;
+        node.container("c1")?;
+        host.sh("mkdir -p /opt/cni/bin; ln -s /run/lab/bin/flannel /opt/cni/bin/flannel2; ln -s /run/lab/bin/flannel /opt/cni/bin/bridge")?;
+        for (delegate, ipam, part) in [
+            ("flannel2", "host-local", "is this plugin: leave it out"),
+            ("bridge", "bridge", "do they name each other"),
+        ] {
+            let mut conf = with(&Node::conf(), "delegate", json!({ "type": delegate }));
+            conf["ipam"] = json!({ "type": ipam });
+            for verb in ["ADD", "DEL", "DEL"] {
+                let output = node.call(&Call::new(verb, "c1"), &conf)?;
+                ensure!(verb == "DEL" || error(&output)?.1.contains(part), "{output}");
+            }
+            ensure!(node.ledger()?.is_empty() && !node.links()?.contains("veth"), "{}", node.links()?);
+        }
+        host.sh("ip link del cni0 2>/dev/null || true")?;
+        ensure!(node.links()? == before, "{}", node.links()?);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_bridge_of_ours_takes_addresses_from_another() {
+    if !has_debian_plugins() {
+        return;
+    }
+    in_lab(one_host("cnideleg2"), |lab| {
+        let node = Node::new(lab.host(1))?;
+        let host = lab.host(1);
+        host.sh("mkdir -p /opt/cni/bin; ln -s /run/lab/bin/flannel /opt/cni/bin/bridge")?;
+        node.container("c1")?;
+        let addresses = json!([{ "address": "10.244.1.50/24", "gateway": "10.244.1.1" }]);
+        let conf = with(&Node::conf(), "ipam", json!({ "type": "static", "addresses": addresses }));
+        let result = node.add("c1", &conf)?;
+        ensure!(ip_of(&result) == "10.244.1.50", "{result}");
+        node.ping("c1", "10.244.1.1")?;
+        done(&node.call(&Call::new("CHECK", "c1"), &with(&conf, "prevResult", result))?)?;
+        ensure!(node.ledger()?.is_empty(), "who gives addresses keeps the books");
+        node.del("c1", &conf)?;
+        node.del("c1", &conf)?;
+        ensure!(!node.links()?.contains("veth") && host.sh("ls /var/lib/cni/flannel")?.is_empty());
+        Ok(())
+    });
+}
