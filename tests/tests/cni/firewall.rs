@@ -206,6 +206,53 @@ fn rules_of_gos_containers_go_with_them() {
 }
 
 #[test]
+fn rules_of_upstreams_go_from_either_iptables_and_nothing_else_does() {
+    if !needs::require("iptables-nft") || !needs::require("iptables-legacy") {
+        return;
+    }
+    in_lab(one_host("cnifwboth"), |lab| {
+        let node = Node::new(lab.host(1))?;
+        let host = node.host;
+        let firewall = ours(host, "firewall")?;
+        // As upstream writes them, for this container and for one whose address begins alike.
+        let rule = |ip: &str| {
+            format!(
+                "-A CNI-FORWARD -d {ip}/32 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n-A CNI-FORWARD -s {ip}/32 -j ACCEPT\n"
+            )
+        };
+        for iptables in ["iptables-nft", "iptables-legacy"] {
+            let text = format!(
+                "*filter\n:CNI-FORWARD - [0:0]\n-A FORWARD -s 10.4.1.2/32 -j ACCEPT\n{}{}COMMIT\n",
+                rule("10.4.1.2"),
+                rule("10.4.1.20")
+            );
+            host.write("/run/rules", text)?;
+            host.sh(&format!("{iptables}-restore < /run/rules"))?;
+        }
+        let result = json!({ "cniVersion": "1.0.0", "interfaces": [{ "name": "eth0", "sandbox": "/run/netns/a" }],
+                             "ips": [{ "interface": 0, "address": "10.4.1.2/24" }] });
+        let conf = with(&Network::new(1, "").firewall, "prevResult", result);
+        for _ in 0..2 {
+            done(
+                &node.call(
+                    &Call { plugin: &firewall, netns: String::new(), ..Call::new("DEL", "a") },
+                    &conf,
+                )?,
+            )?;
+            for iptables in ["iptables-nft", "iptables-legacy"] {
+                let left = host.sh(&format!("{iptables} -S"))?;
+                ensure!(
+                    left.matches("10.4.1.2/32").count() == 1 && left.contains("-A FORWARD -s 10.4.1.2/32"),
+                    "{left}"
+                );
+                ensure!(left.matches("10.4.1.20/32").count() == 2, "{left}");
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn flannel_keeps_its_bridge_to_itself() {
     in_lab(one_host("cnifwfl"), |lab| {
         let node = Node::new(lab.host(1))?;
