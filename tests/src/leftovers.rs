@@ -34,10 +34,7 @@ impl Host {
     pub fn remove_cni_network(&self, bridge: &str) -> Result<()> {
         self.out(&["ip", "link", "del", bridge])?;
         let tables = self.out(&["nft", "list", "tables"])?;
-        let shared = |table: &&str| {
-            table.starts_with("table inet flannel_cni") || *table == "table inet flannel_isolation"
-        };
-        for table in tables.lines().filter(shared) {
+        for table in tables.lines().filter(|table| table.starts_with("table inet flannel_cni")) {
             self.sh(&format!("nft delete {table}"))?;
         }
         Ok(())
