@@ -56,7 +56,8 @@ pub(super) fn add(
     let scratch = Scratch::of(conf, &call.attachment()?);
     let fresh = scratch.keep(&Value::Object(told.clone()))?;
     let told = with_result(told, conf);
-    delegate::run(kind, &call.path, None, &told).map(Answer::Printed).map_err(|error| {
+    let done = delegate::run(kind, &call.path, None, &told).map(Answer::Printed);
+    if done.is_err() {
         // The runtime's own DEL tries again, with the file or without.
         if let Err(undo) = delegate::run(kind, &call.path, Some("DEL"), &told) {
             say!("flannel: taking back a failed ADD: {undo}");
@@ -64,8 +65,8 @@ pub(super) fn add(
         if fresh {
             scratch.remove();
         }
-        error
-    })
+    }
+    done
 }
 
 /// DEL. Without the file there may be something all the same: it is not synced, and a container's interfaces share one.

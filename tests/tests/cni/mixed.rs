@@ -118,7 +118,7 @@ fn del_with(result: Option<&Value>, node: &Node<'_>, id: &str, chain: &[Stage]) 
         };
         let call = || node.call(&Call { plugin: &stage.plugin, ..Call::new("DEL", id) }, &conf);
         let mut output = call()?;
-        // Go's bridge before 1.2 stumbles over a chain that never was, at its very end: runtimes call again, and all is well.
+        // Go's bridge before 1.6 stumbles over a chain that never was, at its very end: runtimes call again, and all is well.
         if stage.plugin == format!("{DEBIAN}/bridge") && output.stdout.contains("does not exist") {
             output = call()?;
         }
