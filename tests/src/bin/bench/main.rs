@@ -11,6 +11,7 @@ mod docker_throughput;
 mod idle;
 mod table;
 mod throughput;
+mod udp;
 
 use std::process::ExitCode;
 
@@ -30,6 +31,7 @@ const ALL: &[Bench] = &[
     ("docker", "networks, containers and ports of Docker, beside its bridge driver", docker::run),
     ("docker-throughput", "containers of two engines, beside Docker's overlay", docker_throughput::run),
     ("throughput", "TCP between containers of two hosts, beside a plain routed veth pair", throughput::run),
+    ("udp", "TCP over the udp backend, beside vxlan and one packet for each system call", udp::run),
 ];
 
 fn main() -> ExitCode {

@@ -124,7 +124,8 @@ impl Place for Namespace {
     }
 }
 
-fn gigabits(from: &dyn Place, to: &str, streams: u32) -> Result<f64> {
+/// What iperf3 receives in a second, in Gb/s.
+pub(crate) fn gigabits(from: &dyn Place, to: &str, streams: u32) -> Result<f64> {
     let streams = streams.to_string();
     let said = from.out(&["iperf3", "-c", to, "-t", "1", "-A", "0", "-P", &streams, "-J"])?;
     let said: serde_json::Value = serde_json::from_str(&said)?;
