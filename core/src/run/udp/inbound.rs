@@ -63,7 +63,8 @@ impl Inbound {
 
     fn take(&mut self) {
         let table = self.lane.shared.table();
-        for received in std::mem::take(&mut self.received) {
+        let all = std::mem::take(&mut self.received);
+        for received in &all {
             let mut start = received.bytes.start;
             while start < received.bytes.end {
                 let end = (start + received.segment).min(received.bytes.end);
@@ -71,6 +72,8 @@ impl Inbound {
                 start = end;
             }
         }
+        // Its room is used again.
+        self.received = all;
         if let Err(error) = self.gather.flush(&self.buffer, &self.lane.queue) {
             self.refused.more(|| format!("the last one: {error}"));
         }
