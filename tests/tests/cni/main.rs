@@ -2,8 +2,10 @@
 
 mod bandwidth;
 mod delegates;
+mod faults;
 mod firewall;
 mod go;
+mod host_local;
 mod input;
 mod lifecycle;
 mod loopback;
@@ -12,6 +14,8 @@ mod node;
 mod pod;
 mod ports;
 mod ports_beside;
+mod remains;
 mod results;
 mod tuning;
+mod walk;
 mod wishes;

@@ -2,8 +2,19 @@
 
 use anyhow::{Result, ensure};
 use flannel_tests::{eventually, secs};
+use serde_json::{Value, json};
 
-use crate::node::Node;
+use crate::node::{Node, with};
+
+/// Everything a container can have of us: ports, limits, masquerading.
+pub(crate) fn rich() -> Value {
+    let conf = with(&Node::conf(), "cniVersion", json!("1.1.0"));
+    let ports = json!([{ "HostPort": 18080, "ContainerPort": 80, "Protocol": "tcp" },
+                       { "HostPort": 18053, "ContainerPort": 53, "Protocol": "udp" }]);
+    let limits = json!({ "IngressRate": 20_000_000, "IngressBurst": 4_294_967_295_u64,
+                         "EgressRate": 20_000_000, "EgressBurst": 4_294_967_295_u64 });
+    with(&conf, "runtimeConfig", json!({ "portMappings": ports, "bandwidth": limits }))
+}
 
 /// What is left of an ADD that was undone, beside what the network keeps (bridge, table, lock, markers).
 pub(crate) struct Remains(String);
@@ -17,8 +28,9 @@ pub(crate) fn look(node: &Node<'_>) -> Result<String> {
     // Made by the kernel when a port comes up, and kept as long as it likes.
     let network: Vec<&str> = network.lines().filter(|line| !line.contains("fe80::")).collect();
     let files = host.sh(
-        "find /var/lib/cni /run/flannel /run/cni /var/run/flannel -mindepth 1 ! -type d 2>/dev/null | grep -v -e /last_reserved_ip -e '/lock$' \
-         -e /boot_id -e /subnet -e '/results/' | sort; tc qdisc show | grep -v -e noqueue -e 'dev eth0' || true; ip -o link show type ifb; \
+        // One lock and one draft are the network's, however many containers it has.
+        "find /var/lib/cni /run/flannel -mindepth 1 ! -type d 2>/dev/null | grep -v -e /last_reserved_ip -e '/lock$' -e '/\\.draft$' \
+         -e '/\\.lock$' -e /boot_id -e /subnet -e '/results/' | sort; tc qdisc show | grep -v -e noqueue -e 'dev eth0' || true; ip -o link show type ifb; \
          for ns in $(ip netns list | cut -d' ' -f1); do echo \"$ns: $(ip -n $ns -o link 2>/dev/null | cut -d: -f2 | xargs)\"; done",
     )?;
     Ok(format!("{}\n--- files, shaping, namespaces\n{files}", network.join("\n")))
@@ -29,8 +41,8 @@ impl Remains {
     pub(crate) fn before(node: &Node<'_>) -> Result<Self> {
         // Whatever the network makes for the first container is the network's.
         node.container("first")?;
-        node.add("first", &Node::conf())?;
-        node.del("first", &Node::conf())?;
+        node.add("first", &rich())?;
+        node.del("first", &rich())?;
         node.host.sh("ip netns del first")?;
         Self::now(node)
     }
