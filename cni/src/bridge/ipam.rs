@@ -1,4 +1,4 @@
-//! Addresses from another plugin: executed as upstream does it, and its result read.
+//! Addresses from an address plugin: host-local is this process, any other one is executed as upstream does it.
 
 use flannel_core::decide::endpoint::EndpointRoute;
 use flannel_core::words::addr::InterfaceAddress;
@@ -6,11 +6,12 @@ use serde_json::Value;
 
 use super::network::Lease;
 use super::routes;
-use crate::args::Call;
+use crate::args::{Call, Verb};
 use crate::conf::Conf;
 use crate::delegate;
+use crate::host_local;
 use crate::json::{Object, field, list, object, text};
-use crate::result::CniError;
+use crate::result::{Answer, CniError};
 
 /// What an address plugin gave.
 #[derive(Clone, PartialEq, Debug)]
@@ -20,20 +21,25 @@ pub(super) struct Given {
     pub(super) dns: Object,
 }
 
-/// Has the plugin do what the call asks for. The answer is what it printed.
-pub(super) fn run(kind: &str, call: &Call, conf: &Conf, verb: Option<&str>) -> Result<Vec<u8>, CniError> {
-    delegate::run(kind, &call.path, verb, &Value::Object(conf.given.clone()))
+/// Has the plugin do what the call asks for.
+pub(super) fn run(kind: &str, call: &Call, conf: &Conf) -> Result<Answer, CniError> {
+    match kind {
+        "host-local" => host_local::run(call, conf),
+        other => {
+            let verb = Some(call.verb.name());
+            delegate::run(other, &call.path, verb, &Value::Object(conf.given.clone())).map(Answer::Printed)
+        }
+    }
 }
 
 /// Has the plugin give addresses.
 pub(super) fn add(kind: &str, call: &Call, conf: &Conf) -> Result<Given, CniError> {
-    let printed = run(kind, call, conf, None)?;
-    let read = serde_json::from_slice::<Object>(&printed)
-        .map_err(|error| CniError::decoding(error.to_string()))
-        .and_then(|result| read(&result))
-        .and_then(|given| match given.leases.is_empty() {
-            true => Err(CniError::config("IPAM plugin returned missing IP config")),
-            false => Ok(given),
+    let read =
+        object_of(run(kind, call, conf)?).and_then(|result| read(&result)).and_then(|given| {
+            match given.leases.is_empty() {
+                true => Err(CniError::config("IPAM plugin returned missing IP config")),
+                false => Ok(given),
+            }
         });
     read.map_err(|error| {
         let error = CniError { msg: format!("the result of the IPAM plugin {kind}: {}", error.msg), ..error };
@@ -43,9 +49,21 @@ pub(super) fn add(kind: &str, call: &Call, conf: &Conf) -> Result<Given, CniErro
 
 /// An ADD that fails later leaves no addresses behind.
 pub(super) fn take_back(kind: &str, call: &Call, conf: &Conf, error: CniError) -> CniError {
-    match run(kind, call, conf, Some("DEL")) {
+    let mut back = call.clone();
+    back.verb = Verb::Del;
+    match run(kind, &back, conf) {
         Ok(_) => error,
         Err(undo) => error.but_left(&undo),
+    }
+}
+
+fn object_of(answer: Answer) -> Result<Object, CniError> {
+    match answer {
+        Answer::Value(Value::Object(result)) => Ok(result),
+        Answer::Printed(bytes) => {
+            serde_json::from_slice(&bytes).map_err(|error| CniError::decoding(error.to_string()))
+        }
+        Answer::Value(_) | Answer::Nothing => Err(CniError::decoding("it is no object")),
     }
 }
 

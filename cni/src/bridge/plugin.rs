@@ -29,7 +29,7 @@ pub(crate) fn run(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
         Verb::Check => check(call, conf),
         Verb::Gc => gc(call, conf),
         Verb::Status => match addresses_from(conf)? {
-            Some(kind) => ipam::run(&kind, call, conf, None).map(|_| Answer::Nothing),
+            Some(kind) => ipam::run(&kind, call, conf).map(|_| Answer::Nothing),
             None => Ok(Answer::Nothing),
         },
     }
@@ -109,7 +109,7 @@ fn del(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
     }
     super::unlink(call, &conf.name, conf.previous.as_ref(), is("macspoofchk")?)?;
     if let Some(kind) = addresses_from(conf)? {
-        ipam::run(&kind, call, conf, None)?;
+        ipam::run(&kind, call, conf)?;
     }
     Ok(Answer::Nothing)
 }
@@ -118,7 +118,7 @@ fn check(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
     sandbox::refuse_own(call)?;
     let wish = Wish::read(&conf.given, "", conf, &CniArgs::parse(&call.args)?)?;
     if let Some(kind) = addresses_from(conf)? {
-        ipam::run(&kind, call, conf, None)?;
+        ipam::run(&kind, call, conf)?;
     }
     let network = network(conf, &wish)?;
     let leases: Vec<Lease> = match conf.previous.as_ref().and_then(Previous::read) {
@@ -142,7 +142,7 @@ fn gc(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
         Kernel::open()?.lift_stray_guards()?;
     }
     match addresses_from(conf)? {
-        Some(kind) => ipam::run(&kind, call, conf, None).map(|_| Answer::Nothing),
+        Some(kind) => ipam::run(&kind, call, conf).map(|_| Answer::Nothing),
         None => Ok(Answer::Nothing),
     }
 }

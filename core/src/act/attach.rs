@@ -351,6 +351,9 @@ fn prepare(host: &mut dyn World, shared: &Shared, spec: &EndpointSpec) -> Result
         if changes.is_empty() {
             return Ok(mac);
         }
+        if shared.bridge.options.vlan_filtering {
+            refuse_without_vlans(host, &changes, name)?;
+        }
         match host.apply(&changes).into_iter().collect::<Result<(), _>>() {
             Ok(()) if mac.is_some() => return Ok(mac),
             // The kernel made one up: look what it is.
@@ -359,14 +362,23 @@ fn prepare(host: &mut dyn World, shared: &Shared, spec: &EndpointSpec) -> Result
             Err(error) => failed = Some(error),
         }
     }
-    match failed {
-        Some(WorldError::Refused { source, .. })
-            if shared.bridge.options.vlan_filtering && source.raw_os_error() == Some(libc::EOPNOTSUPP) =>
-        {
+    Err(failed.map_or(AttachError::Unsettled { link: name }, AttachError::World))
+}
+
+/// A kernel that keeps no VLANs apart says so to the bridge, which is therefore asked before anything else is made. What
+/// else the bridge may say it says again, in its turn.
+fn refuse_without_vlans(
+    host: &mut dyn World,
+    changes: &[Change<'_>],
+    bridge: LinkName,
+) -> Result<(), AttachError> {
+    let about = |change: &&Change<'_>| change.fact().key() == Key::Link(bridge);
+    let first: Vec<_> = changes.iter().filter(about).copied().collect();
+    match host.apply(&first).into_iter().collect() {
+        Err(WorldError::Refused { source, .. }) if source.raw_os_error() == Some(libc::EOPNOTSUPP) => {
             Err(AttachError::NoVlans)
         }
-        Some(error) => Err(AttachError::World(error)),
-        None => Err(AttachError::Unsettled { link: name }),
+        Ok(()) | Err(_) => Ok(()),
     }
 }
 

@@ -1,6 +1,7 @@
 //! The CNI plugin as a runtime sees it: the built binary, called in namespaces as containerd, podman and CRI-O call it.
 
 mod bandwidth;
+mod bridge;
 mod delegates;
 mod faults;
 mod firewall;

@@ -166,11 +166,18 @@ impl Kernel {
         let since = Instant::now();
         loop {
             let here = settled("look at the addresses", address::dump(&mut self.socket, Some(seen.index)))?;
-            if let Some(taken) = here.iter().find(|address| address.duplicate()) {
-                let what = format!("{} is in use on this link already", taken.address.address());
+            // An address that failed stays tentative.
+            let pending = here.iter().any(|address| address.tentative() && !address.duplicate());
+            // The one that somebody chose says more than the link's own, which may fail first.
+            let mut taken: Vec<_> = here.iter().filter(|address| address.duplicate()).collect();
+            taken.sort_by_key(|address| is_link_local(address.address.address()));
+            if let Some(first) = taken.first()
+                && (!pending || !is_link_local(first.address.address()))
+            {
+                let what = format!("{} is in use on this link already", first.address.address());
                 return Err(WorldError::Unsupported { action: action(), what });
             }
-            if !here.iter().any(address::Seen::tentative) {
+            if !pending {
                 return Ok(());
             }
             if since.elapsed() >= at_most {
