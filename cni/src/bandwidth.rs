@@ -16,7 +16,7 @@ use crate::conf::Conf;
 use crate::json::{Object, asked, field, first_asked, number, object, text};
 use crate::previous;
 use crate::result::{Answer, CniError, Version};
-use crate::sandbox::Home;
+use crate::sandbox;
 
 /// Limits that were asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -228,7 +228,7 @@ fn describe(result: &mut Object, version: Version, funnel: &MadeFunnel) {
 /// The host's end of the container's interface, as the kernel knows it.
 pub(crate) fn host_end(call: &Call, host: &mut Kernel) -> Result<LinkName, CniError> {
     let link = call.link()?;
-    let mut inside = Kernel::open_inside(Home::open(call)?.inside)?;
+    let mut inside = Kernel::open_inside(sandbox::open(call)?)?;
     let none = |what: &str| CniError::config(format!("the container's interface {link} {what}"));
     let device = inside.device(link)?.ok_or_else(|| none("does not exist"))?;
     host.other_end(&device)?

@@ -14,7 +14,7 @@ use crate::json::first_asked;
 use crate::ports::{self, Place, PortMappings, Withdrawn};
 use crate::previous::Previous;
 use crate::result::{Attached, CniError};
-use crate::sandbox::Home;
+use crate::sandbox;
 use crate::tuning::Settings;
 
 /// What is asked for; read before anything is made, so that what cannot be read harms nothing.
@@ -59,7 +59,7 @@ impl Extras {
         let owner = call.attachment()?;
         let [bridge, end, _] = &attached.interfaces;
         if !self.settings.is_empty() {
-            self.settings.set(&mut Kernel::open_inside(Home::open(call)?.inside)?)?;
+            self.settings.set(&mut Kernel::open_inside(sandbox::open(call)?)?)?;
         }
         if let Some(policy) = self.policy {
             firewall::isolate(&mut Kernel::open()?, bridge.name, Some(end.name), policy)?;
@@ -98,7 +98,7 @@ impl Extras {
     pub(crate) fn check(&self, call: &Call, conf: &Conf) -> Result<Vec<String>, CniError> {
         let mut missing = Vec::new();
         if !self.settings.is_empty() {
-            let mut inside = Kernel::open_inside(Home::open(call)?.inside)?;
+            let mut inside = Kernel::open_inside(sandbox::open(call)?)?;
             missing.extend(self.settings.missing(&mut inside)?);
         }
         if let Some(policy) = self.policy

@@ -13,7 +13,12 @@ use crate::result::CniError;
 
 /// Opens the container's namespace.
 pub(crate) fn open(call: &Call) -> Result<Namespace, CniError> {
-    Namespace::open(Path::new(&call.netns)).map_err(|error| unusable(call, &error))
+    in_place(call).map_err(|error| unusable(call, &error))
+}
+
+/// To be entered by this thread, which is the only one: to start another costs more than all of CHECK.
+fn in_place(call: &Call) -> io::Result<Namespace> {
+    Namespace::open(Path::new(&call.netns))?.in_place()
 }
 
 /// The namespace of a container to be: held by who works in it, and by who makes interfaces in it from outside.
@@ -24,7 +29,7 @@ pub(crate) struct Home {
 
 impl Home {
     pub(crate) fn open(call: &Call) -> Result<Self, CniError> {
-        let inside = open(call)?.in_place().map_err(|error| unusable(call, &error))?;
+        let inside = open(call)?;
         let beside = inside.try_clone().map_err(|error| unusable(call, &error))?;
         Ok(Self { inside, beside })
     }
@@ -35,7 +40,7 @@ pub(crate) fn find(call: &Call) -> Option<Kernel> {
     if call.netns.is_empty() || is_own(call) {
         return None;
     }
-    let namespace = Namespace::open(Path::new(&call.netns)).ok()?;
+    let namespace = in_place(call).ok()?;
     Kernel::open_inside(namespace).inspect_err(|error| say!("flannel: taken for gone: {}", chain(error))).ok()
 }
 

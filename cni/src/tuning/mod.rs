@@ -21,7 +21,7 @@ use crate::conf::Conf;
 use crate::json::{Object, asked, field, flag, number, text};
 use crate::previous;
 use crate::result::{Answer, CniError};
-use crate::sandbox::{self, Home};
+use crate::sandbox;
 
 /// Where upstream keeps what an interface was like before.
 const DATA_DIR: &str = "/run/cni/tuning";
@@ -42,7 +42,7 @@ fn add(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
     let (settings, turn) = (Settings::read(conf, link)?, turn(call, conf)?);
     let mut result = previous::required(conf)?;
     sandbox::refuse_own(call)?;
-    let mut inside = Kernel::open_inside(Home::open(call)?.inside)?;
+    let mut inside = Kernel::open_inside(sandbox::open(call)?)?;
     if !settings.is_empty() {
         settings.set(&mut inside)?;
     }
@@ -76,7 +76,7 @@ fn check(call: &Call, conf: &Conf) -> Result<Answer, CniError> {
     let (settings, turn) = (Settings::read(conf, link)?, turn(call, conf)?);
     previous::required(conf)?;
     sandbox::refuse_own(call)?;
-    let mut inside = Kernel::open_inside(Home::open(call)?.inside)?;
+    let mut inside = Kernel::open_inside(sandbox::open(call)?)?;
     let mut missing = if settings.is_empty() { Vec::new() } else { settings.missing(&mut inside)? };
     let device = inside.device(link)?.ok_or_else(|| no_link(link))?;
     let is_other = |wanted: Option<bool>, is: bool| wanted.is_some_and(|wanted| wanted != is);
