@@ -31,6 +31,11 @@ pub(crate) struct Ipam {
     resolv_conf: Option<PathBuf>,
 }
 
+/// What a file in the form of resolv.conf(5) says; nothing without one.
+pub(crate) fn dns(resolv_conf: Option<&Path>) -> Result<Object, CniError> {
+    resolv_conf.map_or_else(|| Ok(Map::new()), resolv::read)
+}
+
 impl Ipam {
     /// The ranges of the capability first, then a subnet in the old style, then the list.
     pub(crate) fn read(ipam: &Object, conf: &Conf) -> Result<Self, CniError> {
@@ -76,7 +81,7 @@ impl Ipam {
 
     /// What the file says that the configuration names.
     pub(crate) fn dns(&self) -> Result<Object, CniError> {
-        self.resolv_conf.as_deref().map_or_else(|| Ok(Map::new()), resolv::read)
+        dns(self.resolv_conf.as_deref())
     }
 }
 

@@ -73,12 +73,14 @@ impl<'a> FlannelConf<'a> {
 
     /// The `ipam` part, of which only what a node's lease leaves open can be asked for.
     pub(crate) fn ipam(&self) -> Result<&Object, CniError> {
-        const SETTLED: [&str; 5] = ["subnet", "rangeStart", "rangeEnd", "gateway", "resolvConf"];
+        const SETTLED: [&str; 4] = ["subnet", "rangeStart", "rangeEnd", "gateway"];
         let refused = first_asked(&self.ipam, &SETTLED).map(|key| format!("ipam.{key}")).or_else(|| {
             first_asked(&self.common.runtime, &["ipRanges"]).map(|key| format!("runtimeConfig.{key}"))
         });
         match refused {
-            Some(key) => Err(CniError::unsupported(format!("{key} is not supported"))),
+            Some(key) => Err(CniError::unsupported(format!(
+                "{key} is not supported: the node's lease says which addresses there are"
+            ))),
             None => Ok(&self.ipam),
         }
     }

@@ -9,6 +9,7 @@ mod upkeep;
 
 use std::io::ErrorKind;
 use std::net::IpAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use flannel_core::act::attach::OtherAddresses;
@@ -26,7 +27,8 @@ use crate::bridge::{self, Network, Spared, check, routes, wish::Wish};
 use crate::conf::Conf;
 use crate::extras::Extras;
 use crate::go_leftovers;
-use crate::json::flag;
+use crate::host_local;
+use crate::json::{flag, text};
 use crate::result::{Answer, CniError};
 use crate::sandbox;
 use conf::{FlannelConf, Worker};
@@ -170,11 +172,15 @@ fn check(call: &Call, conf: &FlannelConf<'_>) -> Result<Answer, CniError> {
 
 /// The node's bridge network, as the agent and this configuration want it.
 fn network(call: &Call, conf: &FlannelConf<'_>, env: &SubnetEnv) -> Result<(Network, Wish), CniError> {
-    let wish = Wish::read(&conf.delegate, "delegate.", conf.common, &CniArgs::parse(&call.args)?)?;
+    let mut wish = Wish::read(&conf.delegate, "delegate.", conf.common, &CniArgs::parse(&call.args)?)?;
+    let ipam = conf.ipam()?;
+    if wish.dns.is_empty() {
+        wish.dns = host_local::dns(text(ipam, "resolvConf")?.as_deref().map(Path::new))?;
+    }
     let name = conf.network();
     let bridge = marker::settle_bridge(&conf.subnet_file, wish.bridge, name.bridge())
         .map_err(|error| CniError::config(chain(&error)))?;
-    let given = routes::read(conf.ipam()?, "routes", "ipam")?;
+    let given = routes::read(ipam, "routes", "ipam")?;
     let networks = env.networks.iter().copied().map(EndpointRoute::to);
     let spared =
         || Spared { table: masquerade_table(bridge), networks: env.networks.clone(), accumulate: false };

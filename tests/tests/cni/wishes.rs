@@ -234,3 +234,25 @@ fn masquerading_is_one_static_table() {
         node.del("c2", &conf)
     });
 }
+
+#[test]
+fn name_servers_come_from_the_configuration_or_from_a_file() {
+    in_lab(one_host("cnidns"), |lab| {
+        let node = Node::new(lab.host(1))?;
+        lab.host(1).write("/run/resolv.conf", "nameserver 10.244.0.10\nsearch a.example\n")?;
+        let from_file = with(&Node::conf(), "ipam", json!({ "resolvConf": "/run/resolv.conf" }));
+        node.container("c1")?;
+        let dns = node.add("c1", &from_file)?["dns"].clone();
+        ensure!(dns == json!({ "nameservers": ["10.244.0.10"], "search": ["a.example"] }), "{dns}");
+        node.del("c1", &from_file)?;
+        let given = with(&from_file, "dns", json!({ "nameservers": ["192.0.2.53"] }));
+        let dns = node.add("c1", &given)?["dns"].clone();
+        ensure!(dns == json!({ "nameservers": ["192.0.2.53"] }), "{dns}");
+        node.del("c1", &given)?;
+        let absent = with(&Node::conf(), "ipam", json!({ "resolvConf": "/run/none" }));
+        let (code, text) = error(&node.call(&Call::new("ADD", "c1"), &absent)?)?;
+        ensure!(code == 7 && text.contains("/run/none"), "{code} {text}");
+        ensure!(node.ledger()?.is_empty(), "{:?}", node.ledger()?);
+        Ok(())
+    });
+}
