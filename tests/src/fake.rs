@@ -11,7 +11,7 @@ use flannel_core::touch::world::{World, WorldError};
 use flannel_core::words::addr::{Family, Mac};
 use flannel_core::words::fact::{
     Accept, Address, Change, Fact, Facts, Forward, Key, Link, LinkKind, LinkModes, PortVlans, Route,
-    RouteScope, Sysctl,
+    RouteProtocol, RouteScope, Sysctl,
 };
 use flannel_core::words::name::LinkName;
 use flannel_core::words::territory::Territory;
@@ -149,7 +149,7 @@ impl FakeWorld {
             Fact::Sysctl(Sysctl { link: Some(link), .. }) => {
                 self.link(*link).ok_or(libc::ENOENT)?;
             }
-            Fact::Sysctl(_) | Fact::Table(_) | Fact::Accept(_) | Fact::Guard(_) => {}
+            Fact::Sysctl(_) | Fact::Table(_) | Fact::Accept(_) | Fact::Guard(_) | Fact::Blackhole(_) => {}
         }
         self.facts.set(fact.clone());
         Ok(())
@@ -390,6 +390,9 @@ impl FakeWorld {
                 Fact::Forward(forward) => ours.contains(&forward.link),
                 Fact::Route(route) => territory.holds_route(&ours, route),
                 Fact::Table(table) => territory.holds_table(&table.name),
+                Fact::Blackhole(blackhole) => {
+                    territory.holds_blackhole(&blackhole.destination, RouteProtocol::FLANNEL)
+                }
                 Fact::Accept(Accept { cidr }) => territory.accepts && territory.cidrs.contains(cidr),
                 Fact::Sysctl(_) => false,
             })

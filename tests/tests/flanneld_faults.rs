@@ -609,7 +609,7 @@ fn everything(host: &Host) -> Result<String> {
 // ---- the command line ----
 
 #[test]
-fn what_is_not_built_is_refused_by_name() {
+fn what_cannot_be_served_is_refused_by_name() {
     let Ok(flanneld) = binaries::path("flanneld") else { panic!("flanneld is not built") };
     let run = |arguments: &[&str], env: &[(&str, &str)]| {
         let envs: BTreeMap<_, _> = env.iter().copied().collect();
@@ -619,10 +619,15 @@ fn what_is_not_built_is_refused_by_name() {
         (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned(), said)
     };
     for (arguments, env, named) in [
-        (&["--kube-subnet-mgr"][..], &[][..], "--kube-subnet-mgr is not built yet"),
-        (&["-iface-regex=eth.*"], &[], "--iface-regex is not built yet"),
-        (&["-ip-masq", "--ip-blackhole-route=true"], &[], "--ip-blackhole-route is not built yet"),
-        (&[], &[("FLANNELD_IFACE_CAN_REACH", "fd00::1")], "FLANNELD_IFACE_CAN_REACH is not built yet"),
+        (&["--kube-subnet-mgr"][..], &[][..], "--kube-subnet-mgr belongs to the Kubernetes store"),
+        (&["-ip-masq", "--kubeconfig-file=/x"], &[], "--kubeconfig-file belongs to the Kubernetes store"),
+        (&[], &[("FLANNELD_VMODULE", "main=3")], "FLANNELD_VMODULE names source files"),
+        (&["-iface-regex=eth("], &[], "--iface-regex"),
+        (&[], &[("FLANNELD_IFACE_CAN_REACH", "eth0")], "FLANNELD_IFACE_CAN_REACH"),
+        (&["--iptables-resync=0"], &[], "--iptables-resync"),
+        (&["--ip-masq", "false"], &[], "'false'"),
+        (&["--etcd-username=root"], &[], "--etcd-password"),
+        (&["completions", "tcsh"], &[], "tcsh"),
         (&["--no-such-flag"], &[], "--no-such-flag"),
         (&["--subnet-lease-renew-margin=0"], &[], "--subnet-lease-renew-margin"),
         (&[], &[("FLANNELD_SUBNET_LEASE_RENEW_MARGIN", "1440")], "FLANNELD_SUBNET_LEASE_RENEW_MARGIN"),
@@ -635,6 +640,8 @@ fn what_is_not_built_is_refused_by_name() {
     }
     let (code, stdout, _) = run(&["-version"], &[]);
     assert!(code == Some(0) && stdout.contains(env!("CARGO_PKG_VERSION")), "{code:?} {stdout}");
+    let (code, stdout, _) = run(&["completions", "bash"], &[]);
+    assert!(code == Some(0) && stdout.contains("complete -F _flanneld"), "{stdout}");
     let (code, stdout, _) = run(&["--help"], &[]);
     assert!(
         code == Some(0) && stdout.contains("--etcd-endpoints") && stdout.contains("--cleanup"),

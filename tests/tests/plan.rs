@@ -70,7 +70,9 @@ struct Case {
     leases: LeaseSet,
     bridge: Option<LinkName>,
     masquerade: bool,
+    fully_random: bool,
     forward: bool,
+    blackhole: bool,
     isolated_from: BTreeSet<Prefix>,
     exposure: Option<Exposure>,
 }
@@ -95,7 +97,9 @@ impl Case {
             leases,
             bridge: None,
             masquerade: false,
+            fully_random: true,
             forward: false,
+            blackhole: false,
             isolated_from: BTreeSet::new(),
             exposure: None,
         }
@@ -117,7 +121,9 @@ impl Case {
             leases: &self.leases,
             bridge: self.bridge,
             masquerade: self.masquerade,
+            fully_random: self.fully_random,
             forward: self.forward,
+            blackhole: self.blackhole,
             isolated_from: &self.isolated_from,
             exposure: self.exposure.as_ref(),
         })
@@ -417,6 +423,30 @@ fn vxlan_behind_nat_sends_from_an_address_that_this_host_has() {
     let device = case.plan().facts.iter().map(|fact| fact.to_string()).find(|fact| fact.contains("vxlan"));
     let device = device.unwrap();
     assert!(device.contains("192.168.100.1") && !device.contains("203.0.113.7"), "{device}");
+}
+
+#[test]
+fn a_subnet_that_nothing_takes_leads_nowhere_if_that_is_wanted() {
+    let mut case = Case::new(VXLAN, "10.100.5.0-24");
+    let without = case.plan();
+    case.blackhole = true;
+    let with = case.plan();
+    let more: Vec<_> =
+        with.facts.iter().filter(|fact| !without.facts.iter().any(|other| other == *fact)).collect();
+    let lines: Vec<_> = more.iter().map(|fact| fact.to_string()).collect();
+    assert_eq!(lines, ["ip route replace blackhole 10.100.5.0/24 metric 65535 proto 70"]);
+    assert_eq!(with.territory, without.territory, "without the flag it is removed");
+}
+
+#[test]
+fn source_ports_are_random_unless_that_is_disabled() {
+    let mut case = Case::new(VXLAN, "10.100.5.0-24");
+    case.masquerade = true;
+    let rules = case.plan().facts.to_string();
+    assert!(rules.matches("masquerade fully-random").count() == 2, "{rules}");
+    case.fully_random = false;
+    let rules = case.plan().facts.to_string();
+    assert!(rules.matches("masquerade").count() == 2 && !rules.contains("fully-random"), "{rules}");
 }
 
 #[test]

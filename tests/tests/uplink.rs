@@ -28,13 +28,13 @@ fn interfaces() -> Result<()> {
 }
 
 fn flags(ifaces: &[&str]) -> Sought {
-    let ifaces: Vec<_> = ifaces.iter().map(|iface| (*iface).to_owned()).collect();
-    Sought::by(UplinkChoice::of_flags(&ifaces).unwrap())
+    let ifaces: Vec<_> = ifaces.iter().map(|iface| iface.parse().unwrap()).collect();
+    Sought::by(UplinkChoice::of_flags(&ifaces, &[], None))
 }
 
 /// For a network of IPv4 only.
 fn choose(kernel: &mut Kernel, sought: &Sought) -> Result<Uplink, UplinkError> {
-    uplink::choose(kernel, sought, &[Family::V4])
+    uplink::choose(kernel, sought, &[Family::V4]).map(|pick| pick.uplink)
 }
 
 #[test]
@@ -81,10 +81,47 @@ fn an_interface_is_found_by_name_and_by_address() {
             ensure!(uplink::read(&mut kernel, b0.link, sought, &[Family::V4])? == b0);
         }
         let error = choose(&mut kernel, &flags(&["nowhere", "203.0.113.1"])).unwrap_err().to_string();
-        ensure!(error.contains("no interface matches nowhere or 203.0.113.1; there are: a0 ["), "{error}");
+        let tried = "--iface nowhere: there is none of this name; --iface 203.0.113.1: no interface has this address; there are: a0 [";
+        ensure!(error.contains(tried), "{error}");
         sh("ip addr flush dev b0")?;
         let error = choose(&mut kernel, &flags(&["b0"])).unwrap_err().to_string();
-        ensure!(error == "interface b0 has no usable IPv4 address", "{error}");
+        ensure!(
+            error.contains("--iface b0: interface b0 has no usable IPv4 address; there are: "),
+            "{error}"
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn the_kernel_says_by_which_interface_an_address_is_reached() {
+    alone(|| {
+        interfaces()?;
+        sh("ip route add 203.0.113.0/24 via 198.51.100.254 dev b0 src 198.51.100.2
+            ip route add blackhole 203.0.113.9; ip route add 203.0.113.64/26 dev a0
+            ip -6 route add 2001:db8:9::/48 via 2001:db8::ff dev a0")?;
+        let mut kernel = Kernel::open()?;
+        let toward = |address: &str| Sought::by(UplinkChoice::of_flags(&[], &[], address.parse().ok()));
+        let b0 = choose(&mut kernel, &toward("203.0.113.1"))?;
+        ensure!(b0.link.as_str() == "b0" && b0.v4 == Some("198.51.100.2/24".parse()?), "{b0:?}");
+        ensure!(uplink::read(&mut kernel, b0.link, &toward("203.0.113.1"), &[Family::V4])? == b0);
+        let a0 = choose(&mut kernel, &toward("203.0.113.65"))?;
+        ensure!(a0.link.as_str() == "a0" && a0.v4 == Some("192.0.2.1/24".parse()?), "{a0:?}");
+        let v6 = uplink::choose(&mut kernel, &toward("2001:db8:9::1"), &Family::BOTH)?;
+        ensure!(v6.uplink.link.as_str() == "a0" && v6.why == "by --iface-can-reach 2001:db8:9::1", "{v6:?}");
+        ensure!(v6.uplink.v6 == Some("2001:db8::1/64".parse()?), "{v6:?}");
+        for (address, reason) in [
+            ("203.0.113.9", "this host has no route to it"),
+            ("8.8.8.8", "this host has no route to it"),
+            ("2001:db8:a::1", "this host has no route to it"),
+            ("192.0.2.1", "it is this host's own address"),
+        ] {
+            let error = choose(&mut kernel, &toward(address)).unwrap_err().to_string();
+            ensure!(
+                error.contains(&format!("--iface-can-reach {address}: {reason}; there are: ")),
+                "{error}"
+            );
+        }
         Ok(())
     });
 }
@@ -97,13 +134,13 @@ fn ipv6_has_an_uplink_of_its_own_only_where_there_is_no_ipv4() {
             ip -6 route add default via 2001:db8:b::ff dev b0; ip route add default via 192.0.2.254 dev a0")?;
         let mut kernel = Kernel::open()?;
         // The kernel lists the newest first.
-        let both = uplink::choose(&mut kernel, &flags(&[]), &Family::BOTH)?;
+        let both = uplink::choose(&mut kernel, &flags(&[]), &Family::BOTH)?.uplink;
         ensure!(both.link.as_str() == "a0" && both.v6 == Some("2001:db8::2/64".parse()?), "{both:?}");
-        let only = uplink::choose(&mut kernel, &flags(&[]), &[Family::V6])?;
+        let only = uplink::choose(&mut kernel, &flags(&[]), &[Family::V6])?.uplink;
         ensure!(only.link.as_str() == "b0" && only.v6 == Some("2001:db8:b::1/64".parse()?), "{only:?}");
         let public = Sought { public_v6: Some("2001:db8::1".parse()?), ..flags(&[]) };
         for sought in [&flags(&["2001:db8::1"]), &public] {
-            let named = uplink::choose(&mut kernel, sought, &Family::BOTH)?;
+            let named = uplink::choose(&mut kernel, sought, &Family::BOTH)?.uplink;
             ensure!(named.link.as_str() == "a0" && named.v6 == Some("2001:db8::1/64".parse()?), "{named:?}");
             ensure!(named.v4 == Some("192.0.2.1/24".parse()?), "{named:?}");
         }

@@ -10,7 +10,7 @@ use crate::words::addr::{Family, InterfaceAddress, Prefix};
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
 use crate::words::exposure::Exposure;
-use crate::words::fact::{BridgePort, Fact, Facts, Link, LinkKind, LinkModes, Sysctl};
+use crate::words::fact::{Blackhole, BridgePort, Fact, Facts, Link, LinkKind, LinkModes, Sysctl};
 use crate::words::lease::{LeaseSet, OwnLease};
 use crate::words::name::{LinkName, NetworkName};
 use crate::words::node::{HostRoute, Node};
@@ -36,8 +36,12 @@ pub struct Inputs<'a> {
     pub bridge: Option<LinkName>,
     /// Give what leaves the network the node's address (`--ip-masq`).
     pub masquerade: bool,
+    /// Choose the source ports of that at random (not with `--ip-masq-fully-random-disable`).
+    pub fully_random: bool,
     /// Accept what is forwarded from and to the network (`--iptables-forward-rules`).
     pub forward: bool,
+    /// Throw away what is sent to our own subnet while nothing here takes it (`--ip-blackhole-route`).
+    pub blackhole: bool,
     /// CIDRs of this node's other networks, which this one must not reach.
     pub isolated_from: &'a BTreeSet<Prefix>,
     /// What is particular about this node's endpoints; none if that is another program's to say.
@@ -99,6 +103,12 @@ pub fn plan(inputs: &Inputs<'_>) -> Result<Plan, PlanError> {
         plan_bridge(bridge, mtu, &scene, &mut draft);
     }
 
+    if inputs.blackhole {
+        for Range { subnet, .. } in &ranges {
+            draft.add(Fact::Blackhole(Blackhole { destination: *subnet }));
+        }
+    }
+
     let Draft { facts, findings, tunnel } = draft;
     let territory = territory(inputs, &facts);
     Ok(Plan { facts, tunnel, territory, findings, mtu, ranges })
@@ -118,7 +128,7 @@ fn plan_firewall(inputs: &Inputs<'_>, ranges: &[Range], draft: &mut Draft) {
         network: inputs.network,
         ranges,
         masquerade: inputs.masquerade,
-        fully_random: true,
+        fully_random: inputs.fully_random,
         forward: inputs.forward,
         isolated_from: inputs.isolated_from,
         forward_chains: &inputs.node.forward_chains,

@@ -12,28 +12,29 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use crate::touch::uplink::{Pattern, Wanted};
 use crate::words::secret::Secret;
-use clap::{Args, CommandFactory, FromArgMatches, Parser};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 pub use self::go_syntax::Environment;
 
 /// Where etcd is looked for when nobody says.
 pub const DEFAULT_ENDPOINTS: &str = "http://127.0.0.1:4001,http://127.0.0.1:2379";
 
-/// Upstream's flags that are not built yet.
-const NOT_BUILT: &[&str] = &[
-    "iface-regex",
-    "iface-can-reach",
-    "ip-masq-fully-random-disable",
-    "ip-blackhole-route",
-    "kube-subnet-mgr",
-    "kube-api-url",
-    "kubeconfig-file",
-    "kube-annotation-prefix",
-    "net-config-path",
-    "set-node-network-unavailable",
-    "vmodule",
-    "log_backtrace_at",
+const KUBE: &str =
+    "belongs to the Kubernetes store, which is not built yet in this version; leases live in etcd";
+const KLOG: &str = "names source files of the Go program; here -v LEVEL or RUST_LOG=flannel_core::run=debug says what is logged";
+
+/// Upstream's flags that are refused, and why.
+const REFUSED: &[(&str, &str)] = &[
+    ("kube-subnet-mgr", KUBE),
+    ("kube-api-url", KUBE),
+    ("kubeconfig-file", KUBE),
+    ("kube-annotation-prefix", KUBE),
+    ("net-config-path", KUBE),
+    ("set-node-network-unavailable", KUBE),
+    ("vmodule", KLOG),
+    ("log_backtrace_at", KLOG),
 ];
 
 /// Flags that flanneld and the Docker plugin share.
@@ -48,31 +49,41 @@ pub struct CommonFlags {
     pub etcd_prefix: String,
 
     /// Private key of our certificate for etcd
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "etcd_certfile")]
     pub etcd_keyfile: Option<PathBuf>,
 
     /// Our certificate for etcd
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "etcd_keyfile")]
     pub etcd_certfile: Option<PathBuf>,
 
-    /// Authority that signed etcd's certificate
+    /// Authority that signed etcd's certificate; for https without it, the system's
     #[arg(long, value_name = "FILE")]
     pub etcd_cafile: Option<PathBuf>,
 
     /// User name for etcd
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", requires = "etcd_password")]
     pub etcd_username: Option<String>,
 
     /// Password for etcd; better given as FLANNELD_ETCD_PASSWORD
-    #[arg(long, value_name = "PASSWORD", value_parser = |text: &str| Ok::<_, String>(Secret::new(text.to_owned())))]
+    #[arg(long, value_name = "PASSWORD", requires = "etcd_username", value_parser = |text: &str| Ok::<_, String>(Secret::new(text.to_owned())))]
     pub etcd_password: Option<Secret<String>>,
 
-    /// Interface to reach the other hosts by, by name or by address; the first that exists is taken
+    /// Interface to reach the other hosts by, by name or by address. May be repeated: the first that exists and has an
+    /// address is taken. Without this and the next two flags: the interface that has --public-ip, else that of the default
+    /// route
     #[arg(long, value_name = "NAME|IP")]
-    pub iface: Vec<String>,
+    pub iface: Vec<Wanted>,
+
+    /// Expression (RE2, unanchored) for the interface's address or name, after --iface. May be repeated
+    #[arg(long, value_name = "REGEX", value_parser = go_syntax::parse_pattern)]
+    pub iface_regex: Vec<Pattern>,
+
+    /// Take the interface, and the source address, by which packets to this address leave; after --iface-regex
+    #[arg(long, value_name = "IP")]
+    pub iface_can_reach: Option<IpAddr>,
 
     /// Address at which the other hosts reach this one
-    #[arg(long, value_name = "IP")]
+    #[arg(long, value_name = "IP", value_parser = go_syntax::parse_public_ip)]
     pub public_ip: Option<Ipv4Addr>,
 
     /// The same for IPv6, in a network with EnableIPv6
@@ -91,9 +102,17 @@ pub struct CommonFlags {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true", value_parser = go_syntax::parse_bool)]
     pub ip_masq: bool,
 
+    /// Let the kernel keep source ports where it can when it masquerades, instead of choosing them at random
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true", value_parser = go_syntax::parse_bool)]
+    pub ip_masq_fully_random_disable: bool,
+
     /// Accept forwarded traffic from and to the network
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = true, default_missing_value = "true", value_parser = go_syntax::parse_bool)]
     pub iptables_forward_rules: bool,
+
+    /// Throw away what is sent to this host's subnet while no bridge of it is up, instead of sending it back where it came from
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true", value_parser = go_syntax::parse_bool)]
+    pub ip_blackhole_route: bool,
 
     /// Seconds between two looks at the kernel when it reports no change (changes are repaired at once)
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..86_400))]
@@ -145,7 +164,7 @@ pub fn parse<P: Parser + CommandFactory + FromArgMatches>(
     environment: &Environment,
 ) -> Result<P, Refusal> {
     let command = P::command().after_help(AFTER_HELP);
-    let arguments = go_syntax::normalize(arguments, environment, &command, NOT_BUILT).map_err(|text| {
+    let arguments = go_syntax::normalize(arguments, environment, &command, REFUSED).map_err(|text| {
         Refusal { text: format!("{}: {text}\n\nTry --help.\n", command.get_name()), status: 2 }
     })?;
     let matches = command.try_get_matches_from(arguments.line).map_err(|error| {
@@ -157,6 +176,46 @@ pub fn parse<P: Parser + CommandFactory + FromArgMatches>(
         Refusal { text: format!("{error}{from}"), status }
     })?;
     P::from_arg_matches(&matches).map_err(|error| Refusal { text: error.to_string(), status: 2 })
+}
+
+/// The command line of flanneld.
+#[derive(Parser, Debug)]
+#[command(
+    name = "flanneld",
+    version,
+    about = "Leases this host a subnet of a flannel network and makes the kernel carry its packets to the other hosts",
+    subcommand_negates_reqs = true,
+    disable_help_subcommand = true
+)]
+pub struct FlanneldFlags {
+    /// Flags.
+    #[command(flatten)]
+    pub common: CommonFlags,
+
+    /// Remove everything that flannel made on this host (devices, routes, rules, files, lease), and end
+    #[arg(long)]
+    pub cleanup: bool,
+
+    /// What to do instead of serving.
+    #[command(subcommand)]
+    pub errand: Option<Errand>,
+}
+
+/// What flanneld does besides serving.
+#[derive(Subcommand, Clone, Debug)]
+pub enum Errand {
+    /// Print the completions of a shell; for bash: source <(flanneld completions bash)
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// The completions of a shell for flanneld, as its script.
+pub fn completions(shell: clap_complete::Shell) -> Vec<u8> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut FlanneldFlags::command(), "flanneld", &mut script);
+    script
 }
 
 const AFTER_HELP: &str = "Flags may be written with one dash or two, and each may be given as a variable instead: \
@@ -199,4 +258,54 @@ pub fn start_logging(verbosity: u8) {
         .with_ansi(false)
         .with_target(false)
         .init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The page follows from the flags. `UPDATE_MAN=1 cargo nextest run -p flannel-core the_manual_page` writes it anew.
+    #[test]
+    fn the_manual_page_is_what_the_flags_are() {
+        let mut page = Vec::new();
+        let command = FlanneldFlags::command().after_help(AFTER_HELP);
+        clap_mangen::Man::new(command).section("8").render(&mut page).unwrap();
+        let page = String::from_utf8(page).unwrap();
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/man/flanneld.8");
+        if std::env::var_os("UPDATE_MAN").is_some() {
+            std::fs::write(path, &page).unwrap();
+        }
+        let written = std::fs::read_to_string(path).unwrap_or_default();
+        assert!(
+            written == page,
+            "docs/man/flanneld.8 is not what the flags are; write it anew with UPDATE_MAN=1"
+        );
+        for flag in FlanneldFlags::command().get_arguments().filter_map(|argument| argument.get_long()) {
+            assert!(page.contains(&flag.replace('-', "\\-")), "{flag}");
+        }
+    }
+
+    #[test]
+    fn shells_complete_every_flag() {
+        use clap_complete::Shell;
+        for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+            let script = String::from_utf8(completions(shell)).unwrap();
+            for flag in FlanneldFlags::command().get_arguments().filter_map(|argument| argument.get_long()) {
+                assert!(script.contains(flag), "{shell}: {flag}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_errand_goes_with_the_environment() {
+        let environment = Environment([("FLANNELD_ETCD_PREFIX".to_owned(), "/env".to_owned())].into());
+        let line = ["flanneld", "completions", "bash"].map(str::to_owned);
+        let flags: FlanneldFlags = parse(line, &environment).unwrap();
+        assert_eq!(flags.common.etcd_prefix, "/env");
+        assert!(matches!(flags.errand, Some(Errand::Completions { shell: clap_complete::Shell::Bash })));
+        // Nothing that a variable could have left behind takes everything away.
+        let environment = Environment([("FLANNELD_CLEANUP".to_owned(), "true".to_owned())].into());
+        let flags: FlanneldFlags = parse(["flanneld".to_owned()], &environment).unwrap();
+        assert!(!flags.cleanup);
+    }
 }

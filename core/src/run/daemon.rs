@@ -1,12 +1,14 @@
 //! flanneld's life: one agent for the default network, health server, signals, systemd.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use anyhow::Context;
+use sd_notify::{NotifyState, notify};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use super::agent::Agent;
+use super::agent::{Agent, Status};
 use super::cli::CommonFlags;
 use super::health::{self, Counters};
 use super::settings::AgentSettings;
@@ -26,27 +28,78 @@ pub fn serve(flags: &CommonFlags) -> anyhow::Result<()> {
             })?;
         }
         let (_isolation, isolated_from) = watch::channel(BTreeSet::new());
-        let agent = Agent::spawn(settings(flags, &setup::etcd(flags)?, counters, isolated_from)?);
+        let store = setup::etcd(flags)?;
+        store.counted_by(counters.clone());
+        let agent = Agent::spawn(settings(flags, &store, counters, isolated_from)?);
         let mut status = agent.status();
-        let mut told = false;
+        let mut systemd = Systemd::default();
+        // A watchdog that nobody set is never due.
+        let watchdog = sd_notify::watchdog_enabled().map(|limit| limit / 2);
+        let mut beat = tokio::time::interval(watchdog.unwrap_or(Duration::from_secs(3600)));
+        systemd.tell(&status.borrow_and_update().clone());
         loop {
             tokio::select! {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
+                _ = beat.tick() => systemd.beat(watchdog.is_some()),
                 changed = status.changed() => {
                     changed.context("the agent ended by itself")?;
-                    if status.borrow_and_update().ready && !std::mem::replace(&mut told, true) {
-                        tracing::info!("flannel is ready");
-                        // Without systemd there is nobody to tell.
-                        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-                    }
+                    systemd.tell(&status.borrow_and_update().clone());
                 }
             }
         }
+        systemd.stopping();
         agent.stop().await;
         tracing::info!("Exiting cleanly...");
         Ok(())
     })
+}
+
+/// What a service manager is told (sd_notify(3)). Without one there is nobody to tell, and failures are nobody's.
+#[derive(Default)]
+struct Systemd {
+    ready: bool,
+    told: String,
+}
+
+impl Systemd {
+    /// How the agent stands; ready once.
+    fn tell(&mut self, status: &Status) {
+        if status.ready && !std::mem::replace(&mut self.ready, true) {
+            tracing::info!("flannel is ready");
+            let _ = notify(&[NotifyState::Ready]);
+        }
+        let line = line(status);
+        if line != self.told {
+            let _ = notify(&[NotifyState::Status(&line)]);
+            self.told = line;
+        }
+    }
+
+    /// That this loop, which carries the agent too, still turns.
+    fn beat(&self, watched: bool) {
+        if watched {
+            let _ = notify(&[NotifyState::Watchdog]);
+        }
+    }
+
+    fn stopping(&self) {
+        let _ = notify(&[NotifyState::Stopping, NotifyState::Status("stopping; the data path stays")]);
+    }
+}
+
+/// One line for `systemctl status`.
+fn line(status: &Status) -> String {
+    let serving = status.lease.as_ref().map(|lease| {
+        let state = if status.ready { "serving" } else { "preparing" };
+        format!("{state} subnet {}", lease.subnets)
+    });
+    let waiting = status.waiting.as_ref().map(|finding| format!("waiting: {finding}"));
+    let parts: Vec<_> = serving.into_iter().chain(waiting).collect();
+    match parts.is_empty() {
+        true => "starting".to_owned(),
+        false => parts.join("; ").replace('\n', " "),
+    }
 }
 
 /// Removes what flannel made on this host.

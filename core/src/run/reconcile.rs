@@ -48,8 +48,10 @@ pub(super) struct Place {
     pub(super) network: NetworkName,
     pub(super) subnet_file: PathBuf,
     pub(super) masquerade: bool,
+    pub(super) fully_random: bool,
     pub(super) forward: bool,
     pub(super) udp_offload: bool,
+    pub(super) blackhole: bool,
     /// The bridge, if the agent keeps one.
     pub(super) bridge: Option<LinkName>,
 }
@@ -326,7 +328,9 @@ impl Thread {
             leases: &inputs.leases,
             bridge: self.place.bridge,
             masquerade: self.place.masquerade,
+            fully_random: self.place.fully_random,
             forward: self.place.forward,
+            blackhole: self.place.blackhole,
             isolated_from: &inputs.isolated_from,
             exposure: self.endpoints.exposure(),
         })?;

@@ -28,10 +28,14 @@ pub struct AgentSettings {
     pub state_dir: PathBuf,
     /// Masquerade what leaves the network.
     pub masquerade: bool,
+    /// Source ports of that are chosen at random.
+    pub fully_random: bool,
     /// Accept forwarded traffic of the network.
     pub forward: bool,
     /// Let the kernel cut and put together what the udp backend carries.
     pub udp_offload: bool,
+    /// Throw away what is sent to our own subnet while nothing here takes it.
+    pub blackhole: bool,
     /// Keep this bridge.
     pub bridge: Option<LinkName>,
     /// CIDRs that this network's containers must not reach, and the other way round.

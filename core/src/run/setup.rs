@@ -44,15 +44,17 @@ pub fn agent(
     Ok(AgentSettings {
         store: store.network(&network),
         uplink: Sought {
-            choice: UplinkChoice::of_flags(&flags.iface).context("--iface cannot be used")?,
+            choice: UplinkChoice::of_flags(&flags.iface, &flags.iface_regex, flags.iface_can_reach),
             public_v4: flags.public_ip,
             public_v6: flags.public_ipv6,
         },
         subnet_file: subnet_file(flags, &network),
         state_dir: flags.state_dir.clone(),
         masquerade: flags.ip_masq,
+        fully_random: !flags.ip_masq_fully_random_disable,
         forward: flags.iptables_forward_rules,
         udp_offload: flags.udp_offload,
+        blackhole: flags.ip_blackhole_route,
         bridge: None,
         isolated_from,
         exposure: None,

@@ -20,6 +20,7 @@ use tokio::time::Instant;
 
 pub use self::embedded::EmbeddedStore;
 pub use self::etcd::{EtcdSettings, EtcdStore};
+use crate::run::health::Counters;
 use crate::words::code::Code;
 use crate::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
 use crate::words::name::NetworkName;
@@ -108,6 +109,14 @@ impl Store {
     /// A directory, made if it is not there.
     pub fn embedded(dir: impl Into<PathBuf>) -> Result<Self, StoreError> {
         EmbeddedStore::open(dir.into()).map(Self::Embedded)
+    }
+
+    /// Where calls to a cluster are counted from now on. A directory's are not worth it.
+    pub fn counted_by(&self, counters: Counters) {
+        match self {
+            Self::Etcd(store) => store.counted_by(counters),
+            Self::Embedded(_) => {}
+        }
     }
 
     /// One of its networks, whether it exists yet or not.

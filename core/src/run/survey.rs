@@ -1,19 +1,18 @@
 //! What an agent must know of its host before it can offer a lease: uplink, identity, overlaps.
 
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::settings::AgentSettings;
 use crate::act::pass::chain;
 use crate::decide::{backend, plan};
 use crate::touch::identity;
-use crate::touch::uplink::{self, Sought};
+use crate::touch::uplink::{self, Pick, Sought};
 use crate::touch::world::kernel::Kernel;
-use crate::words::addr::{Family, Prefix};
+use crate::words::addr::{Family, InterfaceAddress, Prefix};
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
 use crate::words::lease::LeaseValue;
-use crate::words::name::LinkName;
+use crate::words::name::{LinkName, NetworkName};
 use crate::words::node::{Identity, Node, Uplink};
 use crate::words::report::Finding;
 use crate::words::units::Mtu;
@@ -22,7 +21,9 @@ use crate::words::units::Mtu;
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Survey {
     /// The interface that carries us.
-    pub(super) link: LinkName,
+    pub(super) uplink: Uplink,
+    /// How it was chosen, if it was chosen anew.
+    pub(super) chosen: Option<Pick>,
     /// What is made once and kept.
     pub(super) identity: Identity,
     /// What our lease should say.
@@ -34,6 +35,31 @@ pub(super) struct Survey {
 }
 
 impl Survey {
+    /// Says which interface it is, and why, with what was asked for and does not fit.
+    pub(super) fn tell(&self, network: &NetworkName, sought: &Sought) {
+        if let Some(Pick { passed_over, candidates, why, .. }) = &self.chosen {
+            for reason in passed_over {
+                tracing::warn!(%network, "Could not find valid interface matching {reason}");
+            }
+            tracing::info!(%network, "Using interface with name {}: {why}; there are: {candidates}", self.uplink.link);
+        }
+        let own = |address: Option<InterfaceAddress>| address.map(|address| address.address());
+        let addresses = [("address", own(self.uplink.v4)), ("v6 address", own(self.uplink.v6))];
+        let addresses = addresses.iter().filter_map(|(what, own)| Some(format!("{what} {}", (*own)?)));
+        let addresses = addresses.collect::<Vec<_>>().join(" and ");
+        tracing::info!(%network, "Using interface with name {} and {addresses}", self.uplink.link);
+        let public = self.public();
+        let externals = [("", public.v4.map(IpAddr::from)), ("v6 ", public.v6.map(IpAddr::from))];
+        for (v6, external) in externals.into_iter().filter_map(|(v6, address)| Some((v6, address?))) {
+            match sought.is_said(external) {
+                true => tracing::info!(%network, "Using {external} as external {v6}address"),
+                false => {
+                    tracing::info!(%network, "Defaulting external {v6}address to interface address ({external})");
+                }
+            }
+        }
+    }
+
     /// How peers reach us.
     pub(super) fn public(&self) -> Public {
         let v4 = Some(self.value.public_ip).filter(|v4| !v4.is_unspecified());
@@ -70,17 +96,6 @@ impl Public {
     }
 }
 
-impl fmt::Display for Public {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (self.v4, self.v6) {
-            (Some(v4), Some(v6)) => write!(f, "{v4} and v6 address {v6}"),
-            (Some(v4), None) => write!(f, "{v4}"),
-            (None, Some(v6)) => write!(f, "{v6}"),
-            (None, None) => Ok(()),
-        }
-    }
-}
-
 /// Looks at the host. `known` is the interface in use: it is kept as long as it exists and has the addresses it needs.
 pub(super) fn take(
     settings: &AgentSettings,
@@ -102,9 +117,12 @@ pub(super) fn take(
     let kept = known
         .and_then(|link| uplink::read(&mut kernel, link, sought, &families).ok())
         .filter(|uplink| lacks(uplink).is_none());
-    let uplink = match kept {
-        Some(uplink) => uplink,
-        None => uplink::choose(&mut kernel, sought, &families).map_err(|error| absent(&error))?,
+    let (uplink, chosen) = match kept {
+        Some(uplink) => (uplink, None),
+        None => {
+            let pick = uplink::choose(&mut kernel, sought, &families).map_err(|error| absent(&error))?;
+            (pick.uplink.clone(), Some(pick))
+        }
     };
     if let Some(family) = lacks(&uplink) {
         return Err(no_address(uplink.link, family));
@@ -133,7 +151,7 @@ pub(super) fn take(
         .mtu(config, &node)
         .map_err(|error| Finding::new(Code::MTU_ABOVE_UPLINK, error.to_string()))?;
     Ok(Survey {
-        link: node.uplink.link,
+        chosen,
         value: LeaseValue {
             public_ip: public.v4.unwrap_or(Ipv4Addr::UNSPECIFIED),
             public_ipv6: public.v6,
@@ -142,6 +160,7 @@ pub(super) fn take(
         mtu,
         avoid: elsewhere(&node),
         identity: node.identity,
+        uplink: node.uplink,
     })
 }
 

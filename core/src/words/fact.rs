@@ -44,6 +44,8 @@ pub enum Fact {
     Accept(Accept),
     /// A route.
     Route(Route),
+    /// Packets to a destination go nowhere, unless a better route takes them.
+    Blackhole(Blackhole),
 }
 
 /// What a fact is about. **The order of the variants is the order in which the kernel wants them**: creation ascends,
@@ -76,6 +78,8 @@ pub enum Key {
     /// A route: the kernel tells routes apart by table, destination and metric. Connected routes (false) come before
     /// those through a gateway (true).
     Route(bool, RouteTable, Prefix, u32),
+    /// A destination whose packets go nowhere.
+    Blackhole(Prefix),
 }
 
 /// A kernel setting under /proc/sys.
@@ -207,6 +211,19 @@ pub struct Accept {
     pub cidr: Prefix,
 }
 
+/// A route that throws packets away. Its metric is so high that any other route to the same destination comes first: the
+/// bridge's, while it is up. Marked with our protocol number.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Blackhole {
+    /// Where to.
+    pub destination: Prefix,
+}
+
+impl Blackhole {
+    /// Its metric.
+    pub const METRIC: u32 = 65_535;
+}
+
 /// Who put a route there (rtm_protocol).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct RouteProtocol(pub u8);
@@ -320,6 +337,7 @@ impl Fact {
             Self::Route(route) => {
                 Key::Route(route.via.is_some(), route.extras.table, route.destination, route.metric)
             }
+            Self::Blackhole(blackhole) => Key::Blackhole(blackhole.destination),
         }
     }
 
@@ -335,7 +353,7 @@ impl Fact {
             Self::Neighbor(neighbor) => Some(neighbor.link),
             Self::Forward(forward) => Some(forward.link),
             Self::Route(route) => Some(route.link),
-            Self::Table(_) | Self::Accept(_) => None,
+            Self::Table(_) | Self::Accept(_) | Self::Blackhole(_) => None,
         }
     }
 
@@ -353,6 +371,7 @@ impl Fact {
             Self::Table(_) => "table",
             Self::Accept(_) => "accept",
             Self::Route(_) => "route",
+            Self::Blackhole(_) => "blackhole",
         }
     }
 

@@ -69,6 +69,11 @@ impl Territory {
                 && self.cidrs.iter().any(|cidr| cidr.covers(&route.destination)))
     }
 
+    /// Whether a route that throws packets away is ours: marked, and inside of a network.
+    pub fn holds_blackhole(&self, destination: &Prefix, protocol: RouteProtocol) -> bool {
+        protocol == RouteProtocol::FLANNEL && self.cidrs.iter().any(|cidr| cidr.covers(destination))
+    }
+
     /// Whether a table is ours.
     pub fn holds_table(&self, name: &TableName) -> bool {
         self.tables.contains(name)
@@ -102,6 +107,9 @@ impl Territory {
                     if route.extras.table != RouteTable::MAIN {
                         territory.route_tables.insert(route.extras.table);
                     }
+                }
+                Fact::Blackhole(blackhole) => {
+                    territory.cidrs.insert(blackhole.destination);
                 }
                 Fact::BridgePort(_) | Fact::Address(_) | Fact::Neighbor(_) | Fact::Forward(_) => {}
             }

@@ -15,8 +15,8 @@ use flannel_core::touch::world::kernel::Kernel;
 use flannel_core::touch::world::{World as _, WorldError};
 use flannel_core::words::addr::Prefix;
 use flannel_core::words::fact::{
-    Address, BridgePort, Change, Fact, Facts, Link, LinkKind, LinkModes, Route, RouteProtocol, RouteScope,
-    Sysctl, diff,
+    Address, Blackhole, BridgePort, Change, Fact, Facts, Link, LinkKind, LinkModes, Route, RouteProtocol,
+    RouteScope, Sysctl, diff,
 };
 use flannel_core::words::territory::Territory;
 use flannel_core::words::units::Mtu;
@@ -543,6 +543,46 @@ fn a_namespace_without_anything_is_an_empty_look() {
         territory.sysctls.insert((Some(name("cni0")), "net/ipv6/conf/cni0/accept_ra".into()));
         ensure!(kernel_sees(&territory)?.is_empty());
         ensure!(Kernel::open()?.routes_of_others(&territory)?.is_empty());
+        Ok(())
+    });
+}
+
+#[test]
+fn a_subnet_that_leads_nowhere_while_no_bridge_has_it() {
+    alone(|| {
+        sh("ip link set lo up; ip link add cni9 type bridge; ip link set cni9 up
+            ip route add blackhole 10.100.8.0/24
+            ip route add blackhole 10.101.8.0/24 proto 70")?;
+        let mut kernel = Kernel::open()?;
+        let cidrs = BTreeSet::from(["10.100.0.0/16".parse()?, "fd00:100::/48".parse()?]);
+        let territory = Territory { cidrs, ..aliased(&[]) };
+        let facts = ["10.100.5.0/24", "fd00:100:0:5::/64"]
+            .map(|destination| Fact::Blackhole(Blackhole { destination: destination.parse().unwrap() }));
+        let desired: Facts = facts.clone().into_iter().collect();
+        all(kernel.apply(&diff(&desired, &Facts::default())))?;
+        let shown = sh("ip route show type blackhole; ip -6 route show type blackhole")?;
+        ensure!(shown.contains("blackhole 10.100.5.0/24 proto 70 metric 65535"), "{shown}");
+        ensure!(shown.contains("blackhole fd00:100:0:5::/64 dev lo proto 70 metric 65535"), "{shown}");
+        // The bridge's own route comes first, and is found beside it.
+        sh("ip addr add 10.100.5.1/24 dev cni9")?;
+        let way = sh("ip route get 10.100.5.9")?;
+        ensure!(way.contains("dev cni9"), "{way}");
+        sh("ip link del cni9")?;
+        let way = kernel.way_to("10.100.5.9".parse()?)?;
+        ensure!(way.is_none(), "{way:?}");
+        // What another put there is neither an obstacle nor ours; what we put there is no route of others.
+        let others = kernel.routes_of_others(&territory)?;
+        let others: Vec<_> = others.iter().map(|route| route.destination.to_string()).collect();
+        ensure!(others.contains(&"10.101.8.0/24".to_owned()), "{others:?}");
+        ensure!(
+            !others.iter().any(|other| other.starts_with("10.100.") || other.starts_with("fd00:100")),
+            "{others:?}"
+        );
+        let seen = kernel.observe(&territory)?;
+        all(kernel.apply(&diff(&Facts::default(), &seen)))?;
+        there_and_back(&mut kernel, &territory, facts.to_vec())?;
+        let left = sh("ip route show type blackhole; ip -6 route show type blackhole")?;
+        ensure!(left.lines().count() == 2 && left.contains("blackhole 10.100.8.0/24"), "{left}");
         Ok(())
     });
 }

@@ -195,7 +195,9 @@ impl Wish {
             leases: &leases,
             bridge: keeps.bridge.then(|| network.bridge()),
             masquerade: keeps.masquerade,
+            fully_random: true,
             forward: keeps.forward,
+            blackhole: false,
             isolated_from: &isolated_from,
             exposure: None,
         })

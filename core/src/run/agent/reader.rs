@@ -167,8 +167,10 @@ impl Reader {
             network: settings.network.clone(),
             subnet_file: settings.subnet_file.clone(),
             masquerade: settings.masquerade,
+            fully_random: settings.fully_random,
             forward: settings.forward,
             udp_offload: settings.udp_offload,
+            blackhole: settings.blackhole,
             bridge: settings.bridge,
         };
         let kernel_notice = Arc::new(Notify::new());

@@ -33,6 +33,9 @@ use crate::words::units::Mtu;
 /// Notices from the kernel are gathered for so long before it is looked at.
 const SETTLE: Duration = Duration::from_millis(50);
 
+/// What is waited for is said again after this long.
+const REMIND: Duration = Duration::from_secs(60);
+
 /// How an agent's work ends.
 pub(super) enum End {
     /// With the agent.
@@ -78,6 +81,7 @@ pub(super) struct Work {
     last_notice: Instant,
     ready: bool,
     told: Option<Finding>,
+    told_at: Instant,
     /// Broken keys that were told while no lease is to be had, and so no pass tells them.
     told_of_keys: BTreeSet<Finding>,
 }
@@ -92,8 +96,10 @@ impl Work {
             network: settings.network.clone(),
             subnet_file: settings.subnet_file.clone(),
             masquerade: settings.masquerade,
+            fully_random: settings.fully_random,
             forward: settings.forward,
             udp_offload: settings.udp_offload,
+            blackhole: settings.blackhole,
             bridge: settings.bridge,
         };
         let reconciler = Reconciler::start(place, settings.exposure.clone(), settings.counters.clone())?;
@@ -133,6 +139,7 @@ impl Work {
             last_notice: Instant::now(),
             ready: false,
             told: None,
+            told_at: Instant::now(),
             told_of_keys: BTreeSet::new(),
         })
     }
@@ -268,19 +275,14 @@ impl Work {
             return;
         }
         let settings = self.settings.clone();
-        let known = self.survey.as_ref().map(|survey| survey.link);
+        let known = self.survey.as_ref().map(|survey| survey.uplink.link);
         let survey = tokio::task::spawn_blocking(move || survey::take(&settings, &config, known)).await;
         match survey.unwrap_or_else(|error| Err(Finding::new(Code::UPLINK_ABSENT, error.to_string()))) {
             Ok(survey) => {
-                if self
-                    .survey
-                    .as_ref()
-                    .is_none_or(|known| known.link != survey.link || known.value != survey.value)
-                {
-                    tracing::info!(
-                        network = %self.settings.network,
-                        "Using interface with name {} and address {}", survey.link, survey.public()
-                    );
+                if self.survey.as_ref().is_none_or(|known| {
+                    known.uplink.link != survey.uplink.link || known.value != survey.value
+                }) {
+                    survey.tell(&self.settings.network, &self.settings.uplink);
                     self.look(Reason::Uplink, Duration::ZERO);
                 }
                 self.survey = Some(survey);
@@ -350,7 +352,9 @@ impl Work {
             .or_else(|| self.survey_trouble.clone())
             .or_else(|| snapshot.down.clone())
             .or_else(|| self.tenure.borrow().waiting.clone());
-        if waiting != self.told {
+        // Whoever looks into the log later must find it, too.
+        let again = waiting.is_some() && self.told_at.elapsed() >= REMIND;
+        if waiting != self.told || again {
             let network = &self.settings.network;
             match &waiting {
                 Some(finding) if self.own.is_some() => tracing::warn!(%network, "{finding}"),
@@ -358,6 +362,7 @@ impl Work {
                 None => tracing::info!(%network, "not waiting any more"),
             }
             self.told.clone_from(&waiting);
+            self.told_at = Instant::now();
         }
         if self.own.is_none() && self.tenure.borrow().waiting.is_some() {
             for finding in &snapshot.leases.findings {
@@ -377,7 +382,10 @@ impl Work {
             _ => None,
         };
         let status = Status { waiting, lease, ready: self.ready };
-        self.settings.counters.ready(self.settings.network.as_str(), status.ready);
+        let (counters, network) = (&self.settings.counters, self.settings.network.as_str());
+        counters.ready(network, status.ready);
+        counters.store_up(network, snapshot.known && snapshot.down.is_none());
+        counters.leases(network, self.leases.leases.len());
         self.publish.send_if_modified(|current| {
             let news = *current != status;
             *current = status;
@@ -412,7 +420,7 @@ impl Work {
             config: config.clone(),
             own: own.clone(),
             leases: self.leases.clone(),
-            uplink: survey.link,
+            uplink: survey.uplink.link,
             sought: self.settings.uplink.clone(),
             identity: survey.identity.clone(),
             isolated_from: self.settings.isolated_from.borrow().clone(),

@@ -1,8 +1,9 @@
 //! Go's flag syntax and the environment, turned into what clap reads.
 
 use std::collections::BTreeMap;
-use std::net::Ipv6Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
+use crate::touch::uplink::Pattern;
 use clap::Command;
 
 const PREFIX: &str = "FLANNELD_";
@@ -28,13 +29,13 @@ pub(super) struct Normalized {
     pub(super) from_environment: Vec<String>,
 }
 
-/// `-x` becomes `--x`; flags that were not given are taken from the environment; flags that are not built yet are
-/// refused by name.
+/// `-x` becomes `--x`; flags that were not given are taken from the environment; flags of upstream's that
+/// cannot be served are refused by name.
 pub(super) fn normalize(
     arguments: impl IntoIterator<Item = String>,
     environment: &Environment,
     command: &Command,
-    not_built: &[&str],
+    refused: &[(&str, &str)],
 ) -> Result<Normalized, String> {
     let mut arguments = arguments.into_iter();
     let mut line: Vec<String> = arguments.next().into_iter().collect();
@@ -43,8 +44,12 @@ pub(super) fn normalize(
         let argument = two_dashes(argument);
         if let Some(flag) = argument.strip_prefix("--") {
             let name = flag.split('=').next().unwrap_or(flag).to_owned();
-            if not_built.contains(&name.as_str()) {
-                return Err(format!("--{name} is not built yet in this version"));
+            // What a unit made for the Go program may say for clarity.
+            if argument == "--kube-subnet-mgr=false" {
+                continue;
+            }
+            if let Some((_, why)) = refused.iter().find(|(refused, _)| *refused == name) {
+                return Err(format!("--{name} {why}"));
             }
             given.push(name);
         }
@@ -52,14 +57,17 @@ pub(super) fn normalize(
     }
     let variable = |name: &str| format!("{PREFIX}{}", name.to_uppercase().replace('-', "_"));
     let set = |name: &str| environment.0.get(&variable(name)).filter(|value| !value.is_empty());
-    if let Some(name) = not_built.iter().find(|name| set(name).is_some()) {
-        return Err(format!("{} is not built yet in this version", variable(name)));
+    if let Some((name, why)) = refused.iter().find(|(name, _)| set(name).is_some()) {
+        return Err(format!("{} {why}", variable(name)));
     }
     let mut from_environment = Vec::new();
+    let mut at = line.len().min(1);
     for flag in command.get_arguments().filter_map(|argument| argument.get_long()) {
-        let skipped = matches!(flag, "version" | "help") || given.iter().any(|name| name == flag);
+        let skipped = matches!(flag, "version" | "help" | "cleanup") || given.iter().any(|name| name == flag);
         if let Some(value) = set(flag).filter(|_| !skipped) {
-            line.push(format!("--{flag}={value}"));
+            // Before a subcommand, if there is one.
+            line.insert(at, format!("--{flag}={value}"));
+            at += 1;
             from_environment.push(variable(flag));
         }
     }
@@ -74,6 +82,24 @@ fn two_dashes(argument: String) -> String {
             format!("-{argument}")
         }
         _ => argument,
+    }
+}
+
+/// An expression, as `--iface-regex` takes it.
+pub(super) fn parse_pattern(text: &str) -> Result<Pattern, String> {
+    let regex = regex_lite::Regex::new(text).map_err(|error| error.to_string())?;
+    Ok(Pattern::new(text, move |text| regex.is_match(text)))
+}
+
+/// An IPv4 address that another host can use as it stands.
+pub(super) fn parse_public_ip(text: &str) -> Result<Ipv4Addr, String> {
+    let address: Ipv4Addr =
+        text.parse().map_err(|_| "an IPv4 address was wanted, without a length".to_owned())?;
+    let unusable =
+        address.is_unspecified() || address.is_loopback() || address.is_multicast() || address.is_broadcast();
+    match unusable {
+        true => Err("no other host can reach this address".to_owned()),
+        false => Ok(address),
     }
 }
 
@@ -135,7 +161,8 @@ mod tests {
             assert!(flags.ip_masq && flags.etcd_prefix == "/x", "{line:?}");
         }
         assert!(!flags(&["--iptables-forward-rules=false"], &[]).unwrap().iptables_forward_rules);
-        assert_eq!(flags(&["-iface", "eth0", "-iface=10.0.0.1"], &[]).unwrap().iface, ["eth0", "10.0.0.1"]);
+        let ifaces = flags(&["-iface", "eth0", "-iface=10.0.0.1"], &[]).unwrap().iface;
+        assert_eq!(ifaces, ["eth0".parse().unwrap(), "10.0.0.1".parse().unwrap()]);
         assert_eq!(flags(&["-healthz-port", "-1"], &[]).unwrap().health_address(), None);
     }
 
@@ -150,6 +177,59 @@ mod tests {
     }
 
     #[test]
+    fn halves_of_pairs_are_refused_and_passwords_are_not_repeated() {
+        for (half, other) in [
+            ("-etcd-certfile=/c", "--etcd-keyfile"),
+            ("-etcd-keyfile=/k", "--etcd-certfile"),
+            ("-etcd-username=root", "--etcd-password"),
+            ("-etcd-password=hunter2", "--etcd-username"),
+        ] {
+            let wrong = flags(&[half], &[]).unwrap_err();
+            assert!(wrong.contains(other) && !wrong.contains("hunter2"), "{half}: {wrong}");
+        }
+        let password = [("FLANNELD_ETCD_PASSWORD", "hunter2")];
+        let wrong = flags(&["--no-such"], &password).unwrap_err();
+        assert!(wrong.contains("FLANNELD_ETCD_PASSWORD") && !wrong.contains("hunter2"), "{wrong}");
+        let both = flags(&["-etcd-username=root"], &password).unwrap();
+        assert!(!format!("{both:?}").contains("hunter2"));
+    }
+
+    #[test]
+    fn an_interface_is_an_expression_as_go_has_them() {
+        let matches = |expression: &str, text: &str| match &flags(&["-iface-regex", expression], &[])
+            .unwrap()
+            .iface_regex[..]
+        {
+            [pattern] => pattern.matches(text),
+            several => panic!("{several:?}"),
+        };
+        assert!(
+            matches(r"10\.1\.", "10.1.2.3") && matches("th0$", "eth0") && matches("(?i)ETH[0-9]", "eth0")
+        );
+        assert!(!matches(r"^10\.1\.", "10.10.2.3") && !matches(r"^en\w+|eth\d$", "wlan0"));
+        assert!(matches(r"^en\w+|eth\d$", "enp3s0") && matches(r"(?P<bus>p\d)", "enp3s0"));
+        let wrong = flags(&["-iface-regex", "eth("], &[]).unwrap_err();
+        assert!(wrong.contains("--iface-regex") && wrong.contains("eth("), "{wrong}");
+        let several = flags(&["-iface-regex", "a", "-iface-regex=b,c"], &[]).unwrap();
+        assert_eq!(several.iface_regex.len(), 2);
+        // A variable holds one.
+        let one = flags(&[], &[("FLANNELD_IFACE_REGEX", "a,b"), ("FLANNELD_IFACE_CAN_REACH", "192.0.2.1")]);
+        let one = one.unwrap();
+        assert_eq!((one.iface_regex.len(), one.iface_can_reach), (1, "192.0.2.1".parse().ok()));
+        for wrong in [&["-iface="][..], &["-iface", "more than 15 letters"], &["-iface-can-reach", "eth0"]] {
+            assert!(flags(wrong, &[]).unwrap_err().contains(wrong[0].trim_matches(['-', '='])), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_public_ipv4_address_is_one_that_others_can_use() {
+        assert!(flags(&["-public-ip", "203.0.113.1"], &[]).unwrap().public_ip.is_some());
+        for wrong in ["2001:db8::1", "0.0.0.0", "127.0.0.1", "224.0.0.1", "203.0.113.1/24", "localhost"] {
+            assert!(flags(&["-public-ip", wrong], &[]).unwrap_err().contains("--public-ip"), "{wrong}");
+        }
+    }
+
+    #[test]
     fn a_public_ipv6_address_is_one_that_others_can_use() {
         let address = flags(&["-public-ipv6", "2001:DB8::0:1"], &[]).unwrap().public_ipv6;
         assert_eq!(address.map(|address| address.to_string()).as_deref(), Some("2001:db8::1"));
@@ -161,10 +241,14 @@ mod tests {
     #[test]
     fn what_is_not_built_or_unknown_is_refused_by_name() {
         assert!(
-            flags(&["-kube-subnet-mgr"], &[]).unwrap_err().contains("--kube-subnet-mgr is not built yet")
+            flags(&["-kube-subnet-mgr"], &[])
+                .unwrap_err()
+                .contains("--kube-subnet-mgr belongs to the Kubernetes store")
         );
         assert!(
-            flags(&[], &[("FLANNELD_IFACE_REGEX", "eth.*")]).unwrap_err().contains("FLANNELD_IFACE_REGEX")
+            flags(&[], &[("FLANNELD_NET_CONFIG_PATH", "/x")])
+                .unwrap_err()
+                .contains("FLANNELD_NET_CONFIG_PATH")
         );
         assert!(flags(&["--no-such"], &[]).unwrap_err().contains("--no-such"));
         let wrong = flags(&[], &[("FLANNELD_SUBNET_LEASE_RENEW_MARGIN", "1440")]).unwrap_err();

@@ -21,6 +21,7 @@ use self::client::Cluster;
 use super::{Claim, Created, Held, Renewal, StoreError};
 use crate::decide::allocate::same_holder;
 use crate::run::cli::DEFAULT_ENDPOINTS;
+use crate::run::health::Counters;
 use crate::words::lease::{LeaseValue, OwnLease, Subnets};
 use crate::words::name::NetworkName;
 use crate::words::secret::Secret;
@@ -107,6 +108,10 @@ impl EtcdStore {
     pub fn new(settings: &EtcdSettings) -> Result<Self, StoreError> {
         let cluster = Arc::new(Cluster::new(settings)?);
         Ok(Self { cluster, prefix: tidy(&settings.prefix) })
+    }
+
+    pub(super) fn counted_by(&self, counters: Counters) {
+        self.cluster.counted_by(counters);
     }
 
     fn keys(&self, network: &NetworkName) -> Keys {

@@ -32,12 +32,12 @@ pub use self::device::{Device, Turn};
 use self::netlink::{Refusal, Socket};
 pub use self::netns::Namespace;
 pub use self::nftables::Netfilter;
-pub use self::read::{DefaultRoute, HostAddress, Interface};
+pub use self::read::{DefaultRoute, HostAddress, Interface, Way};
 pub use self::shaper::{MadeFunnel, SeenBucket, SeenShaping};
 use self::writer::Writer;
 use super::{World, WorldError};
 use crate::words::addr::Family;
-use crate::words::fact::{Address, Change, Fact, Facts, Forward, Neighbor, PortVlans, Sysctl};
+use crate::words::fact::{Address, Blackhole, Change, Fact, Facts, Forward, Neighbor, PortVlans, Sysctl};
 use crate::words::name::LinkName;
 use crate::words::territory::Territory;
 
@@ -228,6 +228,25 @@ impl Kernel {
                     .for_each(|route| facts.set(Fact::Route(route)));
             }
         }
+        self.observe_blackholes(t, facts)
+    }
+
+    /// Only for whoever looks at a whole network: an endpoint has none.
+    fn observe_blackholes(&mut self, t: &Territory, facts: &mut Facts) -> Result<(), WorldError> {
+        if t.cidrs.is_empty() || t.alias.is_none() {
+            return Ok(());
+        }
+        let filter = route::Filter { blackhole: true, ..route::Filter::default() };
+        for family in [Family::V4, Family::V6] {
+            let found = route::dump(&mut self.socket, family, filter, |seen| {
+                let protocol = crate::words::fact::RouteProtocol(seen.protocol);
+                let ours = seen.blackhole && t.holds_blackhole(&seen.destination, protocol);
+                ours.then_some(seen.destination)
+            });
+            for destination in settled("look at the routes", found)? {
+                facts.set(Fact::Blackhole(Blackhole { destination }));
+            }
+        }
         Ok(())
     }
 
@@ -335,7 +354,8 @@ impl Part {
             | Fact::Address(_)
             | Fact::Neighbor(_)
             | Fact::Forward(_)
-            | Fact::Route(_) => Self::Rtnetlink,
+            | Fact::Route(_)
+            | Fact::Blackhole(_) => Self::Rtnetlink,
         }
     }
 }

@@ -3,7 +3,8 @@
 use std::fmt;
 
 use super::{
-    Change, Fact, Facts, Link, LinkKind, PortVlans, Route, RouteProtocol, RouteScope, RouteTable, VlanMember,
+    Blackhole, Change, Fact, Facts, Link, LinkKind, PortVlans, Route, RouteProtocol, RouteScope, RouteTable,
+    VlanMember,
 };
 
 impl fmt::Display for Facts {
@@ -65,6 +66,10 @@ impl fmt::Display for Fact {
                 )
             }
             Self::Route(route) => write!(f, "{route}"),
+            Self::Blackhole(b) => {
+                let (metric, protocol) = (Blackhole::METRIC, RouteProtocol::FLANNEL.0);
+                write!(f, "ip route replace blackhole {} metric {metric} proto {protocol}", b.destination)
+            }
         }
     }
 }

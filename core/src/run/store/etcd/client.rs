@@ -2,6 +2,7 @@
 
 use std::error::Error as _;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use tokio::sync::OnceCell;
 use tokio::time::{Instant, timeout};
 
 use super::EtcdSettings;
+use crate::run::health::Counters;
 use crate::run::store::{CALL_DEADLINE, StoreError};
 
 /// HTTP/2 ping: how often while a call or a watch is open, and how long until the path counts as dead. etcd closes
@@ -36,6 +38,8 @@ pub(super) struct Cluster {
     endpoints: Vec<Endpoint>,
     /// The one that answered last.
     current: AtomicUsize,
+    /// Where calls are counted, if anywhere.
+    counters: OnceLock<Counters>,
 }
 
 struct Endpoint {
@@ -72,6 +76,13 @@ impl Cluster {
                     true => url.clone(),
                     false => format!("http://{url}"),
                 };
+                if url.contains('@') {
+                    return Err(StoreError::Settings {
+                        what: "etcd endpoints".into(),
+                        cause: "one holds a user name; give it as --etcd-username and FLANNELD_ETCD_PASSWORD"
+                            .into(),
+                    });
+                }
                 let secure = url.starts_with("https://");
                 if !secure && !url.starts_with("http://") {
                     let what = format!("etcd endpoint {url:?}");
@@ -94,8 +105,13 @@ impl Cluster {
                 what: "etcd endpoints".into(),
                 cause: "none is given, for example http://127.0.0.1:2379".into(),
             }),
-            false => Ok(Self { endpoints, current: AtomicUsize::new(0) }),
+            false => Ok(Self { endpoints, current: AtomicUsize::new(0), counters: OnceLock::new() }),
         }
+    }
+
+    /// Where calls are counted from now on; the first to say so counts.
+    pub(super) fn counted_by(&self, counters: Counters) {
+        let _ = self.counters.set(counters);
     }
 
     /// One call, on the endpoint that answered last or on the first of the others that does.
@@ -104,6 +120,23 @@ impl Cluster {
         tried: &'static str,
         call: impl Fn(Client) -> F,
     ) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        let start = Instant::now();
+        let answer = self.call_any(tried, call).await;
+        if let Some(counters) = self.counters.get() {
+            let outcome = match &answer {
+                Ok(_) => "answered",
+                Err(StoreError::Unreachable { .. }) => "unreachable",
+                Err(_) => "refused",
+            };
+            counters.store_call(outcome, start.elapsed());
+        }
+        answer
+    }
+
+    async fn call_any<T, F>(&self, tried: &'static str, call: impl Fn(Client) -> F) -> Result<T, StoreError>
     where
         F: Future<Output = Result<T, Error>>,
     {
@@ -200,13 +233,12 @@ pub(super) fn cause(error: &Error) -> String {
 fn tls(settings: &EtcdSettings) -> Result<Option<TlsOptions>, StoreError> {
     let EtcdSettings { cafile, certfile, keyfile, endpoints, .. } = settings;
     let mut tls = TlsOptions::new();
+    let secure = endpoints.iter().any(|url| url.starts_with("https://"));
     if let Some(path) = cafile {
         tls = tls.ca_certificate(Certificate::from_pem(read("etcd-cafile", path)?));
-    } else if endpoints.iter().any(|url| url.starts_with("https://")) {
-        return Err(StoreError::Settings {
-            what: "etcd endpoints".into(),
-            cause: "https needs --etcd-cafile, the authority that signed the servers' certificates".into(),
-        });
+    } else if secure {
+        let roots = system_roots(std::env::var_os("SSL_CERT_FILE").map(PathBuf::from))?;
+        tls = tls.ca_certificate(Certificate::from_pem(read("the system's authorities", &roots)?));
     }
     match (certfile, keyfile) {
         (Some(cert), Some(key)) => {
@@ -220,7 +252,28 @@ fn tls(settings: &EtcdSettings) -> Result<Option<TlsOptions>, StoreError> {
             });
         }
     }
-    Ok((cafile.is_some() || certfile.is_some()).then_some(tls))
+    Ok((cafile.is_some() || secure).then_some(tls))
+}
+
+/// Where distributions keep the authorities that they trust, in one file; as Go looks for them.
+const SYSTEM_ROOTS: [&str; 6] = [
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/pki/tls/cacert.pem",
+    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+];
+
+/// The file with the system's authorities; `named` (SSL_CERT_FILE) outweighs the usual places.
+fn system_roots(named: Option<PathBuf>) -> Result<PathBuf, StoreError> {
+    let usual = || SYSTEM_ROOTS.iter().map(PathBuf::from).find(|path| path.exists());
+    named.or_else(usual).ok_or_else(|| StoreError::Settings {
+        what: "etcd endpoints".into(),
+        cause: "https without --etcd-cafile needs the system's authorities, and there are none (on Debian: package \
+                ca-certificates)"
+            .into(),
+    })
 }
 
 fn read(flag: &str, path: &Path) -> Result<Vec<u8>, StoreError> {
@@ -244,7 +297,9 @@ mod tests {
         let with =
             |endpoint: &str| EtcdSettings { endpoints: vec![endpoint.into()], ..EtcdSettings::default() };
         assert!(refused(with("unix:///x")).contains("http://"));
-        assert!(refused(with("https://a:1")).contains("--etcd-cafile"));
+        let userinfo = refused(with("https://root:hunter2@a:1"));
+        assert!(userinfo.contains("--etcd-username") && !userinfo.contains("hunter2"), "{userinfo}");
+        assert_eq!(system_roots(Some("/x/ca.pem".into())).unwrap(), PathBuf::from("/x/ca.pem"));
         let missing = EtcdSettings { cafile: Some("/nowhere/ca.pem".into()), ..with("https://a:1") };
         assert!(refused(missing).starts_with("etcd-cafile /nowhere/ca.pem: "));
         assert!(

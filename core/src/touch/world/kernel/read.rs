@@ -1,12 +1,13 @@
 //! Reads beside the facts: what planners need to know of the host, and single links.
 
 use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use netlink_packet_route::address::AddressFlags;
 
-use super::{Kernel, address, io_error, link, route, settled, sysctl};
+use super::{Kernel, address, io_error, link, refused, route, settled, sysctl};
 use crate::touch::world::{World as _, WorldError};
 use crate::words::addr::{Family, InterfaceAddress, Mac};
 use crate::words::fact::{Change, Fact, Guard, Link, RouteProtocol, RouteScope};
@@ -51,7 +52,28 @@ pub struct DefaultRoute {
     pub metric: u32,
 }
 
+/// How the kernel would send packets to an address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Way {
+    /// The interface that they leave by.
+    pub link: Option<LinkName>,
+    /// The source they would get.
+    pub source: Option<IpAddr>,
+    /// The address is this host's own.
+    pub local: bool,
+}
+
 impl Kernel {
+    /// How packets to an address would leave this host; none if the host has no route to it.
+    pub fn way_to(&mut self, address: IpAddr) -> Result<Option<Way>, WorldError> {
+        const ACTION: &str = "look up a route";
+        let answer = route::lookup(&mut self.socket, address).map_err(|error| io_error(ACTION, error))?;
+        let Some(found) = answer.map_err(|refusal| refused(ACTION, refusal))? else { return Ok(None) };
+        let names = self.names(found.index)?;
+        let link = found.index.and_then(|index| names.get(&index).copied());
+        Ok(Some(Way { link, source: found.source, local: found.local }))
+    }
+
     /// Every interface with its addresses, in the order the kernel made them.
     pub fn interfaces(&mut self) -> Result<Vec<Interface>, WorldError> {
         let links = settled("look at the interfaces", link::all(&mut self.socket))?;
@@ -130,7 +152,12 @@ impl Kernel {
             let found = route::dump(&mut self.socket, family, route::Filter::default(), |seen| {
                 let link = seen.index.filter(|_| seen.unicast).and_then(name_of);
                 let held = seen.fact(name_of).is_some_and(|route| territory.holds_route(&ours, &route));
+                // What throws packets away inside of our network takes them from nobody: Go's flanneld leaves one for its
+                // own subnet (`--ip-blackhole-route`), and so do we.
+                let nowhere =
+                    seen.blackhole && territory.cidrs.iter().any(|cidr| cidr.covers(&seen.destination));
                 if held
+                    || nowhere
                     || link.is_some_and(|link| ours.contains(&link))
                     || is_link_local(seen.destination.base())
                 {

@@ -12,7 +12,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use super::link::Request;
 use super::netlink::{Refusal, Socket, attributes, ip_of, u32_at};
 use crate::words::addr::{Family, Prefix};
-use crate::words::fact::{Route, RouteExtras, RouteProtocol, RouteScope, RouteTable};
+use crate::words::fact::{Blackhole, Route, RouteExtras, RouteProtocol, RouteScope, RouteTable};
 
 /// uapi/linux/rtnetlink.h
 const RTM_NEWROUTE: u16 = 24;
@@ -41,6 +41,7 @@ pub(super) struct Seen {
     pub(super) metric: u32,
     pub(super) protocol: u8,
     pub(super) unicast: bool,
+    pub(super) blackhole: bool,
     pub(super) scope: RouteScope,
     pub(super) extras: RouteExtras,
     onlink: bool,
@@ -56,6 +57,8 @@ pub(super) struct Filter {
     pub(super) protocol: Option<u8>,
     /// Unicast only.
     pub(super) unicast: bool,
+    /// Those only that throw packets away.
+    pub(super) blackhole: bool,
     /// Of this table.
     pub(super) table: RouteTable,
 }
@@ -74,6 +77,9 @@ pub(super) fn dump<T>(
     if filter.unicast {
         message.header.kind = RouteType::Unicast;
     }
+    if filter.blackhole {
+        message.header.kind = RouteType::BlackHole;
+    }
     message.attributes.extend(filter.index.map(RouteAttribute::Oif));
     let found = socket.dump(&RouteNetlinkMessage::GetRoute(message), |kind, body| {
         (kind == RTM_NEWROUTE).then(|| seen(family, filter.table, body)).flatten().and_then(&mut take)
@@ -83,6 +89,60 @@ pub(super) fn dump<T>(
         // may be gone since it was looked up.
         Err(Refusal { errno: libc::ENOENT | libc::EOPNOTSUPP | libc::ENODEV, .. }) => Ok(Vec::new()),
         found => found,
+    })
+}
+
+/// How the kernel would send a packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Lookup {
+    /// To an address of this host's own.
+    pub(super) local: bool,
+    pub(super) index: Option<u32>,
+    pub(super) source: Option<IpAddr>,
+}
+
+/// What the kernel's routes say of packets to an address; none if they lead nowhere.
+pub(super) fn lookup(socket: &mut Socket, to: IpAddr) -> io::Result<Result<Option<Lookup>, Refusal>> {
+    let (mut message, destination) = (RouteMessage::default(), Prefix::host(to));
+    message.header.address_family = inet(destination.family());
+    message.header.destination_prefix_length = destination.len();
+    message.attributes.push(RouteAttribute::Destination(match to {
+        IpAddr::V4(v4) => RouteAddress::Inet(v4),
+        IpAddr::V6(v6) => RouteAddress::Inet6(v6),
+    }));
+    let answers = socket.ask(&[RouteNetlinkMessage::GetRoute(message)], |kind, body| {
+        if kind != RTM_NEWROUTE {
+            return None;
+        }
+        let unicast = match *body.get(7)? {
+            kind if kind == u8::from(RouteType::Unicast) => true,
+            kind if kind == u8::from(RouteType::Local) => false,
+            _ => return None,
+        };
+        let mut found = Lookup { local: !unicast, index: None, source: None };
+        for (kind, value) in attributes(body.get(HEADER..)?) {
+            match kind {
+                RTA_OIF => found.index = u32_at(value, 0),
+                RTA_PREFSRC => found.source = ip_of(value),
+                _ => {}
+            }
+        }
+        Some(found)
+    })?;
+    Ok(match answers.into_iter().next() {
+        // No route, one that throws packets away (blackhole, unreachable, prohibit), or no such family.
+        None
+        | Some(Err(Refusal {
+            errno:
+                libc::ENETUNREACH
+                | libc::EHOSTUNREACH
+                | libc::EINVAL
+                | libc::EACCES
+                | libc::EAFNOSUPPORT
+                | libc::EOPNOTSUPP,
+            ..
+        })) => Ok(None),
+        Some(answer) => answer,
     })
 }
 
@@ -129,6 +189,7 @@ fn seen(asked: Family, asked_table: RouteTable, body: &[u8]) -> Option<Seen> {
         metric,
         protocol,
         unicast: kind == u8::from(RouteType::Unicast),
+        blackhole: kind == u8::from(RouteType::BlackHole),
         scope: RouteScope::of(scope),
         extras,
         onlink: flags & RouteFlags::Onlink.bits() != 0,
@@ -165,6 +226,28 @@ pub(super) fn write(route: &Route, index: u32) -> Request {
 /// Deletes exactly this route.
 pub(super) fn delete(route: &Route, index: u32) -> Request {
     (RouteNetlinkMessage::DelRoute(about(route, index)), 0)
+}
+
+/// Writes a route that throws packets away.
+pub(super) fn write_blackhole(destination: Prefix) -> Request {
+    (RouteNetlinkMessage::NewRoute(blackhole(destination)), NLM_F_CREATE | NLM_F_REPLACE)
+}
+
+/// Deletes a route that throws packets away.
+pub(super) fn delete_blackhole(destination: Prefix) -> Request {
+    (RouteNetlinkMessage::DelRoute(blackhole(destination)), 0)
+}
+
+fn blackhole(destination: Prefix) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = inet(destination.family());
+    message.header.destination_prefix_length = destination.len();
+    set_table(&mut message, RouteTable::MAIN);
+    message.header.protocol = RouteProtocol::FLANNEL.0.into();
+    message.header.kind = RouteType::BlackHole;
+    message.attributes.push(RouteAttribute::Destination(destination.base().into()));
+    message.attributes.push(RouteAttribute::Priority(Blackhole::METRIC));
+    message
 }
 
 fn about(route: &Route, index: u32) -> RouteMessage {

@@ -156,6 +156,15 @@ impl<'a> Writer<'a> {
                     routes.insert((route.destination, route.metric), place);
                 }
             }
+            Fact::Blackhole(blackhole) => {
+                let destination = blackhole.destination;
+                let request = if delete {
+                    route::delete_blackhole(destination)
+                } else {
+                    route::write_blackhole(destination)
+                };
+                self.push(place, &request, pardon);
+            }
             // Not rtnetlink's: the kernel's other parts answer for these.
             Fact::Sysctl(_) | Fact::Table(_) | Fact::Accept(_) | Fact::Guard(_) => {}
         }

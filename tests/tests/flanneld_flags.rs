@@ -1,0 +1,273 @@
+//! What flanneld's flags do on a host: which interface, which address, what is left to drain nowhere; and what dockerd is
+//! told of it.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use flannel_tests::flanneld::{Flanneld, Pod, leases, put_config};
+use flannel_tests::{Host, Lab, eventually, in_lab, ping_within, secs};
+
+const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
+const HOST_GW: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"host-gw"}}"#;
+
+/// How long a change on a host may take to be in etcd and on the other hosts, on a machine that does many other things.
+const FOLLOW: Duration = Duration::from_secs(15);
+
+/// Two more interfaces, each with two addresses.
+fn interfaces(host: &Host) -> Result<()> {
+    host.sh("ip link add east type bridge; ip link set east up; ip addr add 198.51.100.5/24 dev east
+             ip addr add 198.51.100.6/24 dev east
+             ip link add west type bridge; ip link set west up; ip addr add 203.0.113.5/24 dev west
+             ip addr add 203.0.113.6/24 dev west; ip route add 192.0.2.0/24 via 203.0.113.1 src 203.0.113.6")
+        .map(drop)
+}
+
+/// The address that a host's only lease names.
+fn published(lab: &Lab, key: &str) -> Result<String> {
+    let all = leases(lab)?;
+    let value = all.get(key).with_context(|| format!("{key} is not among {all:?}"))?;
+    let value: serde_json::Value = serde_json::from_str(value)?;
+    Ok(value["PublicIP"].as_str().unwrap_or_default().to_owned())
+}
+
+#[test]
+fn the_interface_is_the_one_that_the_flags_say() {
+    /// Flags, the device below ours, its address, the address in the lease, and why.
+    const CASES: &[(&[&str], [&str; 4])] = &[
+        (
+            &["--iface-regex", r"^198\.51\."],
+            ["east", "198.51.100.5", "198.51.100.5", "by --iface-regex ^198"],
+        ),
+        (&["--iface-regex=0.6$"], ["east", "198.51.100.6", "198.51.100.6", "by --iface-regex 0.6$"]),
+        (&["--iface-regex=^wes"], ["west", "203.0.113.5", "203.0.113.5", "by --iface-regex ^wes"]),
+        (
+            &["-iface=nowhere", "-iface=203.0.113.6"],
+            ["west", "203.0.113.6", "203.0.113.6", "by --iface 203.0.113.6"],
+        ),
+        (
+            &["-iface-can-reach=192.0.2.9"],
+            ["west", "203.0.113.6", "203.0.113.6", "by --iface-can-reach 192.0.2.9"],
+        ),
+        (
+            &["--public-ip=198.51.100.6"],
+            ["east", "198.51.100.6", "198.51.100.6", "it has the public address"],
+        ),
+        (
+            &["--iface=east", "--public-ip=192.0.2.1"],
+            ["east", "198.51.100.5", "192.0.2.1", "by --iface east"],
+        ),
+    ];
+    in_lab(Lab::new("iface").hosts(1).etcd(), |lab| {
+        put_config(lab, VXLAN)?;
+        let host = lab.host(1);
+        interfaces(host)?;
+        for (flags, [device, local, public, why]) in CASES {
+            let daemon = Flanneld::start_with(lab, host, flags)?;
+            let env = daemon.ready().with_context(|| format!("{flags:?}"))?;
+            let shown = host.out(&["ip", "-d", "link", "show", "flannel.1"])?;
+            ensure!(shown.contains(&format!("local {local} dev {device} ")), "{flags:?}: {shown}");
+            let lease = published(lab, &env.key())?;
+            ensure!(lease == *public, "{flags:?}: the lease names {lease}");
+            let chosen = format!("Using interface with name {device}: {why}");
+            ensure!(
+                daemon.said(&chosen).len() == 1,
+                "{flags:?}: {chosen:?} is not in\n{}",
+                daemon.daemon().log()
+            );
+            ensure!(daemon.said("there are: ")[0].contains("west [203.0.113.5/24 203.0.113.6/24"));
+            if flags.contains(&"-iface=nowhere") {
+                let passed =
+                    daemon.said("Could not find valid interface matching --iface nowhere: there is none");
+                ensure!(passed.len() == 1, "{passed:?}");
+            }
+            daemon.daemon().stop(secs(10))?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn an_interface_that_is_missing_is_waited_for_and_what_was_tried_is_said() {
+    in_lab(Lab::new("iface-none").hosts(1).etcd(), |lab| {
+        put_config(lab, VXLAN)?;
+        let host = lab.host(1);
+        let flags = ["--iface=late0", "--iface-regex=^192\\.0\\.2\\.", "--iface-can-reach=192.0.2.9"];
+        let daemon = Flanneld::start_with(lab, host, &flags)?;
+        daemon.daemon().wait_log("no interface fits", secs(10))?;
+        let line = daemon.said("no interface fits").remove(0);
+        for part in [
+            "--iface late0: there is none of this name",
+            "--iface-regex ^192\\.0\\.2\\.: it matches no interface's address or name",
+            "--iface-can-reach 192.0.2.9: this host has no route to it",
+            "there are: eth0 [",
+        ] {
+            ensure!(line.contains(part), "{part:?} is not in {line}");
+        }
+        host.sh(
+            "ip link add late0 type bridge; ip addr add 198.51.100.7/24 dev late0; ip link set late0 up",
+        )?;
+        let env = daemon.ready()?;
+        ensure!(published(lab, &env.key())? == "198.51.100.7");
+        ensure!(daemon.said("no interface fits").len() == 1, "{}", daemon.daemon().log());
+        Ok(())
+    });
+}
+
+#[test]
+fn an_address_that_changes_is_published_in_the_same_lease() {
+    for (name, config) in [("moves-vxlan", VXLAN), ("moves-gw", HOST_GW)] {
+        in_lab(Lab::new(name).hosts(2).etcd(), |lab| {
+            put_config(lab, config)?;
+            let daemons = Flanneld::start_all(lab)?;
+            let (env1, env2) = (daemons[0].ready()?, daemons[1].ready()?);
+            let (h1, h2) = (lab.host(1), lab.host(2));
+            let pods = [Pod::new(h1, &env1, 2)?, Pod::new(h2, &env2, 2)?];
+            ping_within(FOLLOW, &pods[0], pods[1].ip())?;
+            let before = leases(lab)?;
+            let old = h1.ip();
+            // A free address of the same link.
+            let octets = old.octets();
+            let new = std::net::Ipv4Addr::new(octets[0], octets[1], octets[2], 201);
+            let lines = h1.out(&["ip", "-4", "-o", "addr", "show", "dev", "eth0"])?;
+            let len = lines.split_whitespace().find_map(|word| word.strip_prefix(&format!("{old}/")));
+            let len = len.with_context(|| format!("{old} is not in {lines}"))?;
+            h1.sh(&format!(
+                "ip addr add {new}/{len} dev eth0; ip addr del {old}/{len} dev eth0; ip addr show dev eth0"
+            ))?;
+            eventually("the lease names the new address", FOLLOW, || {
+                let now = published(lab, &env1.key())?;
+                ensure!(now == new.to_string(), "{now}");
+                Ok(())
+            })
+            .with_context(|| daemons[0].daemon().tail())?;
+            ensure!(leases(lab)?.keys().eq(before.keys()), "{:?}", leases(lab)?);
+            ping_within(FOLLOW, &pods[0], pods[1].ip())?;
+            ping_within(FOLLOW, &pods[1], pods[0].ip())?;
+            // Nothing of the old address is left on the other host.
+            eventually("the other host has forgotten the old address", FOLLOW, || {
+                let state = h2.sh("ip route; bridge fdb show")?;
+                ensure!(!state.contains(&format!("{old} ")) && state.contains(&new.to_string()), "{state}");
+                Ok(())
+            })?;
+            ensure!(daemons[0].ready()? == env1, "the subnet is the same");
+            Ok(())
+        });
+    }
+}
+
+#[test]
+fn what_nothing_takes_leads_nowhere() {
+    in_lab(Lab::new("blackhole").hosts(1).etcd(), |lab| {
+        put_config(lab, VXLAN)?;
+        let host = lab.host(1);
+        // What Go's flanneld left here, for a subnet that we may get.
+        host.sh("ip route add blackhole 10.100.77.0/24")?;
+        let daemon = Flanneld::start_with(lab, host, &["--iface=eth0", "--ip-blackhole-route"])?;
+        let env = daemon.ready()?;
+        let line = format!("blackhole {} proto 70 metric 65535", env.subnet());
+        let shown = || host.out(&["ip", "route", "show", "type", "blackhole"]);
+        ensure!(shown()?.contains(&line), "{}", shown()?);
+        host.sh(&format!("ip route del blackhole {} metric 65535", env.subnet()))?;
+        eventually("it is back", secs(5), || {
+            ensure!(shown()?.contains(&line), "{}", shown()?);
+            Ok(())
+        })?;
+        ensure!(daemon.repaired()?.get("blackhole") == Some(&1), "{:?}", daemon.repaired()?);
+        daemon.daemon().stop(secs(10))?;
+        let daemon = Flanneld::start_with(lab, host, &["--iface=eth0"])?;
+        daemon.ready()?;
+        eventually("it goes with the flag, and only it", secs(5), || {
+            ensure!(!shown()?.contains(&line) && shown()?.contains("10.100.77.0/24"), "{}", shown()?);
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn etcd_that_stays_away_is_said_again_after_a_minute() {
+    in_lab(Lab::new("etcd-reminder").hosts(1).etcd(), |lab| {
+        put_config(lab, VXLAN)?;
+        lab.etcd_stop()?;
+        let daemon = Flanneld::start(lab, lab.host(1))?;
+        let first = daemon.daemon().wait_log("E112", secs(20))?;
+        ensure!(first < secs(20), "{first:?}");
+        eventually("it is said twice", secs(100), || {
+            ensure!(daemon.said("E112").len() >= 2, "{:#?}", daemon.said("E112"));
+            Ok(())
+        })?;
+        ensure!(daemon.said("E112").len() == 2, "{:#?}", daemon.said("E112"));
+        Ok(())
+    });
+}
+
+// ---- what dockerd is told ----
+
+const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/docker/mk-docker-opts.sh");
+const WRITTEN: &str =
+    "FLANNEL_NETWORK=10.1.0.0/16\nFLANNEL_SUBNET=10.1.74.1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n";
+
+/// Status and output file of the script.
+fn mk_docker_opts(
+    dir: &Path,
+    written: &str,
+    flags: &[&str],
+    env: &[(&str, &str)],
+) -> (Option<i32>, String, String) {
+    let (from, to) = (dir.join("subnet.env"), dir.join("docker_opts.env"));
+    std::fs::write(&from, written).unwrap();
+    let _ = std::fs::remove_file(&to);
+    let output = Command::new("sh")
+        .arg(SCRIPT)
+        .arg("-f")
+        .arg(&from)
+        .arg("-d")
+        .arg(&to)
+        .args(flags)
+        .env_clear()
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .envs(env.iter().copied())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    (output.status.code(), std::fs::read_to_string(&to).unwrap_or_default(), said)
+}
+
+#[test]
+fn dockerd_gets_the_options_that_upstreams_script_makes() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |flags: &[&str], env: &[(&str, &str)]| mk_docker_opts(dir.path(), WRITTEN, flags, env);
+    let each = "DOCKER_OPT_BIP=\"--bip=10.1.74.1/24\"\nDOCKER_OPT_IPMASQ=\"--ip-masq=true\"\nDOCKER_OPT_MTU=\"--mtu=1472\"\n";
+    let all = "\" --bip=10.1.74.1/24 --ip-masq=true --mtu=1472\"\n";
+    for (flags, expected) in [
+        (&[][..], format!("{each}DOCKER_OPTS={all}")),
+        (&["-i"], each.to_owned()),
+        (&["-c"], format!("DOCKER_OPTS={all}")),
+        (&["-c", "-k", "NETWORK_OPTS"], format!("NETWORK_OPTS={all}")),
+        (&["-i", "-c"], format!("{each}DOCKER_OPTS={all}")),
+        (&["-m", "-c"], "DOCKER_OPTS=\" --bip=10.1.74.1/24 --mtu=1472\"\n".to_owned()),
+    ] {
+        let (status, text, said) = run(flags, &[]);
+        assert_eq!((status, text.as_str()), (Some(0), expected.as_str()), "{flags:?}: {said}");
+    }
+    let inherited = [("DOCKER_OPTS", "--debug"), ("DOCKER_OPT_DNS", "--dns 192.0.2.53")];
+    let (status, text, _) = run(&["-c"], &inherited);
+    let expected = "DOCKER_OPTS=\"--debug  --bip=10.1.74.1/24 --dns 192.0.2.53 --ip-masq=true --mtu=1472\"\n";
+    assert_eq!((status, text.as_str()), (Some(0), expected));
+    for wrong in [&["-h"][..], &["-x"], &["-?"], &["-k", "A B"], &["-c", "surplus"]] {
+        let (status, text, said) = run(wrong, &[]);
+        assert_eq!((status, text.as_str()), (Some(1), ""), "{wrong:?}: {said}");
+    }
+    let masquerading = WRITTEN.replace("IPMASQ=false", "IPMASQ='true'");
+    let (_, text, _) = mk_docker_opts(dir.path(), &masquerading, &["-i"], &[]);
+    assert!(text.contains("DOCKER_OPT_IPMASQ=\"--ip-masq=false\""), "{text}");
+    let wrong = WRITTEN.replace("IPMASQ=false", "IPMASQ=$(touch /tmp/x)");
+    let (status, text, said) = mk_docker_opts(dir.path(), &wrong, &[], &[]);
+    assert_eq!((status, text.as_str()), (Some(1), ""), "{said}");
+    assert!(said.contains("Invalid value of FLANNEL_IPMASQ"), "{said}");
+    let (status, text, _) = mk_docker_opts(dir.path(), "", &[], &[]);
+    assert_eq!((status, text.as_str()), (Some(0), "DOCKER_OPTS=\"\"\n"), "no subnet file is no error");
+}
