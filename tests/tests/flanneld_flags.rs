@@ -187,6 +187,57 @@ fn what_nothing_takes_leads_nowhere() {
 }
 
 #[test]
+fn rules_come_back_after_whoever_flushes_them() {
+    const ACCEPTS: &str = "-A FLANNEL-FWD -s 10.100.0.0/16 -m comment --comment \"flanneld forward\" -j ACCEPT\n\
+        -A FLANNEL-FWD -d 10.100.0.0/16 -m comment --comment \"flanneld forward\" -j ACCEPT\n";
+    const JUMP: &str = "-A FORWARD -m comment --comment \"flanneld forward\" -j FLANNEL-FWD\n";
+    let plan = Lab::new("flushed").hosts(1).etcd();
+    in_lab(plan.needs(&["iptables-nft", "iptables-legacy", "nft"]), |lab| {
+        put_config(lab, VXLAN)?;
+        let host = lab.host(1);
+        // As Docker has it, in either variant.
+        host.sh("iptables-nft -P FORWARD DROP; iptables-legacy -P FORWARD DROP")?;
+        let daemon = Flanneld::start_with(lab, host, &["--iface=eth0", "--ip-masq", "--iptables-resync=2"])?;
+        daemon.ready()?;
+        let complete = |variant: &str| {
+            let rules = host.out(&[variant, "-S"])?;
+            let all = ["-P FORWARD DROP\n", JUMP, ACCEPTS];
+            ensure!(all.iter().all(|line| rules.contains(line)), "{variant}: {rules}");
+            Ok(())
+        };
+        // The older tables say nothing when they change: there it takes until the next look.
+        for (variant, patience) in [("iptables-nft", secs(5)), ("iptables-legacy", secs(12))] {
+            eventually(format!("{variant} accepts"), patience, || complete(variant))?;
+            for flush in ["-F", "-F FORWARD", "-F FLANNEL-FWD"] {
+                host.sh(&format!("{variant} {flush}"))?;
+                eventually(format!("back after {variant} {flush}"), patience, || complete(variant))?;
+            }
+        }
+        let table = || host.out(&["nft", "list", "table", "inet", "flannel"]);
+        let before = table()?;
+        ensure!(before.matches("masquerade fully-random").count() == 2, "{before}");
+        host.sh("nft flush ruleset")?;
+        eventually("our table is back", secs(5), || {
+            ensure!(table()? == before, "{}", table()?);
+            Ok(())
+        })?;
+        host.sh("iptables-nft -P FORWARD DROP")?;
+        eventually("Docker's chain accepts again", secs(5), || complete("iptables-nft"))?;
+
+        daemon.daemon().stop(secs(10))?;
+        let flags =
+            ["--iface=eth0", "--ip-masq", "--ip-masq-fully-random-disable", "--iptables-forward-rules=false"];
+        Flanneld::start_with(lab, host, &flags)?.ready()?;
+        eventually("source ports are kept and nothing is accepted", secs(5), || {
+            let (table, rules) = (table()?, host.out(&["iptables-nft", "-S"])?);
+            ensure!(table.contains("masquerade") && !table.contains("fully-random"), "{table}");
+            ensure!(!table.contains("chain forward") && !rules.contains("FLANNEL-FWD"), "{table}\n{rules}");
+            Ok(())
+        })
+    });
+}
+
+#[test]
 fn etcd_that_stays_away_is_said_again_after_a_minute() {
     in_lab(Lab::new("etcd-reminder").hosts(1).etcd(), |lab| {
         put_config(lab, VXLAN)?;
@@ -199,6 +250,62 @@ fn etcd_that_stays_away_is_said_again_after_a_minute() {
             Ok(())
         })?;
         ensure!(daemon.said("E112").len() == 2, "{:#?}", daemon.said("E112"));
+        Ok(())
+    });
+}
+
+#[test]
+fn flanneld_says_how_it_stands() {
+    in_lab(Lab::new("errands").hosts(2).etcd(), |lab| {
+        put_config(lab, VXLAN)?;
+        let (h1, h2) = (lab.host(1), lab.host(2));
+        let etcd = format!("--etcd-endpoints={}", lab.etcd_endpoint());
+        let ask = |errand: &[&str]| h1.run(&[&["flanneld", etcd.as_str()], errand].concat());
+        let nobody = ask(&["status"])?;
+        ensure!(!nobody.ok() && nobody.all().contains("nobody"), "{nobody}");
+        let daemons = Flanneld::start_all(lab)?;
+        let (env1, env2) = (daemons[0].ready()?, daemons[1].ready()?);
+        eventually("each knows the other", FOLLOW, || {
+            let status = ask(&["status"])?;
+            let text = status.all();
+            ensure!(
+                status.ok() && text.contains("served by    flanneld (process ") && text.contains("MTU 1450"),
+                "{text}"
+            );
+            ensure!(text.contains("network      10.100.0.0/16 (vxlan)"), "{text}");
+            ensure!(
+                text.contains(&format!("lease        {} as {}; other leases: 1", env1.subnet(), h1.ip())),
+                "{text}"
+            );
+            Ok(())
+        })?;
+        let leases = ask(&["leases"])?;
+        let text = leases.all();
+        ensure!(leases.ok() && text.contains(&format!("* {}", env1.subnet())), "{text}");
+        ensure!(
+            text.contains(&format!("  {}", env2.subnet())) && text.contains(&h2.ip().to_string()),
+            "{text}"
+        );
+        let there = env2.address(7).to_string();
+        let explained = ask(&["explain", &there])?;
+        let text = explained.all();
+        for part in [
+            format!("{there} is in {}, which {} has (vxlan)", env2.subnet(), h2.ip()),
+            format!("  ip route replace {} via {} dev flannel.1", env2.subnet(), env2.base()),
+            format!(" dst {} self permanent", h2.ip()),
+            "this host sends it by flannel.1 from ".to_owned(),
+        ] {
+            ensure!(explained.ok() && text.contains(&part), "{part:?} is not in {text}");
+        }
+        let outside = ask(&["explain", "192.0.2.1"])?;
+        ensure!(!outside.ok() && outside.all().contains("192.0.2.1 is not in the network"), "{outside}");
+        // Without the store: what was known last, and that it is so.
+        lab.etcd_stop()?;
+        let leases = ask(&["leases"])?;
+        ensure!(
+            leases.all().contains("this is what was known last") && leases.all().contains(&env2.subnet()),
+            "{leases}"
+        );
         Ok(())
     });
 }

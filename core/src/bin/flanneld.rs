@@ -3,18 +3,19 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use flannel_core::run::cli::{self, Environment, Errand, FlanneldFlags};
+use flannel_core::run::cli::{self, CommonFlags, Environment, Errand, FlanneldFlags};
 use flannel_core::run::daemon;
+use flannel_core::run::errands::{self, Answer};
 
 fn main() -> ExitCode {
     let flags: FlanneldFlags = match cli::parse(std::env::args(), &Environment::of_process()) {
         Ok(flags) => flags,
         Err(refusal) => return refusal.exit(),
     };
-    if let Some(errand) = flags.errand {
-        return run(&errand);
-    }
     cli::start_logging(flags.common.verbosity);
+    if let Some(errand) = &flags.errand {
+        return run(errand, &flags.common);
+    }
     let result = match flags.cleanup {
         true => daemon::cleanup(&flags.common),
         false => daemon::serve(&flags.common),
@@ -28,13 +29,24 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(errand: &Errand) -> ExitCode {
-    let said = match errand {
-        Errand::Completions { shell } => std::io::stdout().write_all(&cli::completions(*shell)),
+fn run(errand: &Errand, flags: &CommonFlags) -> ExitCode {
+    let answer = match errand {
+        Errand::Completions { shell } => {
+            Ok(Answer { text: String::from_utf8_lossy(&cli::completions(*shell)).into_owned(), well: true })
+        }
+        Errand::Status => errands::status(flags),
+        Errand::Leases => errands::leases(flags),
+        Errand::Explain { address } => errands::explain(flags, *address),
     };
-    match said {
-        Ok(()) => ExitCode::SUCCESS,
-        // Whoever read our output has seen enough.
-        Err(_) => ExitCode::FAILURE,
+    match answer {
+        Ok(Answer { text, well }) => match std::io::stdout().write_all(text.as_bytes()) {
+            Ok(()) if well => ExitCode::SUCCESS,
+            // Not well, or whoever reads our output has seen enough.
+            _ => ExitCode::FAILURE,
+        },
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
     }
 }

@@ -201,13 +201,22 @@ pub struct FlanneldFlags {
     pub errand: Option<Errand>,
 }
 
-/// What flanneld does besides serving.
+/// What flanneld does besides serving. Flags, those for etcd for example, come before it or are variables.
 #[derive(Subcommand, Clone, Debug)]
 pub enum Errand {
     /// Print the completions of a shell; for bash: source <(flanneld completions bash)
     Completions {
         /// Which shell
         shell: clap_complete::Shell,
+    },
+    /// Say who serves the network on this host, with which subnet; status 1 if nobody does
+    Status,
+    /// List the leases of the network, this host's marked with a star
+    Leases,
+    /// Say where this host's packets to an address go, and what the kernel has for it; status 1 if nowhere
+    Explain {
+        /// An address of a container, for example
+        address: IpAddr,
     },
 }
 

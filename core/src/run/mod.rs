@@ -4,6 +4,7 @@ pub mod agent;
 pub mod cache;
 pub mod cli;
 pub mod daemon;
+pub mod errands;
 pub mod health;
 pub mod hold;
 mod journal;

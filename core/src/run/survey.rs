@@ -43,12 +43,17 @@ impl Survey {
             }
             tracing::info!(%network, "Using interface with name {}: {why}; there are: {candidates}", self.uplink.link);
         }
-        let own = |address: Option<InterfaceAddress>| address.map(|address| address.address());
-        let addresses = [("address", own(self.uplink.v4)), ("v6 address", own(self.uplink.v6))];
+        let public = self.public();
+        let own = |public: bool, address: Option<InterfaceAddress>| {
+            address.filter(|_| public).map(|address| address.address())
+        };
+        let addresses = [
+            ("address", own(public.v4.is_some(), self.uplink.v4)),
+            ("v6 address", own(public.v6.is_some(), self.uplink.v6)),
+        ];
         let addresses = addresses.iter().filter_map(|(what, own)| Some(format!("{what} {}", (*own)?)));
         let addresses = addresses.collect::<Vec<_>>().join(" and ");
         tracing::info!(%network, "Using interface with name {} and {addresses}", self.uplink.link);
-        let public = self.public();
         let externals = [("", public.v4.map(IpAddr::from)), ("v6 ", public.v6.map(IpAddr::from))];
         for (v6, external) in externals.into_iter().filter_map(|(v6, address)| Some((v6, address?))) {
             match sought.is_said(external) {

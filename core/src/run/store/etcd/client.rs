@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use etcd_client::{Certificate, Client, ConnectOptions, Error, Identity, KvClient, TlsOptions};
-use tokio::sync::OnceCell;
+use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout};
 
 use super::EtcdSettings;
@@ -47,7 +47,7 @@ struct Endpoint {
     /// Whether we show no certificate on a connection that is TLS.
     anonymous: bool,
     options: ConnectOptions,
-    client: OnceCell<Client>,
+    client: Mutex<Option<Client>>,
 }
 
 impl std::fmt::Debug for Cluster {
@@ -97,7 +97,7 @@ impl Cluster {
                     _ => options.clone(),
                 };
                 let anonymous = secure && settings.certfile.is_none();
-                Ok(Endpoint { url, anonymous, options, client: OnceCell::new() })
+                Ok(Endpoint { url, anonymous, options, client: Mutex::new(None) })
             })
             .collect::<Result<_, _>>()?;
         match endpoints.is_empty() {
@@ -161,7 +161,10 @@ impl Cluster {
                     let endpoint = endpoint.url.clone();
                     return Err(StoreError::Refused { tried, endpoint, cause: cause(&error) });
                 }
-                Err(_) => format!("no answer within {:.1} s", patience.as_secs_f64()),
+                Err(_) => {
+                    endpoint.forget().await;
+                    format!("no answer within {:.1} s", patience.as_secs_f64())
+                }
             };
             causes.push(endpoint.told(&cause));
         }
@@ -172,8 +175,18 @@ impl Cluster {
 impl Endpoint {
     /// Lazy: without a user nothing is sent before the first call.
     async fn client(&self) -> Result<Client, Error> {
-        let connect = || Client::connect([&self.url], Some(self.options.clone()));
-        self.client.get_or_try_init(connect).await.cloned()
+        let mut client = self.client.lock().await;
+        if let Some(client) = &*client {
+            return Ok(client.clone());
+        }
+        let made = Client::connect([&self.url], Some(self.options.clone())).await?;
+        Ok(client.insert(made).clone())
+    }
+
+    /// The next call gets a new connection: this one may come from an address that this host has no more, and nobody would
+    /// notice for as long as TCP repeats itself.
+    async fn forget(&self) {
+        *self.client.lock().await = None;
     }
 
     /// The cause with its endpoint. A server that wants a certificate and gets none says so after the handshake of TLS 1.3,
@@ -330,6 +343,21 @@ mod tests {
         assert!(error.starts_with(&format!("could not read x: etcd cannot be reached: {url}: ")), "{error}");
         assert!(error.contains("Connection refused"), "{error}");
         assert!(start.elapsed() < Duration::from_secs(1));
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_says_nothing_is_not_used_again() {
+        let socket = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", socket.local_addr().unwrap());
+        let cluster =
+            Cluster::new(&EtcdSettings { endpoints: vec![url], ..EtcdSettings::default() }).unwrap();
+        let mut kept = Vec::new();
+        for connections in 1..=2 {
+            let call = cluster.call("read x", |mut client| async move { client.get("x", None).await });
+            let (answer, accepted) = tokio::join!(call, timeout(Duration::from_secs(2), socket.accept()));
+            assert!(answer.is_err());
+            kept.push(accepted.unwrap_or_else(|_| panic!("no connection {connections}")).unwrap());
+        }
     }
 
     #[tokio::test]

@@ -1,0 +1,242 @@
+//! What flanneld answers on the command line: `status`, `leases`, `explain`. From the same lock, files, store and kernel that
+//! the agent works with; nothing is changed.
+
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::time::timeout;
+
+use super::cli::CommonFlags;
+use super::hold::Door;
+use super::{cache, daemon, setup};
+use crate::act::pass::chain;
+use crate::decide::plan;
+use crate::touch::subnet_env::SubnetEnv;
+use crate::touch::world::World as _;
+use crate::touch::world::kernel::Kernel;
+use crate::words::addr::{Family, Prefix};
+use crate::words::config::NetworkConfig;
+use crate::words::fact::{Fact, Facts};
+use crate::words::lease::{LeaseSet, LeaseValue, Subnets};
+use crate::words::name::NetworkName;
+
+/// How long the store gets to answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// For stdout, and whether all is well.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Answer {
+    /// Whole lines.
+    pub text: String,
+    /// False makes the exit status 1.
+    pub well: bool,
+}
+
+/// Who serves the network here, with which subnet, and what was written for others. Asks nobody but this host.
+pub fn status(flags: &CommonFlags) -> anyhow::Result<Answer> {
+    let network = NetworkName::default_network();
+    let holder = Door::open(&flags.subnet_file, &network)?.holder()?;
+    let mut text = String::new();
+    match &holder {
+        Some(holder) => writeln!(text, "served by    {holder}")?,
+        None => writeln!(text, "served by    nobody: no flanneld of this kind runs here")?,
+    }
+    if let Some(last) = cache::read(&flags.state_dir, &network) {
+        if let Ok(parsed) = NetworkConfig::parse(&last.config) {
+            let cidrs: Vec<_> = parsed.config.cidrs().map(|cidr| cidr.to_string()).collect();
+            writeln!(text, "network      {} ({})", cidrs.join(", "), parsed.config.backend.name())?;
+        }
+        if let Some(own) = last.own {
+            let public = last.leases.leases.get(&own).map(public).unwrap_or_default();
+            let others = last.leases.leases.len().saturating_sub(1);
+            writeln!(text, "lease        {own} as {public}; other leases: {others}")?;
+        }
+    }
+    let path = flags.subnet_file.display();
+    let env = SubnetEnv::read(&flags.subnet_file);
+    match &env {
+        Ok(env) => {
+            let gateways: Vec<_> = env.gateways().iter().map(ToString::to_string).collect();
+            writeln!(
+                text,
+                "subnet file  {path}: bridge address {}, MTU {}",
+                gateways.join(", "),
+                env.mtu.bytes()
+            )?;
+        }
+        Err(error) => writeln!(text, "subnet file  {}", chain(error))?,
+    }
+    Ok(Answer { text, well: holder.is_some() && env.is_ok() })
+}
+
+/// Every lease of the network, this node's marked with a star.
+pub fn leases(flags: &CommonFlags) -> anyhow::Result<Answer> {
+    let known = Known::find(flags)?;
+    let mut text = String::new();
+    for (subnets, value) in &known.leases.leases {
+        let star = if Some(*subnets) == known.own { "*" } else { " " };
+        let data = value.advertisement.data.as_ref().map_or("", |data| data.get());
+        let line =
+            format!("{star} {:<24} {:<16} {:<8} {data}", subnets.to_string(), public(value), backend(value));
+        writeln!(text, "{}", line.trim_end())?;
+    }
+    for finding in &known.leases.findings {
+        writeln!(text, "! {finding}")?;
+    }
+    Ok(Answer { text, well: known.leases.findings.is_empty() })
+}
+
+/// Where packets of this host to an address go: whose subnet it is, what the kernel has for it, which way it would take.
+pub fn explain(flags: &CommonFlags, address: IpAddr) -> anyhow::Result<Answer> {
+    let known = Known::find(flags)?;
+    let mut text = String::new();
+    let cidrs: Vec<Prefix> = known.config.iter().flat_map(|config| config.cidrs()).collect();
+    let mut kernel = Kernel::open()?;
+    let mut well = true;
+    match known
+        .leases
+        .leases
+        .iter()
+        .find_map(|(subnets, value)| Some((subnets, holding(subnets, address)?, value)))
+    {
+        Some((subnets, subnet, _)) if Some(*subnets) == known.own => {
+            writeln!(
+                text,
+                "{address} is in {subnet}, which this host has: its containers are behind its bridge"
+            )?;
+        }
+        Some((_, subnet, value)) => {
+            writeln!(text, "{address} is in {subnet}, which {} has ({})", public(value), backend(value))?;
+            let territory = plan::remains(&NetworkName::default_network(), cidrs.iter().copied());
+            let facts = about(&kernel.observe(&territory)?, subnet);
+            well = !facts.is_empty();
+            if facts.is_empty() {
+                writeln!(text, "the kernel of this host has nothing for that subnet")?;
+            }
+            facts.iter().try_for_each(|fact| writeln!(text, "  {fact}"))?;
+        }
+        None => {
+            well = false;
+            let of_network = cidrs.iter().any(|cidr| cidr.contains(address));
+            let place =
+                if of_network { "in the network, and in nobody's subnet" } else { "not in the network" };
+            writeln!(text, "{address} is {place}")?;
+        }
+    }
+    match kernel.way_to(address)? {
+        Some(way) if way.local => writeln!(text, "it is an address of this host itself")?,
+        Some(way) => {
+            let link = way.link.map_or_else(|| "several interfaces".to_owned(), |link| link.to_string());
+            let source = way.source.map(|source| format!(" from {source}")).unwrap_or_default();
+            writeln!(text, "this host sends it by {link}{source}")?;
+        }
+        None => {
+            well = false;
+            writeln!(text, "this host has no route to it")?;
+        }
+    }
+    Ok(Answer { text, well })
+}
+
+/// The newest state of the network that can be had.
+struct Known {
+    leases: LeaseSet,
+    config: Option<NetworkConfig>,
+    own: Option<Subnets>,
+}
+
+impl Known {
+    /// The store's, else what the agent knew last; then that is said on stderr.
+    fn find(flags: &CommonFlags) -> anyhow::Result<Self> {
+        let last = cache::read(&flags.state_dir, &NetworkName::default_network());
+        let own = last.as_ref().and_then(|last| last.own);
+        let parsed = |document: &str| NetworkConfig::parse(document).ok().map(|parsed| parsed.config);
+        match daemon::runtime()?.block_on(Self::of_store(flags)) {
+            Ok((leases, document)) => Ok(Self { leases, config: document.as_deref().and_then(parsed), own }),
+            Err(error) => {
+                let last = last.with_context(|| format!("{error:#}; and nothing was known before"))?;
+                tracing::warn!("{error:#}; this is what was known last");
+                Ok(Self { config: parsed(&last.config), leases: last.leases, own })
+            }
+        }
+    }
+
+    async fn of_store(flags: &CommonFlags) -> anyhow::Result<(LeaseSet, Option<String>)> {
+        let mut snapshots = setup::etcd(flags)?.network(&NetworkName::default_network()).watch();
+        let known = async {
+            loop {
+                snapshots.changed().await.context("the store cannot be read")?;
+                let snapshot = snapshots.borrow_and_update().clone();
+                if let Some(down) = snapshot.down {
+                    anyhow::bail!("{down}");
+                }
+                if snapshot.known {
+                    return Ok(((*snapshot.leases).clone(), snapshot.config));
+                }
+            }
+        };
+        timeout(PATIENCE, known).await.context("the store did not answer")?
+    }
+}
+
+/// The subnet of a lease that holds an address.
+fn holding(subnets: &Subnets, address: IpAddr) -> Option<Prefix> {
+    subnets.of(Family::of(address)).filter(|subnet| subnet.contains(address))
+}
+
+/// What is there for a peer's subnet: its route, and the neighbor and the forwarding entry that belong to that.
+fn about(facts: &Facts, subnet: Prefix) -> Vec<Fact> {
+    let mac = facts.iter().find_map(|fact| match fact {
+        Fact::Neighbor(neighbor) if neighbor.ip == subnet.base() => Some(neighbor.mac),
+        _ => None,
+    });
+    let concerned = |fact: &&Fact| match fact {
+        Fact::Route(route) => route.destination == subnet,
+        Fact::Neighbor(neighbor) => neighbor.ip == subnet.base(),
+        Fact::Forward(entry) => Some(entry.mac) == mac,
+        _ => false,
+    };
+    facts.iter().filter(concerned).cloned().collect()
+}
+
+fn backend(value: &LeaseValue) -> &str {
+    match value.advertisement.backend.as_str() {
+        "" => "-",
+        backend => backend,
+    }
+}
+
+fn public(value: &LeaseValue) -> String {
+    let v4 = Some(value.public_ip).filter(|v4| !v4.is_unspecified()).map(IpAddr::from);
+    let all: Vec<_> =
+        v4.into_iter().chain(value.public_ipv6.map(IpAddr::from)).map(|ip| ip.to_string()).collect();
+    all.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::words::addr::Mac;
+    use crate::words::fact::{Forward, Neighbor};
+    use crate::words::name::LinkName;
+
+    #[test]
+    fn what_concerns_a_subnet_is_its_own_and_nobody_elses() {
+        let link = LinkName::new("flannel.1").unwrap();
+        let peer = |n: u8| {
+            let mac = Mac([2, 0, 0, 0, 0, n]);
+            let ip = IpAddr::from([10, 100, n, 0]);
+            let remote = IpAddr::from([192, 0, 2, n]);
+            [Fact::Neighbor(Neighbor { link, ip, mac }), Fact::Forward(Forward { link, mac, remote })]
+        };
+        let facts: Facts = peer(1).into_iter().chain(peer(2)).collect();
+        let found: Facts = about(&facts, "10.100.2.0/24".parse().unwrap()).into_iter().collect();
+        assert_eq!(found, peer(2).into_iter().collect());
+        assert!(about(&facts, "10.100.3.0/24".parse().unwrap()).is_empty());
+        let key = Subnets::parse_key("10.100.2.0-24").unwrap();
+        assert!(holding(&key, "10.100.2.9".parse().unwrap()).is_some());
+        assert!(holding(&key, "10.100.3.9".parse().unwrap()).is_none());
+    }
+}
