@@ -189,7 +189,7 @@ fn what_nothing_takes_leads_nowhere() {
 #[test]
 fn rules_come_back_after_whoever_flushes_them() {
     const ACCEPTS: &str = "-A FLANNEL-FWD -s 10.100.0.0/16 -m comment --comment \"flanneld forward\" -j ACCEPT\n\
-        -A FLANNEL-FWD -d 10.100.0.0/16 -m comment --comment \"flanneld forward\" -j ACCEPT\n";
+        -A FLANNEL-FWD -d 10.100.0.0/16 -m comment --comment \"flanneld forward\" -j ACCEPT";
     const JUMP: &str = "-A FORWARD -m comment --comment \"flanneld forward\" -j FLANNEL-FWD\n";
     let plan = Lab::new("flushed").hosts(1).etcd();
     in_lab(plan.needs(&["iptables-nft", "iptables-legacy", "nft"]), |lab| {
@@ -299,6 +299,14 @@ fn flanneld_says_how_it_stands() {
         }
         let outside = ask(&["explain", "192.0.2.1"])?;
         ensure!(!outside.ok() && outside.all().contains("192.0.2.1 is not in the network"), "{outside}");
+        let quiet = h1.run(&["flanneld", &etcd, "--iface=eth0", "--ip-masq", "plan"])?;
+        ensure!(quiet.ok() && quiet.all().contains("nothing to do"), "{quiet}");
+        daemons[0].daemon().stop(secs(10))?;
+        h1.sh("ip route flush dev flannel.1")?;
+        let drift = h1.run(&["flanneld", &etcd, "--iface=eth0", "--ip-masq", "plan"])?;
+        let line = format!("+ ip route replace {} via {} dev flannel.1 onlink", env2.subnet(), env2.base());
+        ensure!(!drift.ok() && drift.all().trim() == line, "{drift}");
+        ensure!(h1.out(&["ip", "route", "show", "dev", "flannel.1"])?.is_empty(), "a plan changes nothing");
         // Without the store: what was known last, and that it is so.
         lab.etcd_stop()?;
         let leases = ask(&["leases"])?;

@@ -35,6 +35,7 @@ fn run(errand: &Errand, flags: &CommonFlags) -> ExitCode {
             Ok(Answer { text: String::from_utf8_lossy(&cli::completions(*shell)).into_owned(), well: true })
         }
         Errand::Status => errands::status(flags),
+        Errand::Plan => errands::plan(flags),
         Errand::Leases => errands::leases(flags),
         Errand::Explain { address } => errands::explain(flags, *address),
     };

@@ -213,6 +213,8 @@ pub enum Errand {
     Status,
     /// List the leases of the network, this host's marked with a star
     Leases,
+    /// Show what the next pass would change on this host, given the same flags and variables as the daemon; status 1 if anything
+    Plan,
     /// Say where this host's packets to an address go, and what the kernel has for it; status 1 if nowhere
     Explain {
         /// An address of a container, for example

@@ -1,25 +1,30 @@
-//! What flanneld answers on the command line: `status`, `leases`, `explain`. From the same lock, files, store and kernel that
+//! What flanneld answers on the command line: `status`, `leases`, `plan`, `explain`. From the same lock, files, store and kernel that
 //! the agent works with; nothing is changed.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::cli::CommonFlags;
+use super::health::Counters;
 use super::hold::Door;
-use super::{cache, daemon, setup};
+use super::reconcile::{Inputs, Place, preview};
+use super::{cache, daemon, setup, survey};
 use crate::act::pass::chain;
-use crate::decide::plan;
+use crate::decide::plan::remains;
 use crate::touch::subnet_env::SubnetEnv;
 use crate::touch::world::World as _;
 use crate::touch::world::kernel::Kernel;
 use crate::words::addr::{Family, Prefix};
 use crate::words::config::NetworkConfig;
 use crate::words::fact::{Fact, Facts};
-use crate::words::lease::{LeaseSet, LeaseValue, Subnets};
+use crate::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
 use crate::words::name::NetworkName;
 
 /// How long the store gets to answer.
@@ -109,7 +114,7 @@ pub fn explain(flags: &CommonFlags, address: IpAddr) -> anyhow::Result<Answer> {
         }
         Some((_, subnet, value)) => {
             writeln!(text, "{address} is in {subnet}, which {} has ({})", public(value), backend(value))?;
-            let territory = plan::remains(&NetworkName::default_network(), cidrs.iter().copied());
+            let territory = remains(&NetworkName::default_network(), cidrs.iter().copied());
             let facts = about(&kernel.observe(&territory)?, subnet);
             well = !facts.is_empty();
             if facts.is_empty() {
@@ -137,6 +142,41 @@ pub fn explain(flags: &CommonFlags, address: IpAddr) -> anyhow::Result<Answer> {
             writeln!(text, "this host has no route to it")?;
         }
     }
+    Ok(Answer { text, well })
+}
+
+/// What the next pass would change on this host, as lines that would do so, with the flags that are given; masquerading also if
+/// the subnet file says so.
+pub fn plan(flags: &CommonFlags) -> anyhow::Result<Answer> {
+    let network = NetworkName::default_network();
+    let last = cache::read(&flags.state_dir, &network).with_context(|| {
+        format!("nothing is known in {} yet: flanneld has had no lease here", flags.state_dir.display())
+    })?;
+    let config = NetworkConfig::parse(&last.config)?.config;
+    let subnets = last.own.context("flanneld has no lease here yet")?;
+    let value = last.leases.leases.get(&subnets).cloned().context("the lease is not among the known ones")?;
+    let (_isolation, isolated_from) = watch::channel(BTreeSet::new());
+    // It wants the runtime's context, and asks nothing of it.
+    let runtime = daemon::runtime()?;
+    let _inside = runtime.enter();
+    let mut settings =
+        setup::agent(flags, &setup::etcd(flags)?, network, Counters::default(), isolated_from)?;
+    settings.masquerade |= SubnetEnv::read(&flags.subnet_file).is_ok_and(|env| env.ip_masq);
+    let survey = survey::take(&settings, &config, None).map_err(|finding| anyhow::anyhow!("{finding}"))?;
+    let inputs = Inputs {
+        config: Arc::new(config),
+        own: OwnLease { subnets, value },
+        leases: Arc::new(last.leases),
+        uplink: survey.uplink.link,
+        sought: settings.uplink.clone(),
+        identity: survey.identity,
+        isolated_from: BTreeSet::new(),
+        former: BTreeSet::new(),
+    };
+    let lines = preview(Place::of(&settings), &inputs).map_err(anyhow::Error::msg)?;
+    let well = lines.is_empty();
+    let mut text = if well { "nothing to do: the kernel is as planned\n".to_owned() } else { String::new() };
+    lines.iter().try_for_each(|line| writeln!(text, "{line}"))?;
     Ok(Answer { text, well })
 }
 

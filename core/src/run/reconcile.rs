@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use self::endpoints::{Endpoints, Reply};
 use super::health::Counters;
 use super::journal::Journal;
+use super::settings::AgentSettings;
 use super::survey::Public;
 use super::udp::{Carrier, UdpError};
 use crate::act::pass::{chain, converge};
@@ -27,13 +28,13 @@ use crate::touch::ledger::{Ledger, ledger_marker};
 use crate::touch::marker;
 use crate::touch::subnet_env::SubnetEnv;
 use crate::touch::uplink::{self, Sought, UplinkError};
-use crate::touch::world::WorldError;
 use crate::touch::world::kernel::Kernel;
+use crate::touch::world::{World as _, WorldError};
 use crate::words::addr::Prefix;
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
 use crate::words::exposure::Exposure;
-use crate::words::fact::{Fact, Facts};
+use crate::words::fact::{Fact, Facts, diff};
 use crate::words::lease::{LeaseSet, OwnLease};
 use crate::words::name::{Attachment, LinkName, NetworkName};
 use crate::words::node::{Identity, Node};
@@ -54,6 +55,22 @@ pub(super) struct Place {
     pub(super) blackhole: bool,
     /// The bridge, if the agent keeps one.
     pub(super) bridge: Option<LinkName>,
+}
+
+impl Place {
+    /// What an agent was told.
+    pub(super) fn of(settings: &AgentSettings) -> Self {
+        Self {
+            network: settings.network.clone(),
+            subnet_file: settings.subnet_file.clone(),
+            masquerade: settings.masquerade,
+            fully_random: settings.fully_random,
+            forward: settings.forward,
+            udp_offload: settings.udp_offload,
+            blackhole: settings.blackhole,
+            bridge: settings.bridge,
+        }
+    }
 }
 
 /// What a pass works from.
@@ -153,11 +170,7 @@ impl Reconciler {
     /// Starts the thread. It works in the network namespace of the caller.
     pub(super) fn start(place: Place, exposure: Option<Exposure>, counters: Counters) -> io::Result<Self> {
         let (work, todo) = channel();
-        let (done, outcome) = watch::channel(Outcome::default());
-        let endpoints = Endpoints::new(place.network.clone(), place.bridge, exposure);
-        let journal = Journal::new(&place.network, counters);
-        let carrier = Carrier::new(place.udp_offload);
-        let thread = Thread { journal, place, endpoints, kernel: None, carrier, done };
+        let (thread, outcome) = Thread::new(place, exposure, counters);
         std::thread::Builder::new().name("reconciler".into()).spawn(move || thread.run(&todo))?;
         Ok(Self { work, outcome })
     }
@@ -221,7 +234,29 @@ struct Thread {
     done: watch::Sender<Outcome>,
 }
 
+/// What a pass would find and change now, one line each; nothing is changed.
+///
+/// # Errors
+/// For the operator: there is no plan, or the kernel cannot be looked at.
+pub(super) fn preview(place: Place, inputs: &Inputs) -> Result<Vec<String>, String> {
+    let (mut thread, _) = Thread::new(place, None, Counters::default());
+    let (plan, _) = thread.plan(inputs).map_err(|error| chain(&error))?;
+    let seen = thread.kernel().and_then(|kernel| kernel.observe(&plan.territory));
+    let seen = seen.map_err(|error| chain(&error))?;
+    let findings = plan.findings.iter().map(|finding| format!("! {finding}"));
+    let changes = diff(&plan.facts, &seen);
+    Ok(findings.chain(changes.iter().map(ToString::to_string)).collect())
+}
+
 impl Thread {
+    fn new(place: Place, exposure: Option<Exposure>, counters: Counters) -> (Self, watch::Receiver<Outcome>) {
+        let (done, outcome) = watch::channel(Outcome::default());
+        let endpoints = Endpoints::new(place.network.clone(), place.bridge, exposure);
+        let journal = Journal::new(&place.network, counters);
+        let carrier = Carrier::new(place.udp_offload);
+        (Self { journal, place, endpoints, kernel: None, carrier, done }, outcome)
+    }
+
     fn run(mut self, todo: &Receiver<Work>) {
         let mut retired = false;
         while let Ok(work) = todo.recv() {

@@ -163,16 +163,7 @@ impl Reader {
         publish: watch::Sender<Status>,
         watchman: Watchman,
     ) -> std::io::Result<Self> {
-        let place = Place {
-            network: settings.network.clone(),
-            subnet_file: settings.subnet_file.clone(),
-            masquerade: settings.masquerade,
-            fully_random: settings.fully_random,
-            forward: settings.forward,
-            udp_offload: settings.udp_offload,
-            blackhole: settings.blackhole,
-            bridge: settings.bridge,
-        };
+        let place = Place::of(&settings);
         let kernel_notice = Arc::new(Notify::new());
         Ok(Self {
             reconciler: Reconciler::start(place, settings.exposure.clone(), settings.counters.clone())?,

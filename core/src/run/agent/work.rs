@@ -92,16 +92,7 @@ impl Work {
         publish: watch::Sender<Status>,
         hold: Hold,
     ) -> Result<Self, std::io::Error> {
-        let place = Place {
-            network: settings.network.clone(),
-            subnet_file: settings.subnet_file.clone(),
-            masquerade: settings.masquerade,
-            fully_random: settings.fully_random,
-            forward: settings.forward,
-            udp_offload: settings.udp_offload,
-            blackhole: settings.blackhole,
-            bridge: settings.bridge,
-        };
+        let place = Place::of(&settings);
         let reconciler = Reconciler::start(place, settings.exposure.clone(), settings.counters.clone())?;
         let kernel_notice = Arc::new(Notify::new());
         let saved = cache::read(&settings.state_dir, &settings.network).unwrap_or_default();
