@@ -41,7 +41,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use args::{Asked, Call};
+use args::{Asked, Call, Verb};
 use conf::Conf;
 use plugin::Plugin;
 use result::{Answer, CniError, Version};
@@ -90,8 +90,31 @@ fn serve(plugin: Plugin, call: &Call) -> (Version, Result<Answer, CniError>) {
         Err(error) => return (Version::NEWEST, Err(error)),
     };
     match Conf::parse(&stdin) {
-        Ok(conf) => (conf.version, plugin.run(call, &conf)),
+        Ok(conf) => (conf.version, run(plugin, call, &conf)),
         Err(error) => (Version::named_in(&stdin), Err(error)),
+    }
+}
+
+/// Has the plugin do what the call asks for.
+fn run(plugin: Plugin, call: &Call, conf: &Conf) -> Result<Answer, CniError> {
+    let since = match call.verb {
+        Verb::Add | Verb::Del => Version::V0_1_0,
+        Verb::Check => Version::V0_4_0,
+        Verb::Gc | Verb::Status => Version::V1_1_0,
+    };
+    if conf.version < since {
+        let msg = format!("config version does not allow {}", call.verb.name());
+        return Err(CniError::new(CniError::INCOMPATIBLE, msg));
+    }
+    match plugin {
+        Plugin::Flannel => flannel::run(call, conf),
+        Plugin::Bridge => bridge::run(call, conf),
+        Plugin::HostLocal => host_local::run(call, conf),
+        Plugin::Bandwidth => bandwidth::run(call, conf),
+        Plugin::Loopback => loopback::run(call, conf),
+        Plugin::Portmap => portmap::run(call, conf),
+        Plugin::Tuning => tuning::run(call, conf),
+        Plugin::Firewall => firewall::run(call, conf),
     }
 }
 

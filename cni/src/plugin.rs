@@ -3,11 +3,6 @@
 use std::ffi::OsString;
 use std::path::Path;
 
-use crate::args::{Call, Verb};
-use crate::conf::Conf;
-use crate::result::{Answer, CniError, Version};
-use crate::{bandwidth, bridge, firewall, flannel, host_local, loopback, portmap, tuning};
-
 /// A plugin, by the name of the file that was executed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Plugin {
@@ -52,29 +47,6 @@ impl Plugin {
             Self::Portmap => "portmap",
             Self::Tuning => "tuning",
             Self::Firewall => "firewall",
-        }
-    }
-
-    /// Does what the call asks for.
-    pub(crate) fn run(self, call: &Call, conf: &Conf) -> Result<Answer, CniError> {
-        let since = match call.verb {
-            Verb::Add | Verb::Del => Version::V0_1_0,
-            Verb::Check => Version::V0_4_0,
-            Verb::Gc | Verb::Status => Version::V1_1_0,
-        };
-        if conf.version < since {
-            let msg = format!("config version does not allow {}", call.verb.name());
-            return Err(CniError::new(CniError::INCOMPATIBLE, msg));
-        }
-        match self {
-            Self::Flannel => flannel::run(call, conf),
-            Self::Bridge => bridge::run(call, conf),
-            Self::HostLocal => host_local::run(call, conf),
-            Self::Bandwidth => bandwidth::run(call, conf),
-            Self::Loopback => loopback::run(call, conf),
-            Self::Portmap => portmap::run(call, conf),
-            Self::Tuning => tuning::run(call, conf),
-            Self::Firewall => firewall::run(call, conf),
         }
     }
 }

@@ -8,9 +8,11 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::nftables::{CHAIN, COMMENT};
 use crate::touch::world::WorldError;
 use crate::words::addr::{Family, Prefix};
+
+pub(super) const CHAIN: &str = "FLANNEL-FWD";
+pub(super) const COMMENT: &str = "flanneld forward";
 
 /// The x_tables of the namespace this was made in.
 pub(super) struct Legacy {

@@ -11,6 +11,7 @@ mod expression;
 mod foreign;
 mod forward_chain;
 mod mac_guard;
+mod packet;
 mod port_map;
 mod revise;
 mod wire;
@@ -19,7 +20,6 @@ use std::collections::BTreeSet;
 use std::io;
 
 pub use self::element::Amended;
-pub(super) use self::forward_chain::{CHAIN, COMMENT};
 use self::wire::{Socket, error_code};
 use super::iptables::Legacy;
 use crate::touch::world::WorldError;

@@ -6,7 +6,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use super::encode::protocol_of;
+use super::packet::protocol_of;
 use super::wire::{Attributes, Socket, attribute, error_code};
 use crate::touch::world::WorldError;
 use crate::words::addr::Family;

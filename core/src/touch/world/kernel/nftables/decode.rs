@@ -3,11 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use super::encode::{
-    FULLY_RANDOM, INTERVAL, INTERVAL_END, hook_number, key_of, kind_name, lower, number_of, offset,
-    protocol_of,
-};
+use super::encode::{FULLY_RANDOM, INTERVAL, INTERVAL_END, hook_number, kind_name, lower};
 use super::expression::{Expression, Meta, NatKind};
+use super::packet::{key_of, number_of, offset, protocol_of};
 use super::port_map;
 use super::wire::{Attributes, Socket, attribute, attributes, kind, number, text};
 use crate::touch::world::WorldError;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use super::wire::{Attributes, error_code, kind, text};
-use super::{Netfilter, decode, encode, port_map};
+use super::{Netfilter, decode, encode, packet, port_map};
 use crate::touch::world::WorldError;
 use crate::words::rule::{Chain, PortKey, PortMapKind, PortTarget, Table, TableFamily, TableName};
 
@@ -67,7 +67,7 @@ impl Netfilter {
         let found = self.socket.dump(
             "list the tables of nftables",
             kind::GET_TABLE,
-            encode::number_of(family),
+            packet::number_of(family),
             &Attributes::default(),
         );
         match found {
@@ -91,7 +91,7 @@ impl Netfilter {
         let mut wanted = of_set(table, map);
         wanted.nest(3, |out| port_map::write_element(out, key, None));
         let what = format!("look for {key} in map {map} of table {table}");
-        let found = self.socket.get(&what, kind::GET_ELEMENTS, encode::number_of(table.family), &wanted)?;
+        let found = self.socket.get(&what, kind::GET_ELEMENTS, packet::number_of(table.family), &wanted)?;
         let read = found.and_then(|list| port_map::read_elements(kind, &[list]));
         Ok(read.and_then(|mut map| map.elements.remove(key)))
     }
@@ -106,7 +106,7 @@ impl Netfilter {
         (map, kind): (&str, PortMapKind),
     ) -> Result<BTreeMap<PortKey, PortTarget>, WorldError> {
         let what = format!("read map {map} of table {table}");
-        let family = encode::number_of(table.family);
+        let family = packet::number_of(table.family);
         let lists = self.socket.dump(&what, kind::GET_ELEMENTS, family, &of_set(table, map))?;
         Ok(port_map::read_elements(kind, &lists).map(|map| map.elements).unwrap_or_default())
     }
@@ -117,9 +117,9 @@ impl Netfilter {
     /// `Refused` if the kernel does not let us look.
     pub fn has_address(&mut self, table: &TableName, set: &str, address: IpAddr) -> Result<bool, WorldError> {
         let mut wanted = of_set(table, set);
-        wanted.nest(3, |out| encode::write_element(out, &encode::octets(address), 0, false));
+        wanted.nest(3, |out| encode::write_element(out, &packet::octets(address), 0, false));
         let what = format!("look for {address} in set {set} of table {table}");
-        let found = self.socket.get(&what, kind::GET_ELEMENTS, encode::number_of(table.family), &wanted)?;
+        let found = self.socket.get(&what, kind::GET_ELEMENTS, packet::number_of(table.family), &wanted)?;
         Ok(found.is_some())
     }
 }

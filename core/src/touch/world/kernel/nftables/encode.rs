@@ -2,7 +2,8 @@
 
 use std::net::IpAddr;
 
-use super::expression::{Expression, Meta};
+use super::expression::{Expression, Meta, address_at, depend};
+use super::packet::{key_of, number_of, octets, offset};
 use super::port_map;
 use super::wire::{APPEND, Attributes, Batch, CREATE, NEW, kind};
 use crate::words::addr::{Family, Prefix};
@@ -10,23 +11,6 @@ use crate::words::rule::{
     Base, Chain, ChainKind, Hook, Match, PortKey, PortMap, PortTarget, Rule, Set, Side, Table, TableFamily,
     TableName, Verdict,
 };
-
-/// Netfilter's number of a table's family (uapi/linux/netfilter.h `NFPROTO_*`).
-pub(super) const fn number_of(family: TableFamily) -> u8 {
-    match family {
-        TableFamily::Inet => 1,
-        TableFamily::Ip => 2,
-        TableFamily::Ip6 => 10,
-    }
-}
-
-/// Netfilter's number of an address family, which is also what `meta nfproto` loads.
-pub(super) const fn protocol_of(family: Family) -> u8 {
-    match family {
-        Family::V4 => 2,
-        Family::V6 => 10,
-    }
-}
 
 /// Flag of an element: here the interval before ends.
 pub(super) const INTERVAL_END: u32 = 1;
@@ -38,14 +22,6 @@ const OPEN_INTERVAL: [u8; 6] = [1, 4, 1, 0, 0, 0];
 const KEY_IN_NETWORK_ORDER: [u8; 6] = [0, 4, 2, 0, 0, 0];
 /// The length of a nested attribute is 16 bits; one message carries at most this many bytes of elements.
 const ELEMENTS_MAX: usize = 60_000;
-
-/// Type (`nft`'s own number for it, informational in the kernel) and length of a set's key.
-pub(super) const fn key_of(family: Family) -> (u32, u32) {
-    match family {
-        Family::V4 => (7, 4),
-        Family::V6 => (8, 16),
-    }
-}
 
 /// The transaction that puts `table` in the place of whatever has its name now.
 pub(super) fn whole(table: &Table) -> Batch {
@@ -364,24 +340,6 @@ fn next(address: IpAddr) -> Option<IpAddr> {
     }
 }
 
-/// An address in network order.
-pub(super) fn octets(address: IpAddr) -> Vec<u8> {
-    match address {
-        IpAddr::V4(v4) => v4.octets().to_vec(),
-        IpAddr::V6(v6) => v6.octets().to_vec(),
-    }
-}
-
-/// Where an address is in its network header.
-pub(super) const fn offset(family: Family, side: Side) -> u32 {
-    match (family, side) {
-        (Family::V4, Side::Source) => 12,
-        (Family::V4, Side::Destination) => 16,
-        (Family::V6, Side::Source) => 8,
-        (Family::V6, Side::Destination) => 24,
-    }
-}
-
 /// masq flag `fully-random` (uapi/linux/netfilter/nf_nat.h NF_NAT_RANGE_PROTO_RANDOM_FULLY).
 pub(super) const FULLY_RANDOM: u32 = 0x10;
 
@@ -437,20 +395,6 @@ pub(super) fn lower(table: TableFamily, rule: &Rule) -> Vec<Expression> {
         }
     }
     out
-}
-
-/// Loads an address of the packet.
-pub(super) const fn address_at(family: Family, side: Side) -> Expression {
-    Expression::Payload { offset: offset(family, side), length: key_of(family).1 }
-}
-
-/// Before bytes of a header are looked at, the packet has to be of that family.
-pub(super) fn depend(out: &mut Vec<Expression>, known: &mut Option<Family>, family: Family) {
-    if *known != Some(family) {
-        out.push(Expression::Meta(Meta::Protocol));
-        out.push(Expression::Compare { equal: true, value: vec![protocol_of(family)] });
-        *known = Some(family);
-    }
 }
 
 /// Whole bytes are compared as they are; a prefix that ends inside a byte takes a mask.

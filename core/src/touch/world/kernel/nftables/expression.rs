@@ -3,9 +3,10 @@
 //! A rule is a little program: load something into a register, compare it, go on or stop, then a verdict. One register
 //! (NFT_REG_1) is enough for all we say, and is what nft uses too.
 
-use super::encode::protocol_of;
+use super::packet::{key_of, offset, protocol_of};
 use super::wire::{Attributes, attribute, attributes, number, text};
 use crate::words::addr::Family;
+use crate::words::rule::Side;
 
 /// What the kernel executes (uapi/linux/netfilter/nf_tables.h).
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -375,4 +376,18 @@ const MASK_AND_XOR: u32 = 0;
 fn plain_mask(arguments: &[u8]) -> bool {
     let xor = attribute(arguments, 5).and_then(|data| attribute(data, 1)).unwrap_or_default();
     number(arguments, 6).unwrap_or(MASK_AND_XOR) == MASK_AND_XOR && xor.iter().all(|byte| *byte == 0)
+}
+
+/// Loads an address of the packet.
+pub(super) const fn address_at(family: Family, side: Side) -> Expression {
+    Expression::Payload { offset: offset(family, side), length: key_of(family).1 }
+}
+
+/// Before bytes of a header are looked at, the packet has to be of that family.
+pub(super) fn depend(out: &mut Vec<Expression>, known: &mut Option<Family>, family: Family) {
+    if *known != Some(family) {
+        out.push(Expression::Meta(Meta::Protocol));
+        out.push(Expression::Compare { equal: true, value: vec![protocol_of(family)] });
+        *known = Some(family);
+    }
 }

@@ -4,7 +4,7 @@
 
 use std::net::IpAddr;
 
-use super::encode::{number_of, protocol_of};
+use super::packet::{number_of, protocol_of};
 use super::wire::{Attributes, Batch, Socket, attribute, attributes, error_code, kind, long, text};
 use crate::touch::world::WorldError;
 use crate::words::addr::Family;

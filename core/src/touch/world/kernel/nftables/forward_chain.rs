@@ -11,9 +11,11 @@
 
 use std::collections::BTreeSet;
 
+use super::super::iptables::{CHAIN, COMMENT};
 use super::decode::raise;
-use super::encode::{number_of, prefix_test, write_expressions};
+use super::encode::{prefix_test, write_expressions};
 use super::expression::Expression;
+use super::packet::number_of;
 use super::wire::{APPEND, Attributes, Batch, CREATE, Socket, attribute, error_code, kind, long, text};
 use crate::touch::world::WorldError;
 use crate::words::addr::{Family, Prefix};
@@ -21,8 +23,6 @@ use crate::words::rule::{Match, Side, TableFamily, Verdict};
 
 const TABLE: &str = "filter";
 const FORWARD: &str = "FORWARD";
-pub(in super::super) const CHAIN: &str = "FLANNEL-FWD";
-pub(in super::super) const COMMENT: &str = "flanneld forward";
 
 /// Others may write rules between our look and our transaction; then we look again.
 const TRIES_MAX: usize = 16;

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use super::encode::{address_at, depend, octets};
-use super::expression::{Connection, Expression, KeyPart, NatKind};
+use super::expression::{Connection, Expression, KeyPart, NatKind, address_at, depend};
+use super::packet::octets;
 use super::wire::{Attributes, attribute, attributes, number};
 use crate::words::addr::Family;
 use crate::words::exposure::Transport;
