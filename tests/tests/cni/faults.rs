@@ -446,10 +446,10 @@ fn a_damaged_scratch_file_hinders_nobody() {
                 // Without a file, GC cannot tell whose it is as long as it lives.
                 host.sh("ip netns del c1")?;
                 if collected {
-                    eventually("the interface is gone", secs(10), || {
-                        node.links().map(|links| !links.contains("veth"))
+                    eventually("GC takes it for dead", secs(20), || {
+                        gc(&node, &conf, &[])?;
+                        node.ledger().map(|entries| entries.is_empty())
                     })?;
-                    gc(&node, &conf, &[])?;
                 } else {
                     node.del("c1", &conf)?;
                 }
