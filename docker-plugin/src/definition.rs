@@ -269,7 +269,10 @@ pub(crate) fn free_vni<'a>(networks: impl IntoIterator<Item = &'a NetworkConfig>
 pub(crate) fn vni_of(config: &NetworkConfig) -> Option<Vni> {
     match &config.backend {
         BackendConfig::Vxlan(vxlan) => Some(vxlan.vni),
-        BackendConfig::Alloc | BackendConfig::HostGw | BackendConfig::Udp(_) => None,
+        BackendConfig::Alloc
+        | BackendConfig::HostGw
+        | BackendConfig::Udp(_)
+        | BackendConfig::Extension(_) => None,
     }
 }
 

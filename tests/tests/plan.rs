@@ -157,6 +157,7 @@ fn golden(name: &str, case: &Case) {
     let plan = case.plan();
     let mut text = format!("# {}\n# MTU {}\n{}", case.config.to_json(), plan.mtu, plan.facts);
     text.extend(plan.tunnel.iter().map(ToString::to_string));
+    text.extend(plan.errands.iter().map(ToString::to_string));
     for finding in &plan.findings {
         text.push_str(&format!("# {} {}: {}\n", finding.code, finding.code.title(), finding.text));
     }
@@ -267,6 +268,19 @@ fn udp_says_that_it_carries_no_ipv6() {
     let case = Case::new(config, "10.5.70.0-24&fd42:cafe:0:2::-64");
     assert_eq!(case.findings(), ["E125 udp carries IPv4 only; the IPv6 subnet stays on this host"]);
     assert_eq!(case.plan().tunnel.unwrap().port.number(), 8286);
+}
+
+#[test]
+fn extension() {
+    let config = r#"{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd42:cafe::/48",
+        "Backend":{"Type":"Extension","SubnetAddCommand":["add","$x"],"SubnetRemoveCommand":"remove | it","PostStartupCommand":"","CommandTimeout":5}}"#;
+    let case = Case::new(config, "10.5.70.0-24&fd42:cafe:0:2::-64")
+        .peer("10.5.68.0-24&fd42:cafe:0:1::-64", r#"{"PublicIP":"192.168.100.2","PublicIPv6":"fd00:100::2","BackendType":"extension","BackendData":"key \"$(id)\""}"#)
+        .peer("10.5.69.0-24", r#"{"PublicIP":"192.168.100.3","PublicIPv6":null,"BackendType":"extension"}"#)
+        .peer("10.5.71.0-24", r#"{"PublicIP":"192.168.100.4","PublicIPv6":null,"BackendType":"extension","BackendData":{"VNI":1}}"#)
+        .peer("10.5.72.0-24", &host_gw_peer("192.168.100.5"));
+    golden("extension", &case);
+    assert_eq!(NetworkConfig::parse(&case.config.to_json()).unwrap().config, case.config);
 }
 
 #[test]

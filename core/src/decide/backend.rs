@@ -4,6 +4,7 @@
 //! one takes a variant of [`BackendConfig`] and a line in [`of`].
 
 mod alloc;
+mod extension;
 mod host_gw;
 mod udp;
 mod vxlan;
@@ -38,6 +39,7 @@ pub trait Backend: Send + Sync {
 pub fn of(config: &BackendConfig) -> Box<dyn Backend> {
     match config {
         BackendConfig::Alloc => Box::new(alloc::Alloc),
+        BackendConfig::Extension(options) => Box::new(extension::Extension::new(options.clone())),
         BackendConfig::HostGw => Box::new(host_gw::HostGw),
         BackendConfig::Udp(options) => Box::new(udp::Udp::new(options.clone())),
         BackendConfig::Vxlan(options) => Box::new(vxlan::Vxlan::new(options.clone())),

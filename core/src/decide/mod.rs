@@ -4,6 +4,7 @@ pub mod allocate;
 pub mod backend;
 pub mod bridge;
 pub mod endpoint;
+pub mod errands;
 pub mod firewall;
 pub mod hostports;
 pub mod isolation;

@@ -8,8 +8,9 @@ use super::scene::{Draft, Scene};
 use super::{backend, bridge, publish};
 use crate::words::addr::{Family, InterfaceAddress, Prefix};
 use crate::words::code::Code;
-use crate::words::config::NetworkConfig;
+use crate::words::config::{BackendConfig, NetworkConfig};
 use crate::words::exposure::Exposure;
+use crate::words::extension::Errands;
 use crate::words::fact::{Blackhole, BridgePort, Fact, Facts, Link, LinkKind, LinkModes, Sysctl};
 use crate::words::lease::{LeaseSet, OwnLease};
 use crate::words::name::{LinkName, NetworkName};
@@ -55,6 +56,8 @@ pub struct Plan {
     pub facts: Facts,
     /// The tunnel that this program itself should carry, before the facts can be true.
     pub tunnel: Option<Tunnel>,
+    /// What the operator's commands should be told, once the facts are true.
+    pub errands: Option<Errands>,
     /// What may be looked at and deleted.
     pub territory: Territory,
     /// What the operator should know.
@@ -109,9 +112,9 @@ pub fn plan(inputs: &Inputs<'_>) -> Result<Plan, PlanError> {
         }
     }
 
-    let Draft { facts, findings, tunnel } = draft;
+    let Draft { facts, findings, tunnel, errands } = draft;
     let territory = territory(inputs, &facts);
-    Ok(Plan { facts, tunnel, territory, findings, mtu, ranges })
+    Ok(Plan { facts, tunnel, errands, territory, findings, mtu, ranges })
 }
 
 /// A host that forwards does not follow router advertisements any more, unless it is told to: 2 instead of 1
@@ -217,12 +220,15 @@ fn territory(inputs: &Inputs<'_>, facts: &Facts) -> Territory {
 /// length and leaves by a bridge or through a gateway: `docker0` with `--bip`, `cni0`, the peer routes that Go's
 /// host-gw left behind.
 pub fn overlap(config: &NetworkConfig, routes: &[HostRoute]) -> Option<Finding> {
+    // Its commands make routes of any kind there, which a restart finds.
+    let commands = matches!(config.backend, BackendConfig::Extension(_));
     let ranges = || config.v4.iter().chain(config.v6.iter());
     let (route, range) = routes.iter().flat_map(|route| ranges().map(move |range| (route, range))).find(
         |(route, range)| {
             let part = range.cidr.covers(&route.destination)
                 && route.destination.len() >= range.subnet_len()
                 && (route.bridge || route.via.is_some());
+            let part = part || (commands && range.cidr.covers(&route.destination));
             let flannels = route.link.is_some_and(|link| link.as_str().starts_with("flannel"));
             range.cidr.overlaps(&route.destination) && !route.destination.is_default() && !flannels && !part
         },

@@ -8,6 +8,7 @@ use serde_json::value::RawValue;
 use crate::words::addr::{Family, Prefix};
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
+use crate::words::extension::Errands;
 use crate::words::fact::{Conflict, Fact, Facts};
 use crate::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
 use crate::words::name::NetworkName;
@@ -59,6 +60,8 @@ pub struct Draft {
     pub findings: Vec<Finding>,
     /// The tunnel that this program itself should carry.
     pub tunnel: Option<Tunnel>,
+    /// What the operator's commands should be told.
+    pub errands: Option<Errands>,
 }
 
 impl Draft {

@@ -122,6 +122,10 @@ pub struct CommonFlags {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = true, default_missing_value = "true", value_parser = go_syntax::parse_bool)]
     pub udp_offload: bool,
 
+    /// Run the commands of the extension backend, which whoever can write the network config chooses; they run as root
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true", value_parser = go_syntax::parse_bool)]
+    pub allow_extension: bool,
+
     /// Address of the health server
     #[arg(long, value_name = "IP", default_value = "0.0.0.0")]
     pub healthz_ip: IpAddr,

@@ -162,7 +162,8 @@ pub fn plan(flags: &CommonFlags) -> anyhow::Result<Answer> {
     let mut settings =
         setup::agent(flags, &setup::etcd(flags)?, network, Counters::default(), isolated_from)?;
     settings.masquerade |= SubnetEnv::read(&flags.subnet_file).is_ok_and(|env| env.ip_masq);
-    let survey = survey::take(&settings, &config, None).map_err(|finding| anyhow::anyhow!("{finding}"))?;
+    let survey =
+        survey::take(&settings, &config, None, None).map_err(|finding| anyhow::anyhow!("{finding}"))?;
     let inputs = Inputs {
         config: Arc::new(config),
         own: OwnLease { subnets, value },

@@ -22,6 +22,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 use tokio::net::TcpListener;
 
+use crate::words::extension::Occasion;
 use crate::words::report::Made;
 
 type Labels = Vec<(&'static str, String)>;
@@ -40,6 +41,8 @@ struct Inner {
     peers: Family<Labels, Gauge>,
     store: Latencies,
     store_up: Family<Labels, Gauge>,
+    commands: Family<Labels, Counter>,
+    commands_failing: Family<Labels, Gauge>,
     ready: Mutex<BTreeMap<String, bool>>,
 }
 
@@ -54,6 +57,8 @@ impl Default for Inner {
             // 1 ms to 4 s: a call has 2.8 s.
             store: Latencies::new_with_constructor(|| Histogram::new(exponential_buckets(0.001, 2.0, 13))),
             store_up: Family::default(),
+            commands: Family::default(),
+            commands_failing: Family::default(),
             ready: Mutex::default(),
         }
     }
@@ -101,6 +106,18 @@ impl Counters {
         self.0.peers.get_or_create(&only).set(peers as i64);
     }
 
+    /// One more command of the extension backend has ended.
+    pub fn command(&self, network: &str, occasion: Occasion, worked: bool) {
+        let mut labels = labels(network, "command", &occasion.to_string());
+        labels.push(("result", if worked { "worked" } else { "failed" }.to_owned()));
+        self.0.commands.get_or_create(&labels).inc();
+    }
+
+    /// How many of them fail now.
+    pub fn commands_failing(&self, network: &str, failing: usize) {
+        self.0.commands_failing.get_or_create(&vec![("network", network.to_owned())]).set(failing as i64);
+    }
+
     /// Whether a network's data path is as planned and its subnet file is written.
     pub fn ready(&self, network: &str, ready: bool) {
         self.0.ready.lock().unwrap_or_else(PoisonError::into_inner).insert(network.to_owned(), ready);
@@ -135,6 +152,10 @@ impl Counters {
         registry.register("ready", "Whether the data path is as planned and the subnet file written", ready);
         registry.register("build", "The program", Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]));
         registry.register("peers", "Leases of other nodes that are planned for", self.0.peers.clone());
+        let (name, help) = ("extension_commands", "Commands of the extension backend that have ended");
+        registry.register(name, help, self.0.commands.clone());
+        let (name, help) = ("extension_commands_failing", "Commands of the extension backend that fail now");
+        registry.register(name, help, self.0.commands_failing.clone());
         let mut text = String::new();
         // Writing into a String cannot fail.
         let _ = encode(&mut text, &registry);

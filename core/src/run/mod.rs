@@ -5,6 +5,7 @@ pub mod cache;
 pub mod cli;
 pub mod daemon;
 pub mod errands;
+mod extension;
 pub mod health;
 pub mod hold;
 mod journal;

@@ -34,6 +34,7 @@ use crate::words::addr::Prefix;
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
 use crate::words::exposure::Exposure;
+use crate::words::extension::Errands;
 use crate::words::fact::{Fact, Facts, diff};
 use crate::words::lease::{LeaseSet, OwnLease};
 use crate::words::name::{Attachment, LinkName, NetworkName};
@@ -142,6 +143,8 @@ pub(super) struct Outcome {
     pub(super) clean: bool,
     /// Largest packet of a container.
     pub(super) mtu: Option<Mtu>,
+    /// What the operator's commands should be told.
+    pub(super) errands: Option<Arc<Errands>>,
     /// How peers reach us, as the uplink is now.
     pub(super) public: Public,
 }
@@ -295,6 +298,7 @@ impl Thread {
                 outcome.clean = report.clean;
                 outcome.mtu = Some(plan.mtu);
                 outcome.public = public;
+                outcome.errands = plan.errands.map(Arc::new);
                 outcome.own = sight.own().cloned();
             }
             Err(error) => {

@@ -8,6 +8,8 @@ use std::path::Path;
 use anyhow::{Context, bail};
 
 use super::cli::CommonFlags;
+use super::extension::{self, Extension};
+use super::health::Counters;
 use super::store::NetworkStore;
 use super::{cache, hold, setup};
 use crate::act::pass::converge;
@@ -42,6 +44,7 @@ pub async fn everything(flags: &CommonFlags, store: NetworkStore) -> anyhow::Res
     let cidrs: BTreeSet<Prefix> = configured.chain(written).collect();
     let bridge = bridge(&subnet_file, &network);
     kernel(&network, cidrs, bridge)?;
+    commands(flags, &network).await;
     if let Some(own) = last.own
         && let Some(value) = last.leases.leases.get(&own)
         && let Err(error) = store.release(&own, value).await
@@ -107,6 +110,19 @@ fn ledger(subnet_file: &Path) -> anyhow::Result<()> {
                 entries.iter().map(|entry| format!("{} ({})", entry.address, entry.owner)).collect();
             bail!("containers still hold addresses: {}; remove the containers first", held.join(", "))
         }
+    }
+}
+
+/// Has the extension backend's commands take away what they made.
+async fn commands(flags: &CommonFlags, network: &NetworkName) {
+    match extension::stands(network, &flags.state_dir) {
+        true if flags.allow_extension => {
+            Extension::spawn(network, &flags.state_dir, Counters::default()).retire().await;
+        }
+        true => tracing::warn!(
+            "what the commands of the extension backend made stays; with --allow-extension they would take it away"
+        ),
+        false => {}
     }
 }
 

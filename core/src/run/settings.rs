@@ -36,6 +36,8 @@ pub struct AgentSettings {
     pub udp_offload: bool,
     /// Throw away what is sent to our own subnet while nothing here takes it.
     pub blackhole: bool,
+    /// Run the commands of a config that came from elsewhere.
+    pub allow_extension: bool,
     /// Keep this bridge.
     pub bridge: Option<LinkName>,
     /// CIDRs that this network's containers must not reach, and the other way round.

@@ -55,6 +55,7 @@ pub fn agent(
         forward: flags.iptables_forward_rules,
         udp_offload: flags.udp_offload,
         blackhole: flags.ip_blackhole_route,
+        allow_extension: flags.allow_extension,
         bridge: None,
         isolated_from,
         exposure: None,

@@ -140,6 +140,13 @@ pub struct NetworkStore {
     name: NetworkName,
 }
 
+impl NetworkStore {
+    /// Whether only this machine's root can have written what it says.
+    pub(super) const fn is_local(&self) -> bool {
+        matches!(self.store, Store::Embedded(_))
+    }
+}
+
 /// A network as last read.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Snapshot {

@@ -102,10 +102,12 @@ impl Public {
 }
 
 /// Looks at the host. `known` is the interface in use: it is kept as long as it exists and has the addresses it needs.
+/// `printed` is what the extension backend's command says of this host.
 pub(super) fn take(
     settings: &AgentSettings,
     config: &NetworkConfig,
     known: Option<LinkName>,
+    printed: Option<String>,
 ) -> Result<Survey, Finding> {
     let absent = |error: &dyn std::error::Error| Finding::new(Code::UPLINK_ABSENT, chain(error));
     let mut kernel = Kernel::open().map_err(|error| absent(&error))?;
@@ -155,12 +157,17 @@ pub(super) fn take(
     let mtu = backend
         .mtu(config, &node)
         .map_err(|error| Finding::new(Code::MTU_ABOVE_UPLINK, error.to_string()))?;
+    let mut advertisement = backend.advertise(config, &node);
+    if let Some(printed) = printed {
+        // A text always serializes.
+        advertisement.data = serde_json::value::to_raw_value(&printed).ok();
+    }
     Ok(Survey {
         chosen,
         value: LeaseValue {
             public_ip: public.v4.unwrap_or(Ipv4Addr::UNSPECIFIED),
             public_ipv6: public.v6,
-            advertisement: backend.advertise(config, &node),
+            advertisement,
         },
         mtu,
         avoid: elsewhere(&node),

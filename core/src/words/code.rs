@@ -78,6 +78,10 @@ catalogue! {
         "lower Backend.MTU, or raise the uplink's MTU";
     FAMILY_NOT_CARRIED = 125, "the backend does not carry IPv6",
         "use vxlan or host-gw for a network with IPv6";
+    EXTENSION_REFUSED = 126, "the network config has commands that this host may not run",
+        "whoever can write the store would run commands here as root: if that is meant, start flanneld with --allow-extension; else choose another backend";
+    EXTENSION_FAILED = 127, "a command of the extension backend failed",
+        "see what it said; it is run again, later and later";
     ATTACHMENT_DRIFT = 140, "a container's place on the network is not as it was made",
         "start the container anew; the details name what is missing as the commands that would make it";
     ATTACHMENT_EXISTS = 141, "the container's interface is attached already",

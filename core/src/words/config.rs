@@ -6,6 +6,7 @@
 //! **Source** — upstream pkg/subnet/config.go `ParseConfig`, `CheckNetworkConfig`.
 
 mod document;
+mod extension;
 
 use std::net::IpAddr;
 
@@ -14,6 +15,7 @@ use serde_json::json;
 use self::document::Document;
 use super::addr::{Family, Prefix};
 use super::code::Code;
+use super::extension::ExtensionConfig;
 use super::report::Finding;
 use super::units::{Mtu, Port, Vni};
 
@@ -101,6 +103,8 @@ pub enum BackendConfig {
     Vxlan(VxlanConfig),
     /// Whole packets in UDP, carried by this program itself.
     Udp(UdpConfig),
+    /// By commands of the operator's.
+    Extension(ExtensionConfig),
 }
 
 impl BackendConfig {
@@ -111,6 +115,7 @@ impl BackendConfig {
             Self::HostGw => "host-gw",
             Self::Vxlan(_) => "vxlan",
             Self::Udp(_) => "udp",
+            Self::Extension(_) => "extension",
         }
     }
 }
@@ -184,9 +189,9 @@ const KEYS: &[&str] = &[
 const VXLAN_KEYS: &[&str] = &["Type", "VNI", "Port", "GBP", "Learning", "DirectRouting", "MTU"];
 const UDP_KEYS: &[&str] = &["Type", "Port"];
 /// The types there are, as errors list them.
-const BUILT: &str = "alloc, host-gw, udp, vxlan";
+const BUILT: &str = "alloc, extension, host-gw, udp, vxlan";
 /// Upstream's types that this software does not have yet.
-const NOT_BUILT: &[&str] = &["ipip", "wireguard", "ipsec", "extension", "tencent-vpc"];
+const NOT_BUILT: &[&str] = &["ipip", "wireguard", "ipsec", "tencent-vpc"];
 
 impl NetworkConfig {
     /// Reads and checks a document.
@@ -252,6 +257,11 @@ impl NetworkConfig {
             && udp.port != Port::UDP_BACKEND
         {
             backend.insert("Port".into(), json!(udp.port.number()));
+        }
+        if let BackendConfig::Extension(extension) = &self.backend
+            && let Ok(serde_json::Value::Object(commands)) = serde_json::to_value(extension)
+        {
+            backend.extend(commands);
         }
         if let BackendConfig::Vxlan(vxlan) = &self.backend {
             backend.insert("VNI".into(), json!(vxlan.vni.id()));
@@ -442,6 +452,7 @@ fn backend(document: &Document<'_>, findings: &mut Vec<Finding>) -> Result<Backe
             findings.extend(options.unknown_keys(UDP_KEYS));
             udp(&options).map(BackendConfig::Udp)
         }
+        "extension" => extension::read(&options, findings).map(BackendConfig::Extension),
         name if NOT_BUILT.contains(&name) => {
             Err(kind.error(format!("backend {name} is not built yet; this version has {BUILT}")))
         }

@@ -5,6 +5,7 @@ pub mod code;
 pub mod config;
 pub mod digest;
 pub mod exposure;
+pub mod extension;
 pub mod fact;
 pub mod hostport;
 pub mod lease;

@@ -1,5 +1,7 @@
 //! An agent at work: it follows the newest values and decides when the kernel is looked at.
 
+mod commands;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -13,6 +15,7 @@ use tokio::time::{Instant, sleep_until};
 use super::{Command, Leased, Status, WAIT, gateway};
 use crate::decide::firewall;
 use crate::run::cache::{self, LastGood};
+use crate::run::extension::Extension;
 use crate::run::hold::{self, Hold};
 use crate::run::kernel_events::KernelEvents;
 use crate::run::reconcile::{Inputs, Outcome, Place, Reconciler, backoff};
@@ -26,6 +29,7 @@ use crate::touch::subnet_env::SubnetEnv;
 use crate::words::addr::{Family, Prefix};
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
+use crate::words::extension::Errands;
 use crate::words::lease::{LeaseSet, OwnLease, Subnets};
 use crate::words::report::{Finding, Reason};
 use crate::words::units::Mtu;
@@ -79,6 +83,12 @@ pub(super) struct Work {
     /// Kernel notices in a row: somebody may be undoing what we do.
     streak: u32,
     last_notice: Instant,
+    /// Runs the commands of the extension backend, where they are allowed.
+    extension: Option<Extension>,
+    /// What they should be told, by the newest pass.
+    errands: Option<Arc<Errands>>,
+    /// What `PreStartupCommand` said when we last looked.
+    printed: Option<Option<String>>,
     ready: bool,
     told: Option<Finding>,
     told_at: Instant,
@@ -100,6 +110,9 @@ impl Work {
         let snapshots = settings.store.watch();
         let tenure = Tenure::spawn(settings.store.clone(), snapshots.clone(), offered, settings.renew_margin);
         Ok(Self {
+            extension: commands::spawn(&settings),
+            errands: None,
+            printed: None,
             reconciler,
             _events: KernelEvents::subscribe(kernel_notice.clone())?,
             snapshots,
@@ -146,6 +159,7 @@ impl Work {
             tokio::select! {
                 changed = self.snapshots.changed() => if changed.is_err() { return End::Over },
                 changed = self.tenure.changed() => if changed.is_err() { return End::Over },
+                () = commands::changed(self.extension.as_mut()) => self.commands_ran(),
                 Ok(()) = self.settings.isolated_from.changed() => self.look(Reason::Config, Duration::ZERO),
                 Ok(()) = self.reconciler.outcome.changed() => self.passed(),
                 () = self.kernel_notice.notified() => self.noticed(),
@@ -203,6 +217,9 @@ impl Work {
         let Some(subnets) = self.saved.own else { return };
         let Some(value) = self.saved.leases.leases.get(&subnets).cloned() else { return };
         let Ok(parsed) = NetworkConfig::parse(&self.saved.config) else { return };
+        if self.refuses(&parsed.config).is_some() {
+            return;
+        }
         tracing::info!(
             network = %self.settings.network,
             "starting from the last known state: subnet {subnets}, {} leases", self.saved.leases.leases.len()
@@ -229,6 +246,7 @@ impl Work {
             self.leases = snapshot.leases.clone();
             self.look(Reason::Leases, Duration::ZERO);
         }
+        self.tell_commands();
         self.look_around().await;
         self.make_offer();
         self.take_tenure();
@@ -239,6 +257,9 @@ impl Work {
     fn read_config(&mut self, document: String) {
         let network = &self.settings.network;
         match NetworkConfig::parse(&document) {
+            Ok(parsed) if let Some(refusal) = self.refuses(&parsed.config) => {
+                self.config_trouble = Some(refusal)
+            }
             Ok(parsed) => {
                 for finding in &parsed.findings {
                     tracing::warn!(%network, "{finding}");
@@ -262,12 +283,15 @@ impl Work {
     /// Uplink, identity, what we advertise: looked at when something they follow from has changed.
     async fn look_around(&mut self) {
         let Some(config) = self.config.clone() else { return };
-        if !std::mem::take(&mut self.survey_due) {
+        if !self.survey_due {
             return;
         }
+        let Some(printed) = self.prepared(&config) else { return };
+        self.survey_due = false;
         let settings = self.settings.clone();
         let known = self.survey.as_ref().map(|survey| survey.uplink.link);
-        let survey = tokio::task::spawn_blocking(move || survey::take(&settings, &config, known)).await;
+        let survey =
+            tokio::task::spawn_blocking(move || survey::take(&settings, &config, known, printed)).await;
         match survey.unwrap_or_else(|error| Err(Finding::new(Code::UPLINK_ABSENT, error.to_string()))) {
             Ok(survey) => {
                 if self.survey.as_ref().is_none_or(|known| {
@@ -287,7 +311,7 @@ impl Work {
     /// Offers the lease value; nothing is offered while the network cannot be served here.
     fn make_offer(&mut self) {
         let (Some(config), Some(survey)) = (&self.config, &self.survey) else { return };
-        if self.survey_trouble.is_some() || self.config_trouble.is_some() {
+        if self.survey_due || self.survey_trouble.is_some() || self.config_trouble.is_some() {
             return;
         }
         let previous = self.saved.own.or_else(|| {
@@ -432,7 +456,9 @@ impl Work {
         // The uplink is gone, or has another address: what we advertise must follow.
         let moved = self.survey.as_ref().is_some_and(|survey| survey.public() != outcome.public);
         self.survey_due |= moved;
-        if outcome.own.is_some() && outcome.own == self.own {
+        self.errands = outcome.errands;
+        self.tell_commands();
+        if outcome.own.is_some() && outcome.own == self.own && self.commands_serve() {
             self.ready = self.write_subnet_file(outcome.mtu) && (outcome.clean || self.ready);
         }
     }
@@ -478,6 +504,9 @@ impl Work {
         let known = self.config.iter().flat_map(|config| config.cidrs());
         let cidrs = known.chain(self.env.iter().flat_map(|env| env.networks.iter().copied())).collect();
         let report = self.reconciler.retire(cidrs).await?;
+        if let Some(extension) = self.extension {
+            extension.retire().await;
+        }
         // Nothing is offered any more, so what is released now is not claimed again.
         self.offer.send_replace(None);
         if let Some(own) = &self.own

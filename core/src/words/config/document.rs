@@ -8,6 +8,7 @@ use serde_json::value::RawValue;
 
 use super::ConfigError;
 use crate::words::code::Code;
+use crate::words::extension::CommandLine;
 use crate::words::report::Finding;
 
 /// An object and the whole text it stands in.
@@ -85,6 +86,11 @@ impl<'a> Value<'a> {
     /// A string; upstream's parser takes addresses without quotes too, but JSON does not.
     pub(super) fn string(&self) -> Result<String, ConfigError> {
         serde_json::from_str(self.raw).map_err(|_| self.error("text in quotes was wanted"))
+    }
+
+    /// Text, or a list of texts.
+    pub(super) fn command(&self) -> Option<CommandLine> {
+        serde_json::from_str(self.raw).ok()
     }
 
     pub(super) fn document(&self) -> Result<Document<'a>, ConfigError> {

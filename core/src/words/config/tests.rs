@@ -101,8 +101,16 @@ fn errors_say_what_where_and_why() {
             "SubnetMax at line 1, column 65 is \"10.100.1.0\": SubnetMin 10.100.9.0 is above SubnetMax 10.100.1.0",
         ),
         (
+            r#"{"Network":"10.100.0.0/16","Backend":{"Type":"extension","SubnetAddCommand":["ip",7]}}"#,
+            "Backend.SubnetAddCommand at line 1, column 77 is [\"ip\",7]: a command for sh in quotes, or a list of a program and its arguments, was wanted",
+        ),
+        (
+            r#"{"Network":"10.100.0.0/16","Backend":{"Type":"extension","CommandTimeout":0}}"#,
+            "Backend.CommandTimeout at line 1, column 75 is 0: seconds from 1 to 3600 were wanted",
+        ),
+        (
             r#"{"Network":"10.100.0.0/16","Backend":{"Type":"ipip"}}"#,
-            "Backend.Type at line 1, column 46 is \"ipip\": backend ipip is not built yet; this version has alloc, host-gw, udp, vxlan",
+            "Backend.Type at line 1, column 46 is \"ipip\": backend ipip is not built yet; this version has alloc, extension, host-gw, udp, vxlan",
         ),
         (
             r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"Type":"udp"}}"#,
@@ -114,7 +122,7 @@ fn errors_say_what_where_and_why() {
         ),
         (
             r#"{"Network":"10.100.0.0/16","Backend":{}}"#,
-            "Backend at line 1, column 38 is {}: Backend has no Type; say one of alloc, host-gw, udp, vxlan",
+            "Backend at line 1, column 38 is {}: Backend has no Type; say one of alloc, extension, host-gw, udp, vxlan",
         ),
         (
             r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan","VNI":16777216}}"#,
