@@ -439,11 +439,12 @@ fn a_damaged_scratch_file_hinders_nobody() {
         let conf = rich();
         let file = "/var/lib/cni/flannel/c1";
         for damage in [format!(": >{file}"), format!("printf '{{\"name\":' >{file}"), format!("rm {file}")] {
-            for collected in [false, true] {
+            // Without a file, GC cannot tell whose it is as long as it lives: DEL takes it down.
+            let ways: &[bool] = if damage.starts_with("rm") { &[false] } else { &[false, true] };
+            for collected in ways.iter().copied() {
                 node.container("c1")?;
                 node.add("c1", &conf)?;
                 host.sh(&damage)?;
-                // Without a file, GC cannot tell whose it is as long as it lives.
                 host.sh("ip netns del c1")?;
                 if collected {
                     eventually("GC takes it for dead", secs(20), || {
