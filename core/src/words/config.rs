@@ -5,6 +5,7 @@
 //! twice the last one counts. Unknown keys are findings.
 //! **Source** — upstream pkg/subnet/config.go `ParseConfig`, `CheckNetworkConfig`.
 
+mod backend;
 mod document;
 mod extension;
 
@@ -14,10 +15,9 @@ use serde_json::json;
 
 use self::document::Document;
 use super::addr::{Family, Prefix};
-use super::code::Code;
-use super::extension::ExtensionConfig;
 use super::report::Finding;
-use super::units::{Mtu, Port, Vni};
+
+pub use self::backend::{BackendConfig, UdpConfig, VxlanConfig};
 
 /// Why a document cannot be used: what, where, and what to do.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -92,77 +92,6 @@ impl Range {
     }
 }
 
-/// How packets travel.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum BackendConfig {
-    /// Not at all: only leases.
-    Alloc,
-    /// Routes through the peers' own addresses.
-    HostGw,
-    /// VXLAN.
-    Vxlan(VxlanConfig),
-    /// Whole packets in UDP, carried by this program itself.
-    Udp(UdpConfig),
-    /// By commands of the operator's.
-    Extension(ExtensionConfig),
-}
-
-impl BackendConfig {
-    /// `Backend.Type`, as upstream spells it.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Alloc => "alloc",
-            Self::HostGw => "host-gw",
-            Self::Vxlan(_) => "vxlan",
-            Self::Udp(_) => "udp",
-            Self::Extension(_) => "extension",
-        }
-    }
-}
-
-/// `Backend` of type udp.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct UdpConfig {
-    /// `Port`, the same on every host; 0 or absent is 8285.
-    pub port: Port,
-}
-
-impl Default for UdpConfig {
-    fn default() -> Self {
-        Self { port: Port::UDP_BACKEND }
-    }
-}
-
-/// `Backend` of type vxlan.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct VxlanConfig {
-    /// `VNI`
-    pub vni: Vni,
-    /// `Port`; 0 or absent is the kernel's 8472.
-    pub port: Port,
-    /// `GBP`
-    pub gbp: bool,
-    /// `Learning`
-    pub learning: bool,
-    /// `DirectRouting`: peers on our own link get a plain route.
-    pub direct_routing: bool,
-    /// `MTU` of the underlay, if not the uplink's.
-    pub mtu: Option<Mtu>,
-}
-
-impl Default for VxlanConfig {
-    fn default() -> Self {
-        Self {
-            vni: Vni::ONE,
-            port: Port::VXLAN,
-            gbp: false,
-            learning: false,
-            direct_routing: false,
-            mtu: None,
-        }
-    }
-}
-
 /// A document that was read, and what the operator should know of it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Parsed {
@@ -186,13 +115,6 @@ const KEYS: &[&str] = &[
     "IPv6SubnetMax",
     "Backend",
 ];
-const VXLAN_KEYS: &[&str] = &["Type", "VNI", "Port", "GBP", "Learning", "DirectRouting", "MTU"];
-const UDP_KEYS: &[&str] = &["Type", "Port"];
-/// The types there are, as errors list them.
-const BUILT: &str = "alloc, extension, host-gw, udp, vxlan";
-/// Upstream's types that this software does not have yet.
-const NOT_BUILT: &[&str] = &["ipip", "wireguard", "ipsec", "tencent-vpc"];
-
 impl NetworkConfig {
     /// Reads and checks a document.
     pub fn parse(text: &str) -> Result<Parsed, ConfigError> {
@@ -210,7 +132,7 @@ impl NetworkConfig {
             v4: if enable_v4 { Some(range(&document, &V4_KEYS)?) } else { None },
             v6: if enable_v6 { Some(range(&document, &V6_KEYS)?) } else { None },
             nftables: document.get("EnableNFTables").map(|v| v.bool()).transpose()?.unwrap_or(false),
-            backend: backend(&document, &mut findings)?,
+            backend: backend::read(&document, &mut findings)?,
         };
         if config.v4.is_none() && matches!(config.backend, BackendConfig::Udp(_)) {
             return Err(ConfigError::Missing { key: "Network", cause: "backend udp carries IPv4 only" });
@@ -251,35 +173,7 @@ impl NetworkConfig {
         if self.nftables {
             document.insert("EnableNFTables".into(), json!(true));
         }
-        let mut backend = serde_json::Map::new();
-        backend.insert("Type".into(), json!(self.backend.name()));
-        if let BackendConfig::Udp(udp) = &self.backend
-            && udp.port != Port::UDP_BACKEND
-        {
-            backend.insert("Port".into(), json!(udp.port.number()));
-        }
-        if let BackendConfig::Extension(extension) = &self.backend
-            && let Ok(serde_json::Value::Object(commands)) = serde_json::to_value(extension)
-        {
-            backend.extend(commands);
-        }
-        if let BackendConfig::Vxlan(vxlan) = &self.backend {
-            backend.insert("VNI".into(), json!(vxlan.vni.id()));
-            if vxlan.port != Port::VXLAN {
-                backend.insert("Port".into(), json!(vxlan.port.number()));
-            }
-            for (key, on) in
-                [("GBP", vxlan.gbp), ("Learning", vxlan.learning), ("DirectRouting", vxlan.direct_routing)]
-            {
-                if on {
-                    backend.insert(key.into(), json!(true));
-                }
-            }
-            if let Some(mtu) = vxlan.mtu {
-                backend.insert("MTU".into(), json!(mtu.bytes()));
-            }
-        }
-        document.insert("Backend".into(), backend.into());
+        document.insert("Backend".into(), backend::write(&self.backend).into());
         serde_json::Value::from(document).to_string()
     }
 }
@@ -427,65 +321,6 @@ fn bound(
     Prefix::new(address, len)
         .map(Some)
         .map_err(|_| value.error(format!("not on a {} boundary (/{len})", keys.len)))
-}
-
-fn backend(document: &Document<'_>, findings: &mut Vec<Finding>) -> Result<BackendConfig, ConfigError> {
-    let Some(value) = document.get("Backend") else {
-        findings.push(Finding::new(Code::BACKEND_ABSENT, "Backend is missing, udp is used"));
-        return Ok(BackendConfig::Udp(UdpConfig::default()));
-    };
-    let options = value.document()?;
-    let Some(kind) = options.get("Type") else {
-        return Err(value.error(format!("Backend has no Type; say one of {BUILT}")));
-    };
-    let name = kind.string()?.to_ascii_lowercase();
-    match name.as_str() {
-        "alloc" | "host-gw" => {
-            findings.extend(options.unknown_keys(&["Type"]));
-            Ok(if name == "alloc" { BackendConfig::Alloc } else { BackendConfig::HostGw })
-        }
-        "vxlan" => {
-            findings.extend(options.unknown_keys(VXLAN_KEYS));
-            vxlan(&options).map(BackendConfig::Vxlan)
-        }
-        "udp" => {
-            findings.extend(options.unknown_keys(UDP_KEYS));
-            udp(&options).map(BackendConfig::Udp)
-        }
-        "extension" => extension::read(&options, findings).map(BackendConfig::Extension),
-        name if NOT_BUILT.contains(&name) => {
-            Err(kind.error(format!("backend {name} is not built yet; this version has {BUILT}")))
-        }
-        _ => Err(kind.error(format!("unknown backend type; say one of {BUILT}"))),
-    }
-}
-
-fn udp(options: &Document<'_>) -> Result<UdpConfig, ConfigError> {
-    let port = options.get("Port").map(|v| v.number().map(|n| (v, n))).transpose()?;
-    Ok(match port {
-        None | Some((_, 0)) => UdpConfig::default(),
-        Some((value, n)) => UdpConfig { port: Port::new(n).map_err(|e| value.error(e))? },
-    })
-}
-
-fn vxlan(options: &Document<'_>) -> Result<VxlanConfig, ConfigError> {
-    let number = |key: &str| options.get(key).map(|v| v.number().map(|n| (v, n))).transpose();
-    let flag = |key: &str| options.get(key).map(|v| v.bool()).transpose().map(|on| on.unwrap_or(false));
-    let default = VxlanConfig::default();
-    Ok(VxlanConfig {
-        vni: number("VNI")?.map_or(Ok(default.vni), |(v, n)| Vni::new(n).map_err(|e| v.error(e)))?,
-        port: match number("Port")? {
-            None | Some((_, 0)) => default.port,
-            Some((value, n)) => Port::new(n).map_err(|e| value.error(e))?,
-        },
-        gbp: flag("GBP")?,
-        learning: flag("Learning")?,
-        direct_routing: flag("DirectRouting")?,
-        mtu: match number("MTU")? {
-            None | Some((_, 0)) => None,
-            Some((value, n)) => Some(Mtu::new(n).map_err(|e| value.error(e))?),
-        },
-    })
 }
 
 #[cfg(test)]

@@ -1,4 +1,6 @@
 use super::*;
+use crate::words::code::Code;
+use crate::words::units::Port;
 
 fn parsed(text: &str) -> Parsed {
     NetworkConfig::parse(text).unwrap_or_else(|error| panic!("{text}: {error}"))
