@@ -12,7 +12,7 @@ SKIPS := $(CURDIR)/target/skipped
 # nextest runs every test in a process of its own and says which was slow; plain cargo test does without.
 NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
 
-.PHONY: help setup build test quickstart bench check dist cni-install rootfs plugin
+.PHONY: help setup build test vm quickstart bench check dist cni-install rootfs plugin
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -32,6 +32,11 @@ ifeq ($(NEXTEST),yes)
 else
 	$(CARGO) test --locked --workspace --no-fail-fast -- --test-threads=2
 endif
+
+vm: setup ## the scenes that need Debian's kernel, in an emulated machine: minutes
+	tests/setup-vm
+	$(CARGO) build --locked --workspace --bins
+	FLANNEL_TESTS_LONG=1 $(CARGO) nextest run --locked --profile long -p flannel-tests --test vm --success-output final
 
 quickstart: setup ## two hosts in a lab: networks, containers, a ping across, and everything gone again
 	$(CARGO) build --locked -q --workspace --bins

@@ -69,6 +69,7 @@ mod leftovers;
 mod managed;
 pub mod needs;
 pub mod probe;
+pub mod vm;
 
 pub use alone::{alone, another_namespace, sh};
 pub use command::{COMMAND_DEADLINE, Output};

@@ -13,6 +13,9 @@ use crate::host::Place;
 /// Between two looks.
 const NAP: Duration = Duration::from_millis(10);
 
+/// The same on an emulated processor, to which a look is work.
+const NAP_EMULATED: Duration = Duration::from_millis(100);
+
 /// So many seconds.
 pub fn secs(n: u64) -> Duration {
     Duration::from_secs(n)
@@ -55,12 +58,13 @@ pub fn eventually<C: Condition>(
     mut condition: impl FnMut() -> C,
 ) -> Result<C::Value> {
     let start = Instant::now();
+    let nap = if crate::vm::is_inside() { NAP_EMULATED } else { NAP };
     loop {
         let last_look = start.elapsed() >= deadline;
         match condition().seen() {
             Ok(value) => return Ok(value),
             Err(seen) if last_look => bail!("waited {deadline:?} for: {what}\nlast seen: {seen}"),
-            Err(_) => thread::sleep(NAP),
+            Err(_) => thread::sleep(nap),
         }
     }
 }
