@@ -262,7 +262,6 @@ impl Place for Pod {
     }
 
     fn enter(&self, argv: &[&str]) -> std::process::Command {
-        let net = format!("--net=/run/netns/{}", self.name);
-        self.host.enter(&[&["nsenter", &net, "--"], argv].concat())
+        self.host.enter_netns(&self.name, argv)
     }
 }

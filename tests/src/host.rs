@@ -230,6 +230,14 @@ impl Place for Host {
     }
 }
 
+impl Host {
+    /// The same in one of its named network namespaces (`ip netns`).
+    pub fn enter_netns(&self, name: &str, argv: &[&str]) -> Command {
+        let net = format!("--net=/run/netns/{name}");
+        self.enter(&[&["nsenter", &net, "--"], argv].concat())
+    }
+}
+
 // The same names again as methods of its own, so that a test need not import the trait.
 impl Host {
     /// Its name: `h1`, `h2`, …

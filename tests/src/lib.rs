@@ -57,6 +57,7 @@ mod cgroup;
 mod command;
 pub mod conversation;
 mod daemon;
+mod docker_plugin;
 mod engine;
 pub mod fake;
 pub mod flanneld;
@@ -74,6 +75,7 @@ pub mod vm;
 pub use alone::{alone, another_namespace, sh};
 pub use command::{COMMAND_DEADLINE, Output};
 pub use daemon::{Daemon, Usage};
+pub use docker_plugin::{CREATE_WEB, create_network};
 pub use engine::Container;
 pub use go_chain::{GO_FLANNEL, KUBE_FLANNEL};
 pub use guide::blocks;
@@ -84,5 +86,5 @@ pub use managed::{MANAGED, MANAGED_DIR, MANAGED_NEEDS};
 pub use nix::sys::signal::Signal;
 pub use probe::{
     HttpServer, PingCount, PingStream, eventually, http_get, largest_packet, ping, ping_within, secs,
-    seen_as, tcp_opens, unchanged,
+    seen_as, send_datagrams, tcp_opens, unchanged,
 };

@@ -1,6 +1,8 @@
 //! Questions about the network, and the one way to wait: on a state, with a deadline.
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
+use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -8,7 +10,9 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 
 use crate::daemon::Daemon;
-use crate::host::Place;
+use crate::engine::Container;
+use crate::flanneld::{Flanneld, SubnetEnv};
+use crate::host::{Host, Place};
 
 /// Between two looks.
 const NAP: Duration = Duration::from_millis(10);
@@ -43,10 +47,45 @@ impl<T> Condition for Option<T> {
     }
 }
 
-impl<T> Condition for Result<T> {
+impl<T: Answer> Condition for Result<T> {
     type Value = T;
     fn seen(self) -> std::result::Result<T, String> {
-        self.map_err(|error| format!("{error:#}"))
+        match self {
+            Ok(answer) if answer.holds() => Ok(answer),
+            Ok(_) => Err("false".to_owned()),
+            Err(error) => Err(format!("{error:#}")),
+        }
+    }
+}
+
+/// What a condition that can fail answers when it does not fail: true if it is a `bool` (`Ok(false)` is "not yet"), else
+/// anything that was found.
+pub trait Answer {
+    /// Whether this ends the wait.
+    fn holds(&self) -> bool {
+        true
+    }
+}
+
+impl Answer for bool {
+    fn holds(&self) -> bool {
+        *self
+    }
+}
+
+impl Answer for () {}
+impl Answer for Flanneld {}
+impl Answer for SubnetEnv {}
+impl Answer for f64 {}
+impl Answer for String {}
+impl Answer for UnixStream {}
+impl Answer for Container {}
+impl<T> Answer for Vec<T> {}
+impl<K, V> Answer for BTreeMap<K, V> {}
+
+impl<T: Answer> Answer for &T {
+    fn holds(&self) -> bool {
+        (*self).holds()
     }
 }
 
@@ -90,6 +129,24 @@ fn sorted(text: &str) -> Vec<&str> {
     let mut lines: Vec<&str> = text.lines().map(str::trim_end).collect();
     lines.sort_unstable();
     lines
+}
+
+/// Sends datagrams to a port of another host, ten a second from one socket for five minutes at most, and waits until the other
+/// host tracks that connection.
+pub fn send_datagrams(from: &Host, to: &Host, port: u16) -> Result<Daemon> {
+    const TRACKED: &str = "/proc/net/nf_conntrack";
+    let send = format!(
+        "exec 3<>/dev/udp/{}/{port}; while sleep 0.1; do echo hello >&3 || true; done 2>/dev/null",
+        to.ip()
+    );
+    let sender = from.spawn("sender", &["timeout", "300", "bash", "-c", &send], &[])?;
+    if to.exists(TRACKED) {
+        let tracked = || to.sh(&format!("grep -q 'dport={port}' {TRACKED}"));
+        eventually("the sender is tracked", secs(10), tracked)?;
+    } else {
+        thread::sleep(secs(1));
+    }
+    Ok(sender)
 }
 
 /// One echo request; an error shows what ping said. Waits a second for the answer.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use flannel_tests::conversation::{HIDDEN_SOCKET, Proxy, time_under_way};
-use flannel_tests::{Daemon, Host, IMAGE, Lab, eventually, in_lab, secs};
+use flannel_tests::{CREATE_WEB, Daemon, Host, IMAGE, Lab, eventually, in_lab, secs};
 use serde_json::Value;
 
 /// Every so many gets an address that the user chose.
@@ -78,17 +78,7 @@ fn all_of_many_containers_come_back_after_the_engines_restart() {
             .with_context(|| plugin.tail())?;
         let (mut engine, empty) = start_engine(host)?;
         host.load_image()?;
-        host.docker(&[
-            "network",
-            "create",
-            "-d",
-            "flannel",
-            "--ipam-driver",
-            "flannel",
-            "--subnet",
-            "10.100.0.0/16",
-            "web",
-        ])?;
+        host.docker(CREATE_WEB)?;
         let subnet = host.sh("sed -n 's/^FLANNEL_SUBNET=\\(.*\\)\\.1\\/24/\\1/p' /run/flannel/subnet.env")?;
         let fixed: BTreeMap<String, String> = (0..containers())
             .step_by(FIXED_EVERY)

@@ -2,13 +2,11 @@
 
 use anyhow::{Context, Result, ensure};
 use flannel_tests::{
-    Container, Daemon, Host, HttpServer, IMAGE, Lab, LabPlan, Place, eventually, http_get, in_lab,
-    ping_within, secs, seen_as, tcp_opens,
+    CREATE_WEB, Container, Daemon, Host, HttpServer, IMAGE, Lab, LabPlan, Place, eventually, http_get,
+    in_lab, ping_within, secs, seen_as, send_datagrams, tcp_opens,
 };
 
 const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
-const CREATE: &[&str] =
-    &["network", "create", "-d", "flannel", "--ipam-driver", "flannel", "--subnet", "10.100.0.0/16", "web"];
 const CREATE_OTHER: &[&str] = &[
     "network",
     "create",
@@ -28,19 +26,12 @@ fn plan(name: &str, hosts: usize) -> LabPlan {
     Lab::new(name).hosts(hosts).ip_forward(false).needs(&["dockerd", "docker", "busybox"])
 }
 
-fn start_plugin(host: &Host, flags: &[&str]) -> Result<Daemon> {
-    let daemon = host.spawn("flannel-docker-plugin", &[&["flannel-docker-plugin"], flags].concat(), &[])?;
-    eventually("the plugin's socket", secs(5), || host.exists("/run/docker/plugins/flannel.sock"))
-        .with_context(|| daemon.tail())?;
-    Ok(daemon)
-}
-
 /// A plugin on the lab's etcd, an engine with the image, and the network.
 fn start_all(lab: &Lab, host: &Host) -> Result<(Daemon, Daemon)> {
-    let plugin = start_plugin(host, &[&format!("--etcd-endpoints={}", lab.etcd_endpoint())])?;
+    let plugin = host.start_plugin(&[&format!("--etcd-endpoints={}", lab.etcd_endpoint())])?;
     let dockerd = host.start_dockerd(&[])?;
     host.load_image()?;
-    host.docker(CREATE)?;
+    host.docker(CREATE_WEB)?;
     Ok((plugin, dockerd))
 }
 
@@ -126,10 +117,10 @@ fn a_published_port_is_reached_from_everywhere() {
 fn ports_are_bound_as_docker_binds_them() {
     in_lab(plan("ports-bound", 2), |lab| {
         let (h1, h2) = (lab.host(1), lab.host(2));
-        let _plugin = start_plugin(h1, &[])?;
+        let _plugin = h1.start_plugin(&[])?;
         let _dockerd = h1.start_dockerd(&[])?;
         h1.load_image()?;
-        h1.docker(CREATE)?;
+        h1.docker(CREATE_WEB)?;
         h1.docker(CREATE_OTHER)?;
         let ip = h1.ip().to_string();
 
@@ -214,7 +205,7 @@ fn published_ports_survive_what_happens_to_the_host() {
         plugin.crash()?;
         reached("the plugin's end")?;
         let endpoints = format!("--etcd-endpoints={}", lab.etcd_endpoint());
-        let plugin = start_plugin(h1, &[&endpoints])?;
+        let plugin = h1.start_plugin(&[&endpoints])?;
         reached("the plugin's restart")?;
         let clash = h1.try_docker(&["run", "--rm", "--network", "web", "-p", "8080:80", IMAGE, "true"])?;
         ensure!(!clash.ok() && clash.stderr.contains("already allocated"), "{clash}\n{}", plugin.tail());
@@ -232,7 +223,7 @@ fn published_ports_survive_what_happens_to_the_host() {
 
 /// A Docker network on the flannel network of the others, with options.
 fn create_beside(host: &Host, name: &str, options: &[&str]) -> Result<()> {
-    let start = &CREATE[..CREATE.len() - 1];
+    let start = &CREATE_WEB[..CREATE_WEB.len() - 1];
     host.docker(&[start, options, &[name]].concat()).map(drop)
 }
 
@@ -307,23 +298,13 @@ fn networks_keep_their_containers_as_their_options_say() {
 fn udp_senders_follow_the_port() {
     in_lab(plan("ports-udp", 2), |lab| {
         let (h1, h2) = (lab.host(1), lab.host(2));
-        let _plugin = start_plugin(h1, &[])?;
+        let _plugin = h1.start_plugin(&[])?;
         let _dockerd = h1.start_dockerd(&[])?;
         h1.load_image()?;
-        h1.docker(CREATE)?;
+        h1.docker(CREATE_WEB)?;
         // Something has to have the kernel track connections before the port is there.
         h1.docker_run("other", &["--network", "web", "-p", "8080:80"])?;
-        let send = format!(
-            "exec 3<>/dev/udp/{}/5353; while sleep 0.1; do echo hello >&3 || true; done 2>/dev/null",
-            h1.ip()
-        );
-        let _sender = h2.spawn("sender", &["timeout", "300", "bash", "-c", &send], &[])?;
-        let tracked = || h1.sh("grep -c 'dport=5353' /proc/net/nf_conntrack || true");
-        if h1.exists("/proc/net/nf_conntrack") {
-            eventually("the sender is tracked", secs(10), || tracked().is_ok_and(|count| count != "0"))?;
-        } else {
-            std::thread::sleep(secs(1));
-        }
+        let _sender = send_datagrams(h2, h1, 5353)?;
         for name in ["first", "second"] {
             let container = h1.docker_run(name, &["--network", "web", "-p", "5353:53/udp"])?;
             // Nobody need listen: the kernel counts what came for a port that nobody listens on.

@@ -9,14 +9,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use flannel_tests::flanneld::{SubnetEnv, leases, put_config};
 use flannel_tests::{
-    BIN_DIR, Container, Daemon, Host, HttpServer, IMAGE, Lab, LabPlan, PingStream, Place, eventually,
-    http_get, in_lab, ping, ping_within, secs, seen_as,
+    BIN_DIR, CREATE_WEB, Container, Daemon, Host, HttpServer, IMAGE, Lab, LabPlan, PingStream, Place,
+    eventually, http_get, in_lab, ping, ping_within, secs, seen_as,
 };
 
 const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
 const HOST_GW: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"host-gw"}}"#;
-const CREATE: &[&str] =
-    &["network", "create", "-d", "flannel", "--ipam-driver", "flannel", "--subnet", "10.100.0.0/16", "web"];
 /// Says where a flanneld is that is not ours: a path of this machine.
 const FOREIGN: &str = "FLANNEL_FOREIGN_FLANNELD";
 
@@ -43,13 +41,6 @@ fn start_owner(lab: &Lab, host: &Host, flags: &[&str]) -> Result<Daemon> {
     Ok(daemon)
 }
 
-fn start_plugin(host: &Host, flags: &[&str]) -> Result<Daemon> {
-    let daemon = host.spawn("flannel-docker-plugin", &[&["flannel-docker-plugin"], flags].concat(), &[])?;
-    eventually("the plugin's socket", secs(10), || host.exists("/run/docker/plugins/flannel.sock"))
-        .with_context(|| daemon.tail())?;
-    Ok(daemon)
-}
-
 fn start_engine(host: &Host) -> Result<Daemon> {
     let dockerd = host.start_dockerd(&[])?;
     host.load_image()?;
@@ -70,11 +61,11 @@ fn containers_reach_each_other(name: &str, config: &str, plugin_has_etcd: bool) 
         let flags: &[&str] = if plugin_has_etcd { &[&endpoints] } else { &[] };
         let _owner = start_owner(lab, h1, &["--ip-masq"])?;
         let env = h1.read("/run/flannel/subnet.env")?;
-        let plugin = start_plugin(h1, flags)?;
-        let _other = start_plugin(h2, &[&endpoints])?;
+        let plugin = h1.start_plugin(flags)?;
+        let _other = h2.start_plugin(&[&endpoints])?;
         let _engines = (start_engine(h1)?, start_engine(h2)?);
-        h1.docker(CREATE).with_context(|| plugin.tail())?;
-        h2.docker(CREATE)?;
+        h1.docker(CREATE_WEB).with_context(|| plugin.tail())?;
+        h2.docker(CREATE_WEB)?;
         let c1 = h1.docker_run("c1", &["--network", "web"])?;
         let c2 = h2.docker_run("c2", &["--network", "web"])?;
         let address = c1.ip()?;
@@ -127,12 +118,12 @@ fn an_agent_that_knows_nothing_of_the_lock_gets_the_way() {
         put_config(lab, VXLAN)?;
         let (h1, h2) = (lab.host(1), lab.host(2));
         let endpoints = format!("--etcd-endpoints={}", lab.etcd_endpoint());
-        let plugin = start_plugin(h1, &[&endpoints])?;
-        start_plugin(h2, &[&endpoints])?;
+        let plugin = h1.start_plugin(&[&endpoints])?;
+        h2.start_plugin(&[&endpoints])?;
         start_engine(h1)?;
         start_engine(h2)?;
-        h1.docker(CREATE)?;
-        h2.docker(CREATE)?;
+        h1.docker(CREATE_WEB)?;
+        h2.docker(CREATE_WEB)?;
         let c1 = h1.docker_run("c1", &["--network", "web"])?;
         let c2 = h2.docker_run("c2", &["--network", "web"])?;
         ping_within(secs(10), &c1, c2.ip()?)?;
@@ -196,12 +187,12 @@ fn two_containers(lab: &Lab) -> Result<(Daemon, Daemon, Container, Container)> {
     let (h1, h2) = (lab.host(1), lab.host(2));
     let endpoints = format!("--etcd-endpoints={}", lab.etcd_endpoint());
     let owner = start_owner(lab, h1, &["--ip-masq"])?;
-    let plugin = start_plugin(h1, &[&endpoints])?;
-    start_plugin(h2, &[&endpoints])?;
+    let plugin = h1.start_plugin(&[&endpoints])?;
+    h2.start_plugin(&[&endpoints])?;
     start_engine(h1)?;
     start_engine(h2)?;
-    h1.docker(CREATE)?;
-    h2.docker(CREATE)?;
+    h1.docker(CREATE_WEB)?;
+    h2.docker(CREATE_WEB)?;
     let c1 = h1.docker_run("c1", &["--network", "web"])?;
     let c2 = h2.docker_run("c2", &["--network", "web"])?;
     ping_within(secs(10), &c1, c2.ip()?)?;
@@ -347,8 +338,7 @@ impl Place for Pod {
     }
 
     fn enter(&self, argv: &[&str]) -> std::process::Command {
-        let net = format!("--net=/run/netns/{}", self.name);
-        self.host.enter(&[&["nsenter", &net, "--"], argv].concat())
+        self.host.enter_netns(self.name, argv)
     }
 }
 
@@ -365,8 +355,8 @@ fn what_the_plugin_removes_is_its_own() {
         for with_etcd in [true, false] {
             let endpoints = format!("--etcd-endpoints={}", lab.etcd_endpoint());
             let endpoints: &[&str] = if with_etcd { &[&endpoints] } else { &[] };
-            let plugin = start_plugin(host, endpoints)?;
-            host.docker(CREATE).with_context(|| plugin.tail())?;
+            let plugin = host.start_plugin(endpoints)?;
+            host.docker(CREATE_WEB).with_context(|| plugin.tail())?;
             host.docker_run("c1", &["--network", "web"])?;
             // Nobody else masquerades here.
             let rules = host.out(&["nft", "list", "ruleset"])?;
@@ -377,14 +367,14 @@ fn what_the_plugin_removes_is_its_own() {
             ensure!(host.read("/run/flannel/subnet.env")? == env);
 
             // And what a plugin left behind that ended before its networks were removed.
-            host.docker(CREATE)?;
+            host.docker(CREATE_WEB)?;
             host.docker_run("c1", &["--network", "web"])?;
             plugin.stop(secs(20))?;
             host.out(&[&["flannel-docker-plugin", "--cleanup"], endpoints].concat())?;
             as_before(host, &before, &plugin)?;
             ensure!(host.read("/run/flannel/subnet.env")? == env);
             ensure!(leases(lab)?.len() == 1 && owner.alive(), "{:?}", leases(lab)?);
-            let plugin = start_plugin(host, endpoints)?;
+            let plugin = host.start_plugin(endpoints)?;
             host.docker(&["rm", "-f", "c1"])?;
             host.docker(&["network", "rm", "web"])?;
             plugin.stop(secs(20))?;

@@ -6,10 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use flannel_tests::{Host, Lab, Signal, eventually, in_lab, needs, ping_within, secs};
-
-const CREATE: &[&str] =
-    &["network", "create", "-d", "flannel", "--ipam-driver", "flannel", "--subnet", "10.100.0.0/16", "web"];
+use flannel_tests::{CREATE_WEB, Host, Lab, Signal, eventually, in_lab, needs, ping_within, secs};
 
 const SOCKET: &str = "/run/docker/plugins/flannel.sock";
 
@@ -85,7 +82,7 @@ fn the_first_connection_starts_the_service() {
         host.load_image()?;
         ensure!(!plugin.log().contains("listening on"), "it runs before anybody asked\n{}", plugin.tail());
         // The engine's first request waits in the backlog until the program accepts.
-        host.docker(CREATE).with_context(|| plugin.tail())?;
+        host.docker(CREATE_WEB).with_context(|| plugin.tail())?;
         let c1 = host.docker_run("c1", &["--network", "web", "--restart=always"])?;
         let c2 = host.docker_run("c2", &["--network", "web"])?;
         ping_within(secs(5), &c1, c2.ip()?)?;

@@ -21,11 +21,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use flannel_tests::conversation::{Call, HIDDEN_SOCKET, PLUGIN_SOCKET, Proxy, Trap, When};
-use flannel_tests::{Daemon, Host, IMAGE, Lab, LabPlan, eventually, in_lab, ping, ping_within, secs};
+use flannel_tests::{
+    CREATE_WEB, Daemon, Host, IMAGE, Lab, LabPlan, create_network, eventually, in_lab, ping, ping_within,
+    secs,
+};
 use serde_json::Value;
-
-const CREATE: &[&str] =
-    &["network", "create", "-d", "flannel", "--ipam-driver", "flannel", "--subnet", "10.100.0.0/16", "web"];
 
 fn plan(name: &str) -> LabPlan {
     Lab::new(name).hosts(1).ip_forward(false).needs(&["dockerd", "docker", "busybox"])
@@ -68,7 +68,7 @@ fn an_overlapping_automatic_pool_is_asked_for_once() {
     in_lab(plan("trap-loop"), |lab| {
         let host = lab.host(1);
         let (proxy, plugin, _engine) = start_all(host, &[])?;
-        host.docker(CREATE)?;
+        host.docker(CREATE_WEB)?;
         let automatic = ["network", "create", "-d", "flannel", "--ipam-driver", "flannel", "automatic"];
         // Our own bridge's route is none that the engine compares with.
         proxy.take();
@@ -93,17 +93,7 @@ fn an_overlapping_automatic_pool_is_asked_for_once() {
         let calls = proxy.take();
         ensure!(named(&calls, "RequestPool").len() == 1, "{calls:?}\n{}", plugin.tail());
         // And with it, the command that the text names works.
-        host.docker(&[
-            "network",
-            "create",
-            "-d",
-            "flannel",
-            "--ipam-driver",
-            "flannel",
-            "--subnet",
-            "10.100.0.0/16",
-            "explicit",
-        ])?;
+        host.docker(&create_network("10.100.0.0/16", "explicit"))?;
         Ok(())
     });
 }
@@ -113,7 +103,7 @@ fn nothing_is_replayed_and_nothing_needs_to_be() {
     in_lab(plan("trap-replay"), |lab| {
         let host = lab.host(1);
         let (proxy, mut plugin, mut engine) = start_all(host, &[])?;
-        host.docker(CREATE)?;
+        host.docker(CREATE_WEB)?;
         let aux = format!("router={}5", lease(host)?);
         let with_aux =
             ["network", "create", "-d", "flannel", "--ipam-driver", "flannel", "--subnet", "10.100.0.0/16"];
@@ -144,7 +134,7 @@ fn nothing_is_replayed_and_nothing_needs_to_be() {
         host.docker(&["network", "rm", "aux", "web"])?;
         engine.stop(secs(60))?;
         host.start_dockerd(&[])?;
-        host.docker(CREATE)?;
+        host.docker(CREATE_WEB)?;
         Ok(())
     });
 }
@@ -173,7 +163,7 @@ fn a_broken_call_is_repeated_without_its_body() {
         let (proxy, plugin, _engine) = start_all(host, &[])?;
         // Only the connection breaks.
         proxy.set(Trap { call: 5, when: When::BeforeRequest, strike: Box::new(|| ()) });
-        let failed = host.try_docker(CREATE)?;
+        let failed = host.try_docker(CREATE_WEB)?;
         ensure!(proxy.disarm().is_some_and(|sprung| sprung.contains("RequestPool")), "{failed}");
         ensure!(!failed.ok() && failed.stderr.contains("try again"), "{failed}");
         let calls = proxy.take();
@@ -184,7 +174,7 @@ fn a_broken_call_is_repeated_without_its_body() {
         // Nothing was made of it, and trying again helps.
         let pools = host.sh("ls /var/lib/flannel/docker/pools")?;
         ensure!(pools.is_empty(), "{pools}\n{}", plugin.tail());
-        host.docker(CREATE)?;
+        host.docker(CREATE_WEB)?;
         // The same inside a container's start: the address is free again for whoever asks for it.
         let address = lease(host)? + "33";
         let run = ["run", "--rm", "--network", "web", "--ip", &address, IMAGE, "true"];
@@ -208,7 +198,7 @@ fn a_driver_is_there_before_its_store() {
         let (proxy, _plugin, _engine) =
             start_all(host, &[&format!("--etcd-endpoints={}", lab.etcd_endpoint())])?;
         let start = Instant::now();
-        let failed = host.try_docker(CREATE)?;
+        let failed = host.try_docker(CREATE_WEB)?;
         ensure!(!failed.ok() && failed.stderr.contains(":2379"), "the store is not named: {failed}");
         ensure!(start.elapsed() < secs(15), "it took {:?}", start.elapsed());
         let calls = proxy.take();
@@ -217,7 +207,7 @@ fn a_driver_is_there_before_its_store() {
         }
         // The same engine, the same plugin.
         lab.etcd_start()?;
-        eventually("the network can be made", secs(30), || host.docker(CREATE))?;
+        eventually("the network can be made", secs(30), || host.docker(CREATE_WEB))?;
         Ok(())
     });
 }
@@ -227,7 +217,7 @@ fn an_address_outlives_an_engine_that_died_asking_for_it() {
     in_lab(plan("trap-killed"), |lab| {
         let host = lab.host(1);
         let (proxy, plugin, mut engine) = start_all(host, &[])?;
-        host.docker(CREATE)?;
+        host.docker(CREATE_WEB)?;
         let address = lease(host)? + "44";
         let run = ["run", "-d", "--name", "c1", "--network", "web", "--ip", &address, IMAGE];
         for (call, method) in [(1, "RequestAddress"), (2, "CreateEndpoint"), (3, "Join")] {
@@ -299,7 +289,7 @@ fn neighbours_on_a_bridge_reach_each_other_whatever_forward_says() {
         }
         let (_proxy, _plugin, _engine) = start_all(host, &[])?;
         host.write(bridged, "1")?;
-        host.docker(CREATE)?;
+        host.docker(CREATE_WEB)?;
         let one = host.docker_run("c1", &["--network", "web"])?;
         let two = host.docker_run("c2", &["--network", "web"])?;
         let policy = host.out(&["iptables", "-S", "FORWARD"])?;

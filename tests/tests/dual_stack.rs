@@ -377,7 +377,6 @@ impl Place for Pod<'_> {
     }
 
     fn enter(&self, argv: &[&str]) -> Command {
-        let net = format!("--net=/run/netns/{}", self.name);
-        self.host.enter(&[&["nsenter", &net, "--"], argv].concat())
+        self.host.enter_netns(self.name, argv)
     }
 }

@@ -9,8 +9,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use flannel_tests::flanneld::{Flanneld, SubnetEnv, put_config};
 use flannel_tests::{
-    Container, Daemon, Host, HttpServer, IMAGE_REFERENCE, Lab, LabPlan, PingStream, Place, eventually,
-    http_get, in_lab, largest_packet, needs, ping, ping_within, secs, seen_as, unchanged,
+    CREATE_WEB, Container, Daemon, Host, HttpServer, IMAGE_REFERENCE, Lab, LabPlan, PingStream, Place,
+    eventually, http_get, in_lab, largest_packet, needs, ping, ping_within, secs, seen_as, unchanged,
 };
 
 const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
@@ -438,10 +438,6 @@ fn http_answers(server: &Pod, from: &Container) -> Result<bool> {
     Ok(page == "here")
 }
 
-/// The one line, the same on every host.
-const CREATE: &[&str] =
-    &["network", "create", "-d", "flannel", "--ipam-driver", "flannel", "--subnet", "10.100.0.0/16", "web"];
-
 /// A host with two engines: the Docker plugin serves the network, the CNI plugin joins it.
 struct Shared<'a> {
     host: &'a Host,
@@ -459,7 +455,7 @@ impl<'a> Shared<'a> {
         host.start_dockerd(&[])?;
         host.load_image()?;
         let from_docker = || -> Result<_> {
-            host.docker(CREATE)?;
+            host.docker(CREATE_WEB)?;
             let container = host.docker_run("docker", &["--network", "web"])?;
             let ip = container.ip()?.parse()?;
             Ok((container, ip))

@@ -4,15 +4,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use flannel_tests::{
-    Container, Daemon, Host, HttpServer, IMAGE, Lab, LabPlan, PingStream, Place as _, eventually, http_get,
-    in_lab, ping, ping_within, secs, seen_as, tcp_opens,
+    CREATE_WEB, Container, Daemon, Host, HttpServer, IMAGE, Lab, LabPlan, PingStream, Place as _, eventually,
+    http_get, in_lab, ping, ping_within, secs, seen_as, tcp_opens,
 };
 
 const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
 const HOST_GW: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"host-gw"}}"#;
-/// The one command, the same on every host.
-const CREATE: &[&str] =
-    &["network", "create", "-d", "flannel", "--ipam-driver", "flannel", "--subnet", "10.100.0.0/16", "web"];
 
 /// Hosts as Debian installs them: forwarding is off until the engine switches it on, and then FORWARD drops.
 fn plan(name: &str, hosts: usize) -> LabPlan {
@@ -23,17 +20,10 @@ fn configure(lab: &Lab, config: &str) -> Result<()> {
     lab.etcdctl(&["put", "/coreos.com/network/config", config]).map(drop)
 }
 
-fn start_plugin(host: &Host, flags: &[&str]) -> Result<Daemon> {
-    let daemon = host.spawn("flannel-docker-plugin", &[&["flannel-docker-plugin"], flags].concat(), &[])?;
-    eventually("the plugin's socket", secs(5), || host.exists("/run/docker/plugins/flannel.sock"))
-        .with_context(|| daemon.tail())?;
-    Ok(daemon)
-}
-
 /// A plugin on etcd and an engine with the image.
 fn start_all(lab: &Lab, host: &Host) -> Result<(Daemon, Daemon)> {
     let endpoints = format!("--etcd-endpoints={}", lab.etcd_endpoint());
-    let plugin = start_plugin(host, &[&endpoints])?;
+    let plugin = host.start_plugin(&[&endpoints])?;
     let dockerd = host.start_dockerd(&[])?;
     host.load_image()?;
     Ok((plugin, dockerd))
@@ -53,7 +43,7 @@ fn containers_of_two_hosts_reach_each_other(name: &str, config: &str, mtu: u32) 
         let mut containers = Vec::new();
         for host in lab.hosts() {
             daemons.push(start_all(lab, host)?);
-            host.docker(CREATE)?;
+            host.docker(CREATE_WEB)?;
             containers.push(host.docker_run("c0", &["--network", "web"])?);
             host.docker_run("d0", &["--network", "web"])?;
         }
@@ -108,10 +98,10 @@ fn two_hosts_share_a_directory_as_their_store() {
         let store = format!("--store-dir={}/store", lab.shared_dir());
         let mut daemons = Vec::new();
         for host in lab.hosts() {
-            daemons.push((start_plugin(host, &[&store])?, host.start_dockerd(&[])?));
+            daemons.push((host.start_plugin(&[&store])?, host.start_dockerd(&[])?));
             host.load_image()?;
             // Nothing is configured anywhere: the first one defines the network, the second one joins it.
-            host.docker(CREATE)?;
+            host.docker(CREATE_WEB)?;
             host.docker_run("c0", &["--network", "web"])?;
         }
         let (h1, h2) = (lab.host(1), lab.host(2));
@@ -143,11 +133,11 @@ fn two_hosts_share_a_directory_as_their_store() {
 fn nothing_is_left_of_a_removed_network() {
     in_lab(plan("docker-nothing-left", 1), |lab| {
         let host = lab.host(1);
-        let plugin = start_plugin(host, &[])?;
+        let plugin = host.start_plugin(&[])?;
         let dockerd = host.start_dockerd(&[])?;
         host.load_image()?;
         let before = host.network_state()?;
-        host.docker(CREATE)?;
+        host.docker(CREATE_WEB)?;
         host.docker_run("c1", &["--network", "web"])?;
         host.docker_run("c2", &["--network", "web", "--ip", &(lease(host)? + "77")])?;
         host.docker(&["network", "disconnect", "web", "c1"])?;
@@ -165,7 +155,7 @@ fn nothing_is_left_of_a_removed_network() {
         )?;
         ensure!(files.is_empty(), "files are left:\n{files}");
         // And it can be made again.
-        host.docker(CREATE)?;
+        host.docker(CREATE_WEB)?;
         host.docker(&["run", "--rm", "--network", "web", IMAGE, "true"])?;
         dockerd.stop(secs(20))?;
         Ok(())
@@ -179,8 +169,8 @@ fn a_killed_plugin_costs_no_packet() {
         let (h1, h2) = (lab.host(1), lab.host(2));
         let (plugin, _dockerd) = start_all(lab, h1)?;
         let _other = start_all(lab, h2)?;
-        h1.docker(CREATE)?;
-        h2.docker(CREATE)?;
+        h1.docker(CREATE_WEB)?;
+        h2.docker(CREATE_WEB)?;
         let c1 = h1.docker_run("c1", &["--network", "web"])?;
         let c2 = h2.docker_run("c2", &["--network", "web"])?;
         ping_within(secs(5), &c1, c2.ip()?)?;
@@ -189,7 +179,7 @@ fn a_killed_plugin_costs_no_packet() {
         plugin.crash()?;
         std::thread::sleep(secs(1));
         let endpoints = format!("--etcd-endpoints={}", lab.etcd_endpoint());
-        let plugin = start_plugin(h1, &[&endpoints])?;
+        let plugin = h1.start_plugin(&[&endpoints])?;
         std::thread::sleep(secs(2));
         let c3 = h1.docker_run("c3", &["--network", "web"])?;
         ping_within(secs(3), &c3, c2.ip()?)?;
@@ -208,8 +198,8 @@ fn a_restarted_engine_brings_its_containers_back() {
         let (h1, h2) = (lab.host(1), lab.host(2));
         let (_plugin, dockerd) = start_all(lab, h1)?;
         let _other = start_all(lab, h2)?;
-        h1.docker(CREATE)?;
-        h2.docker(CREATE)?;
+        h1.docker(CREATE_WEB)?;
+        h2.docker(CREATE_WEB)?;
         let fixed = lease(h1)? + "99";
         h1.docker_run("fixed", &["--network", "web", "--restart=always", "--ip", &fixed])?;
         h1.docker_run("any", &["--network", "web", "--restart=always"])?;
@@ -245,8 +235,8 @@ fn live_restore_costs_no_packet() {
         h1.write("/etc/docker/daemon.json", r#"{"live-restore": true}"#)?;
         let (plugin, dockerd) = start_all(lab, h1)?;
         let _other = start_all(lab, h2)?;
-        h1.docker(CREATE)?;
-        h2.docker(CREATE)?;
+        h1.docker(CREATE_WEB)?;
+        h2.docker(CREATE_WEB)?;
         let c1 = h1.docker_run("c1", &["--network", "web"])?;
         let c2 = h2.docker_run("c2", &["--network", "web"])?;
         ping_within(secs(5), &c1, c2.ip()?)?;
@@ -254,7 +244,7 @@ fn live_restore_costs_no_packet() {
         dockerd.stop(secs(30))?;
         plugin.crash()?;
         let endpoints = format!("--etcd-endpoints={}", lab.etcd_endpoint());
-        let _plugin = start_plugin(h1, &[&endpoints])?;
+        let _plugin = h1.start_plugin(&[&endpoints])?;
         let _dockerd = h1.start_dockerd(&[])?;
         ensure!(h1.docker_container("c1")?.pid() == c1.pid());
         let c3 = h1.docker_run("c3", &["--network", "web"])?;
@@ -273,20 +263,20 @@ fn the_store_may_run_in_a_container_of_the_same_engine() {
         let endpoints = format!("--etcd-endpoints=http://{}:2379", h1.ip());
         let boot = |host: &Host| -> Result<(Daemon, Daemon)> {
             let dockerd = host.start_dockerd(&[])?;
-            let plugin = start_plugin(host, &[&endpoints])?;
+            let plugin = host.start_plugin(&[&endpoints])?;
             Ok((dockerd, plugin))
         };
         let _first = (boot(h1)?, boot(h2)?);
         h1.load_image()?;
         h2.load_image()?;
         let start = Instant::now();
-        let failed = h1.try_docker(CREATE)?;
+        let failed = h1.try_docker(CREATE_WEB)?;
         ensure!(!failed.ok() && start.elapsed() < secs(5), "{failed} after {:?}", start.elapsed());
         ensure!(failed.stderr.contains(":2379"), "the store is not named: {failed}");
 
         h1.docker_run_etcd("store", &["--restart=always"])?;
         for host in [h1, h2] {
-            eventually("the network can be created", secs(20), || host.docker(CREATE))?;
+            eventually("the network can be created", secs(20), || host.docker(CREATE_WEB))?;
             host.docker_run("c0", &["--network", "web", "--restart=always"])?;
         }
         let reachable = || -> Result<()> {
@@ -306,7 +296,7 @@ fn the_store_may_run_in_a_container_of_the_same_engine() {
 }
 
 fn boot_plugin_first(host: &Host, endpoints: &str) -> Result<(Daemon, Daemon)> {
-    let plugin = start_plugin(host, &[endpoints])?;
+    let plugin = host.start_plugin(&[endpoints])?;
     Ok((host.start_dockerd(&[])?, plugin))
 }
 
@@ -330,7 +320,7 @@ fn containers_of_different_networks_do_not_reach_each_other() {
         let mut daemons = Vec::new();
         for host in lab.hosts() {
             daemons.push(start_all(lab, host)?);
-            host.docker(CREATE)?;
+            host.docker(CREATE_WEB)?;
             host.docker(named)?;
             host.docker_run("a0", &["--network", "web"])?;
             host.docker_run("b0", &["--network", "other"])?;
@@ -358,10 +348,10 @@ fn containers_of_different_networks_do_not_reach_each_other() {
 fn wrong_use_is_answered_with_what_to_type() {
     in_lab(plan("docker-wrong-use", 1), |lab| {
         let host = lab.host(1);
-        let _plugin = start_plugin(host, &[])?;
+        let _plugin = host.start_plugin(&[])?;
         let _dockerd = host.start_dockerd(&[])?;
         host.load_image()?;
-        host.docker(CREATE)?;
+        host.docker(CREATE_WEB)?;
         let command = "docker network create -d flannel --ipam-driver flannel --subnet 10.100.0.0/16 NAME";
         let flannel = ["network", "create", "-d", "flannel", "--ipam-driver", "flannel"];
         let cases: [(&[&str], &str); 5] = [

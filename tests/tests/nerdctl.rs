@@ -148,8 +148,7 @@ impl Place for Container<'_> {
     }
 
     fn enter(&self, argv: &[&str]) -> Command {
-        let net = format!("--net=/run/netns/{}", self.name);
-        self.host.enter(&[&["nsenter", &net, "--"], argv].concat())
+        self.host.enter_netns(self.name, argv)
     }
 }
 

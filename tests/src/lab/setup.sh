@@ -11,6 +11,9 @@ mkdir -p lock netns docker/plugins lab/bin lab/shared lab/tmp lab/cgroup lab/etc
 if [ -d "$BIN_DIR" ]; then mount -n --bind "$BIN_DIR" lab/bin; fi
 mount -n --bind "$SHARED_DIR" lab/shared
 cd /
+# What the machine has mounted below what is hidden here (its /run/netns, its engines' layers) could not be unmounted any more.
+awk '$5 ~ "^/(var/lib|run)/" {print $5}' /proc/self/mountinfo | sort -r |
+    while read -r mount; do umount -n -l "$mount" 2> /dev/null || true; done
 mount -n --move /mnt /run
 mount -n -t proc proc /proc
 mount -n -t sysfs sysfs /sys

@@ -28,6 +28,15 @@ use crate::go::has_debian_plugins;
 use crate::node::{Call, DEBIAN, LEDGER, Node, V4, answer, done, error, ip_of, one_host, with};
 use crate::remains::{Remains, rich};
 
+/// A test on one host where the network was used once. What it leaves behind, it compares with what was there `before`.
+fn and_nothing_is_left(name: &str, test: impl FnOnce(&Node<'_>, &Remains) -> Result<()>) {
+    in_lab(one_host(name), |lab| {
+        let node = Node::new(lab.host(1))?;
+        let before = Remains::before(&node)?;
+        test(&node, &before)
+    });
+}
+
 fn gc(node: &Node<'_>, conf: &Value, valid: &[(&str, &str)]) -> Result<()> {
     let valid: Vec<Value> =
         valid.iter().map(|(id, ifname)| json!({ "containerID": id, "ifname": ifname })).collect();
@@ -102,10 +111,8 @@ fn an_add_that_dies_at_any_step_is_undone_by_gc() {
 
 #[test]
 fn a_reboot_frees_what_nobody_took_down() {
-    in_lab(one_host("cnireboot"), |lab| {
-        let node = Node::new(lab.host(1))?;
-        let host = lab.host(1);
-        let before = Remains::before(&node)?;
+    and_nothing_is_left("cnireboot", |node, before| {
+        let host = node.host;
         for id in ["c1", "c2", "c3"] {
             node.container(id)?;
             node.add(id, &Node::conf())?;
@@ -126,15 +133,13 @@ fn a_reboot_frees_what_nobody_took_down() {
         }
         node.del("c4", &Node::conf())?;
         host.sh("ip netns del c4")?;
-        before.are_none(&node, "a reboot")
+        before.are_none(node, "a reboot")
     });
 }
 
 #[test]
 fn what_nobody_took_down_is_collected() {
-    in_lab(one_host("cninodel"), |lab| {
-        let node = Node::new(lab.host(1))?;
-        let before = Remains::before(&node)?;
+    and_nothing_is_left("cninodel", |node, before| {
         let conf = rich();
         for id in ["c1", "c2"] {
             node.container(id)?;
@@ -143,22 +148,20 @@ fn what_nobody_took_down_is_collected() {
         let alive = with(&conf, "runtimeConfig", json!({}));
         node.add("c2", &alive)?;
         // Its processes ended, its namespace with them, and that was that.
-        lab.host(1).sh("ip netns del c1")?;
-        gc(&node, &conf, &[("c2", "eth0")])?;
+        node.host.sh("ip netns del c1")?;
+        gc(node, &conf, &[("c2", "eth0")])?;
         ensure!(node.ledger()? == ["10.244.1.4"], "{:?}", node.ledger()?);
         node.ping("c2", "10.244.1.1")?;
         node.del("c2", &alive)?;
-        lab.host(1).sh("ip netns del c2")?;
-        before.are_none(&node, "GC")
+        node.host.sh("ip netns del c2")?;
+        before.are_none(node, "GC")
     });
 }
 
 #[test]
 fn a_del_needs_to_know_nothing() {
-    in_lab(one_host("cnidelblind"), |lab| {
-        let node = Node::new(lab.host(1))?;
-        let host = lab.host(1);
-        let before = Remains::before(&node)?;
+    and_nothing_is_left("cnidelblind", |node, before| {
+        let host = node.host;
         let conf = rich();
         host.write("/run/stale", "")?;
         let blind: [(&str, &str, &str); 5] = [
@@ -182,7 +185,7 @@ fn a_del_needs_to_know_nothing() {
             done(&node.call(&call, &conf)?)?;
             host.sh("ip netns del c1 2>/dev/null || true")?;
             host.write("/run/flannel/subnet.env", V4)?;
-            before.are_none(&node, &format!("a DEL with {netns:?} after {first:?} {gone:?}"))?;
+            before.are_none(node, &format!("a DEL with {netns:?} after {first:?} {gone:?}"))?;
         }
         Ok(())
     });
@@ -250,21 +253,19 @@ fn addresses_of_the_dead_are_reclaimed_and_of_the_living_never() {
 
 #[test]
 fn empty_entries_are_nobodys() {
-    in_lab(one_host("cniempty"), |lab| {
-        let node = Node::new(lab.host(1))?;
-        let host = lab.host(1);
-        let before = Remains::before(&node)?;
+    and_nothing_is_left("cniempty", |node, before| {
+        let host = node.host;
         node.container("c1")?;
         host.sh(&format!("cd {LEDGER}; for n in $(seq 2 254); do : >10.244.1.$n; done"))?;
         node.add("c1", &Node::conf())?;
         ensure!(node.ledger()?.len() == 1, "{:?}", node.ledger()?);
         // One more, and one whose writer lost power.
         host.sh(&format!("cd {LEDGER}; : >10.244.1.50; head -c 40 /dev/zero >10.244.1.51"))?;
-        gc(&node, &Node::conf(), &[("c1", "eth0")])?;
+        gc(node, &Node::conf(), &[("c1", "eth0")])?;
         ensure!(node.ledger()?.len() == 1, "{:?}", node.ledger()?);
         node.del("c1", &Node::conf())?;
         host.sh("ip netns del c1")?;
-        before.are_none(&node, "empty entries")
+        before.are_none(node, "empty entries")
     });
 }
 
@@ -386,10 +387,8 @@ fn twice_is_once() {
 
 #[test]
 fn gc_takes_everything_or_nothing() {
-    in_lab(one_host("cnigcall"), |lab| {
-        let node = Node::new(lab.host(1))?;
-        let host = lab.host(1);
-        let before = Remains::before(&node)?;
+    and_nothing_is_left("cnigcall", |node, before| {
+        let host = node.host;
         let conf = rich();
         let plain = with(&conf, "runtimeConfig", json!({}));
         for id in ["c1", "c2", "c3"] {
@@ -398,24 +397,22 @@ fn gc_takes_everything_or_nothing() {
         node.add("c1", &conf)?;
         node.add("c2", &plain)?;
         answer(&node.call(&Call { ifname: "net1", ..Call::new("ADD", "c2") }, &plain)?)?;
-        let state = Remains::now(&node)?;
+        let state = Remains::now(node)?;
         done(&node.call(&Call::new("GC", ""), &plain)?)?;
-        state.are_none(&node, "a GC that does not say what is valid")?;
+        state.are_none(node, "a GC that does not say what is valid")?;
         // Docker's are not the runtime's to know.
         host.sh(&format!("cd {LEDGER}; printf 'docker:e1\\r\\neth0' >10.244.1.100"))?;
-        gc(&node, &conf, &[])?;
+        gc(node, &conf, &[])?;
         ensure!(node.ledger()? == ["10.244.1.100"], "{:?}", node.ledger()?);
         host.sh(&format!("rm {LEDGER}/10.244.1.100; for id in c1 c2 c3; do ip netns del $id; done"))?;
-        before.are_none(&node, "GC with nothing valid")
+        before.are_none(node, "GC with nothing valid")
     });
 }
 
 #[test]
 fn the_hosts_own_namespace_is_left_alone() {
-    in_lab(one_host("cniownns"), |lab| {
-        let node = Node::new(lab.host(1))?;
-        let host = lab.host(1);
-        let before = Remains::before(&node)?;
+    and_nothing_is_left("cniownns", |node, before| {
+        let host = node.host;
         for verb in ["ADD", "DEL"] {
             let call = Call { netns: "/proc/1/ns/net".to_owned(), ifname: "eth0", ..Call::new(verb, "c1") };
             let output = node.call(&call, &rich())?;
@@ -423,7 +420,7 @@ fn the_hosts_own_namespace_is_left_alone() {
                 "ADD" => ensure!(error(&output)?.0 == 8, "{output}"),
                 _ => done(&output)?,
             }
-            before.are_none(&node, verb)?;
+            before.are_none(node, verb)?;
         }
         ensure!(host.sh("ip -o link show eth0")?.contains("UP"));
         Ok(())
@@ -432,64 +429,59 @@ fn the_hosts_own_namespace_is_left_alone() {
 
 #[test]
 fn a_damaged_scratch_file_hinders_nobody() {
-    in_lab(one_host("cniscratch"), |lab| {
-        let node = Node::new(lab.host(1))?;
-        let host = lab.host(1);
-        let before = Remains::before(&node)?;
+    and_nothing_is_left("cniscratch", |node, before| {
+        let host = node.host;
         let conf = rich();
         let file = "/var/lib/cni/flannel/c1";
         for damage in [format!(": >{file}"), format!("printf '{{\"name\":' >{file}"), format!("rm {file}")] {
-            // Without a file, GC cannot tell whose it is as long as it lives: DEL takes it down.
-            let ways: &[bool] = if damage.starts_with("rm") { &[false] } else { &[false, true] };
-            for collected in ways.iter().copied() {
+            for collected in [false, true] {
                 node.container("c1")?;
                 node.add("c1", &conf)?;
                 host.sh(&damage)?;
+                // Without a file, GC cannot tell whose it is as long as it lives.
                 host.sh("ip netns del c1")?;
                 if collected {
                     eventually("GC takes it for dead", secs(20), || {
-                        gc(&node, &conf, &[])?;
+                        gc(node, &conf, &[])?;
                         node.ledger().map(|entries| entries.is_empty())
                     })?;
                 } else {
                     node.del("c1", &conf)?;
                 }
-                before.are_none(&node, &format!("{damage}, by GC: {collected}"))?;
+                before.are_none(node, &format!("{damage}, by GC: {collected}"))?;
             }
         }
         // A live one with an unreadable file, too.
         node.container("c1")?;
         node.add("c1", &conf)?;
         host.sh(&format!(": >{file}"))?;
-        gc(&node, &conf, &[])?;
+        gc(node, &conf, &[])?;
         host.sh("ip netns del c1")?;
-        before.are_none(&node, "GC of an unreadable file")
+        before.are_none(node, "GC of an unreadable file")
     });
 }
 
 #[test]
 fn interfaces_that_the_ledger_forgot_are_collected() {
-    in_lab(one_host("cniforgot"), |lab| {
-        let node = Node::new(lab.host(1))?;
-        let host = lab.host(1);
-        let before = Remains::before(&node)?;
+    and_nothing_is_left("cniforgot", |node, before| {
+        let host = node.host;
         for id in ["c1", "c2", "c3"] {
             node.container(id)?;
             node.add(id, &Node::conf())?;
         }
         // As advice on the net has it when addresses run out.
         host.sh(&format!("rm {LEDGER}/10.244.1.[34] /var/lib/cni/flannel/*"))?;
-        gc(&node, &Node::conf(), &[("c2", "eth0"), ("c3", "eth0")])?;
+        gc(node, &Node::conf(), &[("c2", "eth0"), ("c3", "eth0")])?;
         // Of c1 there is nothing but the interface, and its address would be the next to be given away.
         ensure!(node.links()?.matches("veth").count() == 2, "{}", node.links()?);
-        gc(&node, &Node::conf(), &[("c3", "eth0")])?;
+        gc(node, &Node::conf(), &[("c3", "eth0")])?;
         ensure!(node.links()?.matches("veth").count() == 1, "{}", node.links()?);
         node.ping("c3", "10.244.1.1")?;
         for id in ["c1", "c2", "c3"] {
             node.del(id, &Node::conf())?;
             host.sh(&format!("ip netns del {id}"))?;
         }
-        before.are_none(&node, "a ledger that was tidied up")
+        before.are_none(node, "a ledger that was tidied up")
     });
 }
 

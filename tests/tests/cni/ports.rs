@@ -3,7 +3,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Result, anyhow, ensure};
-use flannel_tests::{Host, HttpServer, Lab, LabPlan, Place, eventually, in_lab, secs, seen_as, tcp_opens};
+use flannel_tests::{
+    Host, HttpServer, Lab, LabPlan, Place, eventually, in_lab, secs, seen_as, send_datagrams, tcp_opens,
+};
 use serde_json::{Value, json};
 
 use crate::node::{Call, Node, answer, done, error, with};
@@ -262,17 +264,7 @@ fn udp_senders_follow_the_port() {
         let udp = mapped(&json!([{ "hostPort": 5353, "containerPort": 53, "protocol": "udp" }]));
         // Something has to have the kernel track connections before the port is there.
         Pod::add(&node, "other", &mapped(&tcp(8080)))?;
-        let send = format!(
-            "exec 3<>/dev/udp/{}/5353; while sleep 0.1; do echo hello >&3 || true; done 2>/dev/null",
-            h1.ip()
-        );
-        let _sender = h2.spawn("sender", &["timeout", "300", "bash", "-c", &send], &[])?;
-        let tracked = || h1.sh("grep -c 'dport=5353' /proc/net/nf_conntrack || true");
-        if h1.exists("/proc/net/nf_conntrack") {
-            eventually("the sender is tracked", secs(10), || tracked().is_ok_and(|count| count != "0"))?;
-        } else {
-            std::thread::sleep(secs(1));
-        }
+        let _sender = send_datagrams(h2, h1, 5353)?;
         for name in ["first", "second"] {
             let pod = Pod::add(&node, name, &udp)?;
             // Nobody need listen: the kernel counts what came for a port that nobody listens on.

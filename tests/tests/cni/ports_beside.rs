@@ -3,7 +3,7 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use flannel_tests::{Host, IMAGE, Lab, LabPlan, eventually, in_lab, needs, secs, tcp_opens};
+use flannel_tests::{CREATE_WEB, Host, IMAGE, Lab, LabPlan, eventually, in_lab, needs, secs, tcp_opens};
 use serde_json::{Value, json};
 
 use crate::node::{Call, DEBIAN, Node, answer, done, error, with};
@@ -121,17 +121,7 @@ fn docker_and_cni_publish_ports_on_one_bridge() {
             .with_context(|| daemon.tail())?;
         let _dockerd = h1.start_dockerd(&[])?;
         h1.load_image()?;
-        h1.docker(&[
-            "network",
-            "create",
-            "-d",
-            "flannel",
-            "--ipam-driver",
-            "flannel",
-            "--subnet",
-            "10.100.0.0/16",
-            "web",
-        ])?;
+        h1.docker(CREATE_WEB)?;
         eventually("a lease", secs(10), || h1.exists("/run/flannel/subnet.env"))?;
         let node = Node { host: h1 };
         let conf = with_ports(&Node::conf(), 8080);

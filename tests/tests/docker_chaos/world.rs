@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use flannel_tests::conversation::{HIDDEN_SOCKET, Proxy, Trap, When};
-use flannel_tests::{Container, Daemon, Host, IMAGE, PingStream, eventually, secs};
+use flannel_tests::{Container, Daemon, Host, IMAGE, PingStream, create_network, eventually, secs};
 use serde_json::Value;
 
 /// The networks of the scenes: name and CIDR.
@@ -205,17 +205,7 @@ impl Step {
         let commands = match self {
             Self::CreateNetwork(n) => {
                 let (name, cidr) = NETWORKS[*n];
-                vec![vec![
-                    "network",
-                    "create",
-                    "-d",
-                    "flannel",
-                    "--ipam-driver",
-                    "flannel",
-                    "--subnet",
-                    cidr,
-                    name,
-                ]]
+                vec![create_network(cidr, name).to_vec()]
             }
             Self::Run(name, n) => {
                 let remove = if round > 0 { vec!["rm", "-f", name] } else { Vec::new() };
