@@ -34,6 +34,18 @@ pub fn converge(world: &mut dyn World, territory: &Territory, desired: &Facts) -
     Ok(report)
 }
 
+/// Brings the territory from one plan to the next without a look: `known` is what is true now. Clean if the kernel took every
+/// change.
+pub fn step(world: &mut dyn World, known: &Facts, desired: &Facts) -> Report {
+    let mut report = Report { desired: desired.len(), ..Report::default() };
+    let changes = diff(desired, known);
+    if !changes.is_empty() {
+        round(world, &changes, &mut report);
+    }
+    report.clean = report.failed.is_empty();
+    report
+}
+
 /// Makes the changes; false if none of them could be made, so that another round would be the same.
 fn round(world: &mut dyn World, changes: &[Change<'_>], report: &mut Report) -> bool {
     report.failed.clear();

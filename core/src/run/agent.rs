@@ -3,6 +3,7 @@
 //! It wires store, tenure, uplink and reconciler by whole values. Stopping it leaves the data path as it is; retiring it
 //! takes everything away. While another agent of this node serves the network, it reads that one's lease along.
 
+mod memory;
 mod reader;
 mod work;
 

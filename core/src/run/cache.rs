@@ -7,11 +7,13 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use serde::ser::Serializer;
 use serde::{Deserialize, Serialize};
 
 use crate::touch::whole_file;
-use crate::words::lease::{LeaseSet, LeaseValue, Subnets};
+use crate::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
 use crate::words::name::NetworkName;
 
 /// What was true when the store was last heard of.
@@ -19,14 +21,36 @@ use crate::words::name::NetworkName;
 pub struct LastGood {
     /// The config document.
     pub config: String,
-    /// The subnets that this node holds.
-    pub own: Option<Subnets>,
-    /// Every lease.
-    pub leases: LeaseSet,
+    /// What this node holds.
+    pub own: Option<OwnLease>,
+    /// Every lease; read from disk with our own in it.
+    pub leases: Arc<LeaseSet>,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Written {
+#[derive(Serialize)]
+struct Written<'a> {
+    config: &'a str,
+    own: Option<String>,
+    leases: Leases<'a>,
+}
+
+/// Everybody's, with our own as we know it.
+struct Leases<'a>(&'a LastGood);
+
+impl Serialize for Leases<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let own = self.0.own.as_ref();
+        let others =
+            self.0.leases.leases.iter().filter(|(subnets, _)| own.is_none_or(|own| own.subnets != **subnets));
+        let own = own.map(|own| (&own.subnets, &own.value));
+        serializer.collect_map(
+            own.into_iter().chain(others).map(|(subnets, value)| (subnets.key(), value.to_json())),
+        )
+    }
+}
+
+#[derive(Deserialize)]
+struct Read {
     config: String,
     own: Option<String>,
     leases: BTreeMap<String, String>,
@@ -45,28 +69,25 @@ fn file(state_dir: &Path, network: &NetworkName) -> PathBuf {
 pub fn read(state_dir: &Path, network: &NetworkName) -> Option<LastGood> {
     let path = file(state_dir, network);
     let text = fs::read_to_string(&path).ok()?;
-    let written: Written = serde_json::from_str(&text)
+    let written: Read = serde_json::from_str(&text)
         .inspect_err(|error| tracing::warn!("{} is not used: {error}", path.display()))
         .ok()?;
     let leases = written
         .leases
         .iter()
         .filter_map(|(key, value)| Some((Subnets::parse_key(key).ok()?, LeaseValue::from_json(value).ok()?)));
-    Some(LastGood {
-        config: written.config,
-        own: written.own.and_then(|key| Subnets::parse_key(&key).ok()),
-        leases: LeaseSet { leases: leases.collect(), ..LeaseSet::default() },
-    })
+    let leases = LeaseSet { leases: leases.collect(), ..LeaseSet::default() };
+    let own = written.own.and_then(|key| Subnets::parse_key(&key).ok()).and_then(|subnets| {
+        let value = leases.leases.get(&subnets)?.clone();
+        Some(OwnLease { subnets, value })
+    });
+    Some(LastGood { config: written.config, own, leases: Arc::new(leases) })
 }
 
 /// Writes it in one step.
 pub fn write(state_dir: &Path, network: &NetworkName, last: &LastGood) -> io::Result<()> {
-    let written = Written {
-        config: last.config.clone(),
-        own: last.own.map(|own| own.key()),
-        leases: last.leases.leases.iter().map(|(subnets, value)| (subnets.key(), value.to_json())).collect(),
-    };
-    let text = serde_json::to_string(&written)?;
+    let own = last.own.as_ref().map(|own| own.subnets.key());
+    let text = serde_json::to_string(&Written { config: &last.config, own, leases: Leases(last) })?;
     whole_file::write(&file(state_dir, network), text.as_bytes(), 0o644)
 }
 
@@ -81,8 +102,9 @@ mod tests {
         assert_eq!(read(dir.path(), &network), None);
         let own = Subnets::parse_key("10.5.1.0-24").unwrap();
         let value = LeaseValue::from_json(r#"{"PublicIP":"192.0.2.1","PublicIPv6":null}"#).unwrap();
-        let leases = LeaseSet { leases: [(own, value)].into(), ..LeaseSet::default() };
-        let last = LastGood { config: "{}".into(), own: Some(own), leases };
+        let leases = LeaseSet { leases: [(own, value.clone())].into(), ..LeaseSet::default() };
+        let own = OwnLease { subnets: own, value };
+        let last = LastGood { config: "{}".into(), own: Some(own), leases: Arc::new(leases) };
         write(dir.path(), &network, &last).unwrap();
         assert_eq!(read(dir.path(), &network), Some(last));
         fs::write(file(dir.path(), &network), "{").unwrap();

@@ -24,7 +24,7 @@ use crate::touch::world::kernel::Kernel;
 use crate::words::addr::{Family, Prefix};
 use crate::words::config::NetworkConfig;
 use crate::words::fact::{Fact, Facts};
-use crate::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
+use crate::words::lease::{LeaseSet, LeaseValue, Subnets};
 use crate::words::name::NetworkName;
 
 /// How long the store gets to answer.
@@ -54,9 +54,9 @@ pub fn status(flags: &CommonFlags) -> anyhow::Result<Answer> {
             writeln!(text, "network      {} ({})", cidrs.join(", "), parsed.config.backend.name())?;
         }
         if let Some(own) = last.own {
-            let public = last.leases.leases.get(&own).map(public).unwrap_or_default();
+            let public = public(&own.value);
             let others = last.leases.leases.len().saturating_sub(1);
-            writeln!(text, "lease        {own} as {public}; other leases: {others}")?;
+            writeln!(text, "lease        {} as {public}; other leases: {others}", own.subnets)?;
         }
     }
     let path = flags.subnet_file.display();
@@ -153,8 +153,7 @@ pub fn plan(flags: &CommonFlags) -> anyhow::Result<Answer> {
         format!("nothing is known in {} yet: flanneld has had no lease here", flags.state_dir.display())
     })?;
     let config = NetworkConfig::parse(&last.config)?.config;
-    let subnets = last.own.context("flanneld has no lease here yet")?;
-    let value = last.leases.leases.get(&subnets).cloned().context("the lease is not among the known ones")?;
+    let own = last.own.context("flanneld has no lease here yet")?;
     let (_isolation, isolated_from) = watch::channel(BTreeSet::new());
     // It wants the runtime's context, and asks nothing of it.
     let runtime = daemon::runtime()?;
@@ -166,8 +165,8 @@ pub fn plan(flags: &CommonFlags) -> anyhow::Result<Answer> {
         survey::take(&settings, &config, None, None).map_err(|finding| anyhow::anyhow!("{finding}"))?;
     let inputs = Inputs {
         config: Arc::new(config),
-        own: OwnLease { subnets, value },
-        leases: Arc::new(last.leases),
+        own,
+        leases: last.leases,
         uplink: survey.uplink.link,
         sought: settings.uplink.clone(),
         identity: survey.identity,
@@ -183,7 +182,7 @@ pub fn plan(flags: &CommonFlags) -> anyhow::Result<Answer> {
 
 /// The newest state of the network that can be had.
 struct Known {
-    leases: LeaseSet,
+    leases: Arc<LeaseSet>,
     config: Option<NetworkConfig>,
     own: Option<Subnets>,
 }
@@ -192,7 +191,7 @@ impl Known {
     /// The store's, else what the agent knew last; then that is said on stderr.
     fn find(flags: &CommonFlags) -> anyhow::Result<Self> {
         let last = cache::read(&flags.state_dir, &NetworkName::default_network());
-        let own = last.as_ref().and_then(|last| last.own);
+        let own = last.as_ref().and_then(|last| Some(last.own.as_ref()?.subnets));
         let parsed = |document: &str| NetworkConfig::parse(document).ok().map(|parsed| parsed.config);
         match daemon::runtime()?.block_on(Self::of_store(flags)) {
             Ok((leases, document)) => Ok(Self { leases, config: document.as_deref().and_then(parsed), own }),
@@ -204,7 +203,7 @@ impl Known {
         }
     }
 
-    async fn of_store(flags: &CommonFlags) -> anyhow::Result<(LeaseSet, Option<String>)> {
+    async fn of_store(flags: &CommonFlags) -> anyhow::Result<(Arc<LeaseSet>, Option<String>)> {
         let mut snapshots = setup::etcd(flags)?.network(&NetworkName::default_network()).watch();
         let known = async {
             loop {
@@ -214,7 +213,7 @@ impl Known {
                     anyhow::bail!("{down}");
                 }
                 if snapshot.known {
-                    return Ok(((*snapshot.leases).clone(), snapshot.config));
+                    return Ok((snapshot.leases, snapshot.config));
                 }
             }
         };

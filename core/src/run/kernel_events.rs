@@ -1,14 +1,20 @@
 //! Notices from the kernel that something of interest may have changed. They only wake the reconciler: what really
 //! changed it finds by looking.
 //!
-//! The sockets are the reader's own: a netlink socket is not told of changes that it made itself, and the reconciler's
-//! changes are of no interest as events but cost only one more look.
+//! The reconciler's own changes are no news: most notices carry the number of the socket that made the change
+//! ([`OwnWrites`]).
 
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use nix::sys::socket::{setsockopt, sockopt};
 use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket, protocols};
 use tokio::sync::Notify;
+
+pub use self::own::OwnWrites;
+
+mod own;
 
 /// Multicast groups of NETLINK_ROUTE (uapi/linux/rtnetlink.h `enum rtnetlink_groups`), as a bit mask.
 const ROUTE_GROUPS: u32 = 1 // RTNLGRP_LINK
@@ -21,20 +27,29 @@ const ROUTE_GROUPS: u32 = 1 // RTNLGRP_LINK
 /// NFNLGRP_NFTABLES of NETLINK_NETFILTER (uapi/linux/netfilter/nfnetlink.h), as a bit mask.
 const NFTABLES_GROUP: u32 = 1 << 6;
 
+/// Bytes that may wait to be read. Taken only while they do.
+const ROOM: usize = 8 << 20;
+
+/// Bytes of a notice that are read. One that is longer is not understood, and so of interest.
+const NOTICE_MAX: usize = 16 * 1024;
+
 /// Wakes `wake` whenever a notice of interest arrives, until dropped. Call inside a tokio runtime.
 pub struct KernelEvents {
     tasks: [tokio::task::JoinHandle<()>; 2],
 }
 
 impl KernelEvents {
-    /// Subscribes in the network namespace of the calling thread.
-    pub fn subscribe(wake: Arc<Notify>) -> io::Result<Self> {
+    /// Subscribes in the network namespace of the calling thread. What `own` is about wakes nobody.
+    pub fn subscribe(wake: Arc<Notify>, own: Arc<OwnWrites>) -> io::Result<Self> {
         let route = open(protocols::NETLINK_ROUTE, ROUTE_GROUPS)?;
+        // Thousands of forwarding entries are told one by one. Where this is not allowed, some may be lost, and that is a notice too.
+        let _ = setsockopt(route.socket_ref(), sockopt::RcvBufForce, &ROOM);
+        own.listen(route.socket_ref().as_fd().try_clone_to_owned()?);
         let nftables = open(protocols::NETLINK_NETFILTER, NFTABLES_GROUP)?;
         Ok(Self {
             tasks: [
-                tokio::spawn(listen(route, wake.clone(), of_interest)),
-                tokio::spawn(listen(nftables, wake, |_| true)),
+                tokio::spawn(listen(route, wake.clone(), move |datagram: &[u8]| of_interest(datagram, &own))),
+                tokio::spawn(listen(nftables, wake, |_: &[u8]| true)),
             ],
         })
     }
@@ -53,10 +68,12 @@ fn open(protocol: isize, groups: u32) -> io::Result<TokioSocket> {
 }
 
 /// An overrun (ENOBUFS) means that notices were lost: reason enough to look.
-async fn listen(socket: TokioSocket, wake: Arc<Notify>, interest: fn(&[u8]) -> bool) {
+async fn listen(socket: TokioSocket, wake: Arc<Notify>, interest: impl Fn(&[u8]) -> bool) {
+    let mut datagram = Vec::with_capacity(NOTICE_MAX);
     loop {
-        match socket.recv_from_full().await {
-            Ok((datagram, _)) => {
+        datagram.clear();
+        match socket.recv(&mut datagram).await {
+            Ok(()) => {
                 if interest(&datagram) {
                     wake.notify_one();
                 }
@@ -72,13 +89,14 @@ async fn listen(socket: TokioSocket, wake: Arc<Notify>, interest: fn(&[u8]) -> b
 
 /// Whether one of the messages may concern us. A busy host sends many that cannot: every container that comes or
 /// goes, every neighbor that is confirmed.
-fn of_interest(datagram: &[u8]) -> bool {
+fn of_interest(datagram: &[u8], own: &OwnWrites) -> bool {
     let mut rest = datagram;
     while let Some(header) = rest.first_chunk::<16>() {
         let len = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
         let kind = u16::from_ne_bytes([header[4], header[5]]);
+        let sender = u32::from_ne_bytes([header[12], header[13], header[14], header[15]]);
         let Some(body) = rest.get(16..len) else { return true };
-        if message_of_interest(kind, body) {
+        if message_of_interest(kind, body) && !own.made(sender, kind, body) {
             return true;
         }
         rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
@@ -105,12 +123,17 @@ fn message_of_interest(kind: u16, body: &[u8]) -> bool {
 
 /// IFLA_IFNAME of a link message: attributes follow the 16 bytes of struct ifinfomsg.
 fn link_name(body: &[u8]) -> Option<&[u8]> {
-    let mut rest = body.get(16..)?;
+    attribute(body.get(16..)?, libc::IFLA_IFNAME)
+}
+
+/// The value of the first attribute of a kind.
+fn attribute(attributes: &[u8], wanted: u16) -> Option<&[u8]> {
+    let mut rest = attributes;
     while let Some(header) = rest.first_chunk::<4>() {
         let len = usize::from(u16::from_ne_bytes([header[0], header[1]]));
         let kind = u16::from_ne_bytes([header[2], header[3]]);
         let value = rest.get(4..len)?;
-        if kind == libc::IFLA_IFNAME {
+        if kind == wanted {
             return Some(value);
         }
         rest = rest.get(len.next_multiple_of(4)..)?;

@@ -4,6 +4,7 @@
 //! weightiest reason count. It gives back an [`Outcome`]. It keeps no list of what it did.
 
 mod endpoints;
+mod known;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -15,8 +16,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use self::endpoints::{Endpoints, Reply};
+use self::known::Known;
 use super::health::Counters;
 use super::journal::Journal;
+use super::kernel_events::OwnWrites;
 use super::settings::AgentSettings;
 use super::survey::Public;
 use super::udp::{Carrier, UdpError};
@@ -26,6 +29,7 @@ use crate::decide::plan::{self, Plan, PlanError, plan, remains};
 use crate::decide::reader::{self, ReaderScene};
 use crate::touch::ledger::{Ledger, ledger_marker};
 use crate::touch::marker;
+use crate::touch::memory;
 use crate::touch::subnet_env::SubnetEnv;
 use crate::touch::uplink::{self, Sought, UplinkError};
 use crate::touch::world::kernel::Kernel;
@@ -75,7 +79,7 @@ impl Place {
 }
 
 /// What a pass works from.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub(super) struct Inputs {
     pub(super) config: Arc<NetworkConfig>,
     pub(super) own: OwnLease,
@@ -132,6 +136,18 @@ impl Sight {
     }
 }
 
+/// A look at more facts than this takes so much memory that it is given back.
+const MANY: usize = 1000;
+
+/// Whether a pass has to look at the kernel.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(super) enum Look {
+    /// Something may have changed there.
+    Needed,
+    /// Nothing but leases is new: if it was as planned before, the difference is enough.
+    IfInDoubt,
+}
+
 /// How a pass ended.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Outcome {
@@ -151,7 +167,7 @@ pub(super) struct Outcome {
 
 enum Work {
     Expose(Exposure, Reply),
-    Pass(Box<Sight>, Reason),
+    Pass(Box<Sight>, Reason, Look),
     Retire(Going, tokio::sync::oneshot::Sender<Result<Report, String>>),
 }
 
@@ -166,6 +182,8 @@ enum Going {
 /// The way to the thread. It ends when this is dropped.
 pub(super) struct Reconciler {
     work: Sender<Work>,
+    /// What it writes, for whoever listens to the kernel.
+    pub(super) own_writes: Arc<OwnWrites>,
     pub(super) outcome: watch::Receiver<Outcome>,
 }
 
@@ -174,14 +192,15 @@ impl Reconciler {
     pub(super) fn start(place: Place, exposure: Option<Exposure>, counters: Counters) -> io::Result<Self> {
         let (work, todo) = channel();
         let (thread, outcome) = Thread::new(place, exposure, counters);
+        let own_writes = thread.own_writes.clone();
         std::thread::Builder::new().name("reconciler".into()).spawn(move || thread.run(&todo))?;
-        Ok(Self { work, outcome })
+        Ok(Self { work, own_writes, outcome })
     }
 
     /// Asks for a pass.
-    pub(super) fn pass(&self, inputs: impl Into<Sight>, reason: Reason) {
+    pub(super) fn pass(&self, inputs: impl Into<Sight>, reason: Reason, look: Look) {
         // The thread lives as long as this sender.
-        let _ = self.work.send(Work::Pass(Box::new(inputs.into()), reason));
+        let _ = self.work.send(Work::Pass(Box::new(inputs.into()), reason, look));
     }
 
     /// Asks for what is particular about the endpoints; the answer comes when it is written.
@@ -191,7 +210,7 @@ impl Reconciler {
 
     /// Waits until nothing is changed any more: another agent, or nobody, may have other plans.
     pub(super) async fn end(self) {
-        let Self { work, mut outcome } = self;
+        let Self { work, mut outcome, .. } = self;
         drop(work);
         // The thread holds the other end until its last pass is over.
         while outcome.changed().await.is_ok() {}
@@ -232,6 +251,9 @@ struct Thread {
     journal: Journal,
     endpoints: Endpoints,
     kernel: Option<Kernel>,
+    /// What the last pass left, if it was clean.
+    known: Option<Known>,
+    own_writes: Arc<OwnWrites>,
     /// Carries the packets of the udp backend.
     carrier: Carrier,
     done: watch::Sender<Outcome>,
@@ -243,7 +265,8 @@ struct Thread {
 /// For the operator: there is no plan, or the kernel cannot be looked at.
 pub(super) fn preview(place: Place, inputs: &Inputs) -> Result<Vec<String>, String> {
     let (mut thread, _) = Thread::new(place, None, Counters::default());
-    let (plan, _) = thread.plan(inputs).map_err(|error| chain(&error))?;
+    let ports = thread.ports().map_err(|error| chain(&error))?;
+    let (plan, _) = thread.plan(inputs, &ports).map_err(|error| chain(&error))?;
     let seen = thread.kernel().and_then(|kernel| kernel.observe(&plan.territory));
     let seen = seen.map_err(|error| chain(&error))?;
     let findings = plan.findings.iter().map(|finding| format!("! {finding}"));
@@ -257,7 +280,8 @@ impl Thread {
         let endpoints = Endpoints::new(place.network.clone(), place.bridge, exposure);
         let journal = Journal::new(&place.network, counters);
         let carrier = Carrier::new(place.udp_offload);
-        (Self { journal, place, endpoints, kernel: None, carrier, done }, outcome)
+        let own_writes = Arc::new(OwnWrites::default());
+        (Self { journal, place, endpoints, kernel: None, known: None, own_writes, carrier, done }, outcome)
     }
 
     fn run(mut self, todo: &Receiver<Work>) {
@@ -267,10 +291,10 @@ impl Thread {
                 match work {
                     Work::Expose(..) | Work::Pass(..) if retired => {}
                     Work::Expose(exposure, reply) => self.endpoints.want(exposure, reply),
-                    Work::Pass(inputs, reason) => {
+                    Work::Pass(inputs, reason, look) => {
                         // Somebody waits for these, and they do not take long.
                         self.serve_endpoints();
-                        self.pass(&inputs, reason);
+                        self.pass(&inputs, reason, look);
                     }
                     Work::Retire(going, reply) => {
                         retired = true;
@@ -289,10 +313,11 @@ impl Thread {
         }
     }
 
-    fn pass(&mut self, sight: &Sight, reason: Reason) {
+    fn pass(&mut self, sight: &Sight, reason: Reason, look: Look) {
         let started = Instant::now();
         let mut outcome = Outcome { passes: self.done.borrow().passes + 1, ..Outcome::default() };
-        match self.try_pass(sight) {
+        let followed = if look == Look::IfInDoubt { self.follow(sight) } else { None };
+        match followed.map_or_else(|| self.try_pass(sight), Ok) {
             Ok((plan, report, public)) => {
                 self.journal.pass(reason, &report, &plan.findings, sight.leases(), started.elapsed());
                 outcome.clean = report.clean;
@@ -304,10 +329,28 @@ impl Thread {
             Err(error) => {
                 // The sockets may be what is broken.
                 self.kernel = None;
+                self.known = None;
                 self.journal.broken(reason, &chain(&error));
             }
         }
         self.done.send_replace(outcome);
+    }
+
+    /// Follows changed leases from what is known. None if that is not enough.
+    fn follow(&mut self, sight: &Sight) -> Option<(Plan, Report, Public)> {
+        let Sight::Own(inputs) = sight else { return None };
+        let known = self.known.take()?;
+        let node = known.node(inputs)?;
+        let public = Public::of_node(node);
+        let mut plan = self.plan_for(inputs, node).ok()?;
+        if let Some(tunnel) = &plan.tunnel {
+            self.carrier.carry(tunnel).ok()?;
+        }
+        let own_writes = self.own_writes.clone();
+        let kernel = open(&mut self.kernel).ok()?;
+        let (known, report) = known.follow(&mut own_writes.signed(kernel), inputs, &mut plan)?;
+        self.known = Some(known);
+        Some((plan, report, public))
     }
 
     /// Endpoints go while a pass plans for them: what then fails is no failure, and is planned anew at once.
@@ -315,12 +358,13 @@ impl Thread {
         const TRIES: usize = 3;
         for _ in 1..TRIES {
             let before = self.ports()?;
-            let passed = self.pass_once(sight)?;
+            let passed = self.pass_once(sight, &before)?;
             if passed.1.clean || self.ports()? == before {
                 return Ok(passed);
             }
         }
-        self.pass_once(sight)
+        let ports = self.ports()?;
+        self.pass_once(sight, &ports)
     }
 
     fn ports(&mut self) -> Result<BTreeSet<LinkName>, WorldError> {
@@ -328,11 +372,20 @@ impl Thread {
         ports(self.kernel()?, &place)
     }
 
-    fn pass_once(&mut self, sight: &Sight) -> Result<(Plan, Report, Public), PassError> {
-        let (mut plan, public) = match sight {
-            Sight::Own(inputs) => self.plan(inputs)?,
-            Sight::Others(inputs) => (self.plan_reader(inputs)?, Public::default()),
+    fn pass_once(
+        &mut self,
+        sight: &Sight,
+        ports: &BTreeSet<LinkName>,
+    ) -> Result<(Plan, Report, Public), PassError> {
+        self.known = None;
+        let (mut plan, node) = match sight {
+            Sight::Own(inputs) => {
+                self.plan(inputs, ports).map(|(plan, node)| (plan, Some((inputs, node))))?
+            }
+            Sight::Others(inputs) => (self.plan_reader(inputs, ports), None),
         };
+        let public = node.as_ref().map(|(_, node)| Public::of_node(node)).unwrap_or_default();
+        let rest = Known::rest(&plan.facts);
         if let Some(bridge) = self.place.bridge
             && let Some(link) = self.kernel()?.link(bridge)?
         {
@@ -343,26 +396,40 @@ impl Thread {
         }
         let kernel = open(&mut self.kernel)?;
         self.endpoints.prepare(kernel, &mut plan.facts, &mut plan.territory)?;
-        let report = converge(kernel, &plan.territory, &plan.facts)?;
+        let report = converge(&mut self.own_writes.signed(kernel), &plan.territory, &plan.facts)?;
         self.endpoints.passed(kernel, plan.ranges.clone(), &report);
         // Only now: until here the packets of a network that leaves this backend had it still.
         if plan.tunnel.is_none() {
             self.carrier.stop();
         }
+        let mut found = None;
         if self.place.forward
             && let Some(hint) = self.kernel()?.netfilter()?.hint()
         {
-            plan.findings.push(Finding::new(Code::FORWARD_DROPPED, hint));
+            found = Some(Finding::new(Code::FORWARD_DROPPED, hint));
+            plan.findings.extend(found.clone());
+        }
+        let facts = std::mem::take(&mut plan.facts);
+        let many = facts.len() > MANY;
+        if let Some((inputs, node)) = node.filter(|_| report.clean) {
+            self.known = Some(Known::after(inputs, node, rest, facts, found));
+        }
+        if many {
+            memory::give_back();
         }
         Ok((plan, report, public))
     }
 
-    fn plan(&mut self, inputs: &Inputs) -> Result<(Plan, Public), PassError> {
-        let node = self.node(inputs)?;
+    fn plan(&mut self, inputs: &Inputs, ports: &BTreeSet<LinkName>) -> Result<(Plan, Node), PassError> {
+        let node = self.node(inputs, ports)?;
+        Ok((self.plan_for(inputs, &node)?, node))
+    }
+
+    fn plan_for(&self, inputs: &Inputs, node: &Node) -> Result<Plan, PlanError> {
         let mut plan = plan(&plan::Inputs {
             network: &self.place.network,
             config: &inputs.config,
-            node: &node,
+            node,
             own: &inputs.own,
             leases: &inputs.leases,
             bridge: self.place.bridge,
@@ -374,27 +441,26 @@ impl Thread {
             exposure: self.endpoints.exposure(),
         })?;
         plan.territory.cidrs.extend(&inputs.former);
-        Ok((plan, Public { v4: node.public_v4, v6: node.public_v6 }))
+        Ok(plan)
     }
 
-    fn plan_reader(&mut self, inputs: &ReaderInputs) -> Result<Plan, PassError> {
-        let place = self.place.clone();
-        let ports = ports(self.kernel()?, &place)?;
+    fn plan_reader(&self, inputs: &ReaderInputs, ports: &BTreeSet<LinkName>) -> Plan {
+        let place = &self.place;
         let ReaderInputs { env, isolated_from } = inputs;
-        Ok(reader::plan(&ReaderScene {
+        reader::plan(&ReaderScene {
             network: &place.network,
             networks: &env.networks,
             gateways: &env.gateways(),
             mtu: env.mtu,
             bridge: place.bridge,
-            ports: &ports,
+            ports,
             masquerade: place.masquerade && !env.ip_masq,
             isolated_from,
             exposure: self.endpoints.exposure(),
-        }))
+        })
     }
 
-    fn node(&mut self, inputs: &Inputs) -> Result<Node, PassError> {
+    fn node(&mut self, inputs: &Inputs, ports: &BTreeSet<LinkName>) -> Result<Node, PassError> {
         let place = self.place.clone();
         let kernel = self.kernel()?;
         let uplink = uplink::read(kernel, inputs.uplink, &inputs.sought, &inputs.config.families())?;
@@ -407,12 +473,13 @@ impl Thread {
             forward_chains: kernel.netfilter()?.forward_chains()?,
             ipv6: kernel.has_ipv6(),
             ra_at_risk: inputs.config.v6.is_some() && kernel.loses_router_advertisements(inputs.uplink)?,
-            ports: ports(kernel, &place)?,
+            ports: ports.clone(),
             uplink,
         })
     }
 
     fn retire(&mut self, going: Going) -> Result<Report, WorldError> {
+        self.known = None;
         let territory = match going {
             Going::Network(cidrs) => {
                 self.carrier.stop();
@@ -440,6 +507,10 @@ fn open(kernel: &mut Option<Kernel>) -> Result<&mut Kernel, WorldError> {
 
 /// The host's ends of this network's endpoints that exist now: whoever is in the ledger, by its derived name.
 fn ports(kernel: &mut Kernel, place: &Place) -> Result<BTreeSet<LinkName>, WorldError> {
+    // Whoever keeps no bridge has no ports to keep.
+    if place.bridge.is_none() {
+        return Ok(BTreeSet::new());
+    }
     let existing = kernel.existing_links("veth")?;
     if existing.is_empty() {
         return Ok(existing);
@@ -458,22 +529,22 @@ fn holders(subnet_file: &Path) -> Vec<Attachment> {
     entries.into_iter().map(|entry| entry.owner).collect()
 }
 
-/// What endpoints want comes first. Of the passes that are waiting only the newest inputs count, and the weightiest reason.
-/// Retiring comes last.
+/// What endpoints want comes first. Of the passes that are waiting only the newest inputs count, and the weightiest reason; one that
+/// must look makes all of them look. Retiring comes last.
 fn newest(first: Work, todo: &Receiver<Work>) -> Vec<Work> {
-    let mut pass: Option<(Box<Sight>, Reason)> = None;
+    let mut pass: Option<(Box<Sight>, Reason, Look)> = None;
     let (mut exposed, mut rest) = (Vec::new(), Vec::new());
     for work in std::iter::once(first).chain(todo.try_iter()) {
         match work {
-            Work::Pass(inputs, reason) => {
-                let reason = pass.as_ref().map_or(reason, |(_, earlier)| reason.min(*earlier));
-                pass = Some((inputs, reason));
+            Work::Pass(inputs, reason, look) => {
+                let earlier = pass.as_ref().map_or((reason, look), |(_, reason, look)| (*reason, *look));
+                pass = Some((inputs, reason.min(earlier.0), look.min(earlier.1)));
             }
             expose @ Work::Expose(..) => exposed.push(expose),
             retire @ Work::Retire(..) => rest.push(retire),
         }
     }
-    let pass = pass.map(|(inputs, reason)| Work::Pass(inputs, reason));
+    let pass = pass.map(|(inputs, reason, look)| Work::Pass(inputs, reason, look));
     exposed.into_iter().chain(pass).chain(rest).collect()
 }
 

@@ -46,10 +46,9 @@ pub async fn everything(flags: &CommonFlags, store: NetworkStore) -> anyhow::Res
     kernel(&network, cidrs, bridge)?;
     commands(flags, &network).await;
     if let Some(own) = last.own
-        && let Some(value) = last.leases.leases.get(&own)
-        && let Err(error) = store.release(&own, value).await
+        && let Err(error) = store.release(&own.subnets, &own.value).await
     {
-        tracing::warn!("the lease {own} stays in the store until it expires: {error}");
+        tracing::warn!("the lease {} stays in the store until it expires: {error}", own.subnets);
     }
     traces(&subnet_file, &flags.state_dir, &network)?;
     drop(hold);

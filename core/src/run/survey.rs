@@ -80,6 +80,11 @@ pub(super) struct Public {
 }
 
 impl Public {
+    /// As a look at the host found it.
+    pub(super) fn of_node(node: &Node) -> Self {
+        Self { v4: node.public_v4, v6: node.public_v6 }
+    }
+
     /// What was said, else what the uplink has.
     pub(super) fn of(sought: &Sought, uplink: &Uplink, config: &NetworkConfig) -> Self {
         let mut public = Self::default();

@@ -3,6 +3,7 @@
 pub mod identity;
 pub mod ledger;
 pub mod marker;
+pub mod memory;
 pub mod other_agents;
 pub mod subnet_env;
 pub mod uplink;

@@ -4,13 +4,16 @@
 //! its VtepMAC, and an on-link route through that base address. Peers never answer ARP for it.
 //! **Source** — upstream pkg/backend/vxlan (`vxlan.go`, `device.go`, `vxlan_network.go`); RFC 7348.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
+use std::net::IpAddr;
 
+use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
+use serde_json::value::{RawValue, Value};
 
 use crate::decide::scene::{Draft, Place, Scene};
-use crate::words::addr::{Family, InterfaceAddress, Mac};
+use crate::words::addr::{Family, InterfaceAddress, Mac, Prefix};
 use crate::words::code::Code;
 use crate::words::config::{NetworkConfig, VxlanConfig};
 use crate::words::fact::{
@@ -151,7 +154,9 @@ impl Vxlan {
     fn plan_peers(&self, scene: &Scene<'_>, family: Family, device: LinkName, draft: &mut Draft) {
         let places = scene.places(family, draft);
         let count = places.len();
-        let mut macs = HashMap::from([(mac(&scene.node.identity, family), "this host".to_owned())]);
+        // None is this host.
+        let mut macs = HashMap::with_capacity(count + 1);
+        macs.insert(mac(&scene.node.identity, family), None);
         for place in places {
             let metric = metric(&place.subnet, count);
             if self.options.direct_routing && scene.node.reaches_directly(place.public) {
@@ -166,11 +171,15 @@ impl Vxlan {
                 }
             };
             if let Some(first) = macs.get(&mac) {
+                let first = first.map_or_else(
+                    || "this host".to_owned(),
+                    |first: (Prefix, IpAddr)| format!("{} of {}", first.0, first.1),
+                );
                 let text = format!("{} of {} has {mac}, as {first} has", place.subnet, place.public);
                 draft.find(Code::VTEP_MAC_SHARED, text);
                 continue;
             }
-            macs.insert(mac, format!("{} of {}", place.subnet, place.public));
+            macs.insert(mac, Some((place.subnet, place.public)));
             tunnel(device, &place, mac, metric).into_iter().for_each(|fact| draft.add(fact));
         }
     }
@@ -219,21 +228,42 @@ fn tunnel(device: LinkName, place: &Place<'_>, mac: Mac, metric: u32) -> [Fact; 
 
 /// Reads a peer's `BackendData`: keys in any case as Go matches them, the VNI is the peer's own business.
 fn vtep_mac(data: &RawValue) -> Result<Mac, &'static str> {
-    #[derive(Deserialize)]
-    #[serde(transparent)]
-    struct Read(HashMap<String, serde_json::Value>);
-
-    let Read(fields) = serde_json::from_str(data.get()).map_err(|_| "BackendData is not a JSON object")?;
-    let mac: Mac = fields
-        .iter()
-        .find(|(key, _)| key.eq_ignore_ascii_case("VtepMAC"))
-        .and_then(|(_, value)| value.as_str())
-        .ok_or("BackendData has no VtepMAC")?
-        .parse()
-        .map_err(|_| "its VtepMAC is not a MAC address")?;
+    let Read(found) = serde_json::from_str(data.get()).map_err(|_| "BackendData is not a JSON object")?;
+    let found = found.as_ref().and_then(Value::as_str).ok_or("BackendData has no VtepMAC")?;
+    let mac: Mac = found.parse().map_err(|_| "its VtepMAC is not a MAC address")?;
     // The zero address is the kernel's entry for unknown destinations, the group bit marks multicast.
     if mac.0 == [0; 6] || mac.0[0] & 1 == 1 {
         return Err("its VtepMAC is not the address of one host");
     }
     Ok(mac)
+}
+
+/// An object's `VtepMAC`, whatever it is. Thousands are read for each plan, so nothing else of them is kept.
+struct Read(Option<Value>);
+
+impl<'de> Deserialize<'de> for Read {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Fields;
+
+        impl<'de> Visitor<'de> for Fields {
+            type Value = Read;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Read, A::Error> {
+                let mut found = None;
+                while let Some(key) = fields.next_key::<Cow<'_, str>>()? {
+                    match key.eq_ignore_ascii_case("VtepMAC") {
+                        true => found = Some(fields.next_value()?),
+                        false => drop(fields.next_value::<IgnoredAny>()?),
+                    }
+                }
+                Ok(Read(found))
+            }
+        }
+
+        deserializer.deserialize_map(Fields)
+    }
 }

@@ -17,7 +17,7 @@ use crate::act::pass::{chain, converge};
 use crate::decide::reader;
 use crate::run::hold::{Door, Hold, HoldError};
 use crate::run::kernel_events::KernelEvents;
-use crate::run::reconcile::{Place, ReaderInputs, Reconciler, backoff};
+use crate::run::reconcile::{Look, Place, ReaderInputs, Reconciler, backoff};
 use crate::run::settings::AgentSettings;
 use crate::touch::other_agents::OtherAgent;
 use crate::touch::subnet_env::SubnetEnv;
@@ -165,9 +165,10 @@ impl Reader {
     ) -> std::io::Result<Self> {
         let place = Place::of(&settings);
         let kernel_notice = Arc::new(Notify::new());
+        let reconciler = Reconciler::start(place, settings.exposure.clone(), settings.counters.clone())?;
         Ok(Self {
-            reconciler: Reconciler::start(place, settings.exposure.clone(), settings.counters.clone())?,
-            _events: KernelEvents::subscribe(kernel_notice.clone())?,
+            _events: KernelEvents::subscribe(kernel_notice.clone(), reconciler.own_writes.clone())?,
+            reconciler,
             kernel_notice,
             settings,
             publish,
@@ -364,7 +365,7 @@ impl Reader {
         self.next_look = Instant::now() + self.settings.resync;
         let Some(env) = self.env.clone() else { return };
         let isolated_from = self.settings.isolated_from.borrow().clone();
-        self.reconciler.pass(ReaderInputs { env, isolated_from }, reason);
+        self.reconciler.pass(ReaderInputs { env, isolated_from }, reason, Look::Needed);
     }
 
     /// A pass has ended.

@@ -12,13 +12,13 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
+use super::memory::Memory;
 use super::{Command, Leased, Status, WAIT, gateway};
 use crate::decide::firewall;
-use crate::run::cache::{self, LastGood};
 use crate::run::extension::Extension;
 use crate::run::hold::{self, Hold};
 use crate::run::kernel_events::KernelEvents;
-use crate::run::reconcile::{Inputs, Outcome, Place, Reconciler, backoff};
+use crate::run::reconcile::{Inputs, Look, Outcome, Place, Reconciler, backoff};
 use crate::run::retire;
 use crate::run::settings::AgentSettings;
 use crate::run::store::Snapshot;
@@ -70,7 +70,9 @@ pub(super) struct Work {
     survey_due: bool,
     own: Option<OwnLease>,
     leases: Arc<LeaseSet>,
-    saved: LastGood,
+    /// Whether the reconciler does not know of them yet.
+    leases_due: bool,
+    memory: Memory,
     env: Option<SubnetEnv>,
     /// The subnet file as we wrote it, or as somebody did whom we have looked at.
     file: Option<u64>,
@@ -105,7 +107,7 @@ impl Work {
         let place = Place::of(&settings);
         let reconciler = Reconciler::start(place, settings.exposure.clone(), settings.counters.clone())?;
         let kernel_notice = Arc::new(Notify::new());
-        let saved = cache::read(&settings.state_dir, &settings.network).unwrap_or_default();
+        let memory = Memory::read(settings.state_dir.clone(), settings.network.clone());
         let (offer, offered) = watch::channel(None);
         let snapshots = settings.store.watch();
         let tenure = Tenure::spawn(settings.store.clone(), snapshots.clone(), offered, settings.renew_margin);
@@ -113,8 +115,8 @@ impl Work {
             extension: commands::spawn(&settings),
             errands: None,
             printed: None,
+            _events: KernelEvents::subscribe(kernel_notice.clone(), reconciler.own_writes.clone())?,
             reconciler,
-            _events: KernelEvents::subscribe(kernel_notice.clone())?,
             snapshots,
             settings,
             publish,
@@ -131,7 +133,8 @@ impl Work {
             survey_due: true,
             own: None,
             leases: Arc::default(),
-            saved,
+            leases_due: false,
+            memory,
             env: None,
             file: None,
             file_due: false,
@@ -164,6 +167,7 @@ impl Work {
                 Ok(()) = self.reconciler.outcome.changed() => self.passed(),
                 () = self.kernel_notice.notified() => self.noticed(),
                 () = sleep_until(self.next_look) => self.look_now(),
+                () = sleep_until(self.memory.due()) => {}
                 command = inbox.recv() => match command {
                     Some(Command::Poke(reason)) => self.look(reason, Duration::ZERO),
                     Some(Command::Expose(exposure, reply)) => {
@@ -175,6 +179,9 @@ impl Work {
                         return End::Over;
                     }
                     Some(Command::Stop(reply)) => {
+                        self.memory.hurry();
+                        self.save().await;
+                        self.memory.settle().await;
                         self.reconciler.end().await;
                         let _ = reply.send(());
                         return End::Over;
@@ -214,20 +221,20 @@ impl Work {
 
     /// A start without the store goes on with what was true last: local containers must not wait for it.
     fn restore(&mut self) {
-        let Some(subnets) = self.saved.own else { return };
-        let Some(value) = self.saved.leases.leases.get(&subnets).cloned() else { return };
-        let Ok(parsed) = NetworkConfig::parse(&self.saved.config) else { return };
+        let last = self.memory.last();
+        let Some(own) = last.own.clone() else { return };
+        let Ok(parsed) = NetworkConfig::parse(&last.config) else { return };
         if self.refuses(&parsed.config).is_some() {
             return;
         }
         tracing::info!(
             network = %self.settings.network,
-            "starting from the last known state: subnet {subnets}, {} leases", self.saved.leases.leases.len()
+            "starting from the last known state: subnet {}, {} leases", own.subnets, last.leases.leases.len()
         );
-        self.document = Some(self.saved.config.clone());
+        self.document = Some(last.config.clone());
+        self.leases = last.leases.clone();
         self.config = Some(Arc::new(parsed.config));
-        self.own = Some(OwnLease { subnets, value });
-        self.leases = Arc::new(self.saved.leases.clone());
+        self.own = Some(own);
         self.look(Reason::Startup, Duration::ZERO);
     }
 
@@ -242,16 +249,29 @@ impl Work {
             let text = format!("network {} has none", self.settings.network);
             self.config_trouble = Some(Finding::new(Code::CONFIG_ABSENT, text));
         }
-        if snapshot.known && *self.leases != *snapshot.leases {
+        if snapshot.known && self.leases != snapshot.leases {
             self.leases = snapshot.leases.clone();
-            self.look(Reason::Leases, Duration::ZERO);
+            self.leases_due = true;
         }
         self.tell_commands();
         self.look_around().await;
         self.make_offer();
         self.take_tenure();
-        self.save();
+        self.tell_leases();
+        self.save().await;
         self.announce(&snapshot);
+    }
+
+    /// Peers that changed are written at once, and without a look if nothing else is new.
+    fn tell_leases(&mut self) {
+        if !std::mem::take(&mut self.leases_due) {
+            return;
+        }
+        if self.pending.is_some() && self.next_look <= Instant::now() {
+            self.look(Reason::Leases, Duration::ZERO);
+        } else if let Some(inputs) = self.inputs() {
+            self.reconciler.pass(inputs, Reason::Leases, Look::IfInDoubt);
+        }
     }
 
     fn read_config(&mut self, document: String) {
@@ -314,7 +334,8 @@ impl Work {
         if self.survey_due || self.survey_trouble.is_some() || self.config_trouble.is_some() {
             return;
         }
-        let previous = self.saved.own.or_else(|| {
+        let last = self.memory.last().own.as_ref();
+        let previous = last.map(|own| own.subnets).or_else(|| {
             let written = |family| SubnetEnv::previous_subnet(&self.settings.subnet_file, family);
             Subnets::new(written(Family::V4), written(Family::V6))
         });
@@ -343,19 +364,12 @@ impl Work {
     }
 
     /// Keeps what is true now for a start without the store.
-    fn save(&mut self) {
-        let (Some(document), Some(own)) = (&self.document, &self.own) else { return };
-        if self.config_trouble.is_some() || self.survey_trouble.is_some() {
-            return;
-        }
-        let mut leases = LeaseSet { leases: self.leases.leases.clone(), ..LeaseSet::default() };
-        leases.leases.insert(own.subnets, own.value.clone());
-        let now = LastGood { config: document.clone(), own: Some(own.subnets), leases };
-        if now != self.saved {
-            if let Err(error) = cache::write(&self.settings.state_dir, &self.settings.network, &now) {
-                tracing::warn!(network = %self.settings.network, "the last known state could not be kept: {error}");
+    async fn save(&mut self) {
+        match (&self.document, &self.own) {
+            (Some(document), Some(own)) if self.config_trouble.is_none() && self.survey_trouble.is_none() => {
+                self.memory.keep(document, own, &self.leases).await;
             }
-            self.saved = now;
+            _ => self.memory.postpone(),
         }
     }
 
@@ -430,8 +444,15 @@ impl Work {
         let idle = if self.survey_trouble.is_some() { WAIT } else { self.settings.resync };
         self.next_look = Instant::now() + idle;
         self.survey_due |= self.survey_trouble.is_some() || self.survey.is_none();
-        let (Some(config), Some(own), Some(survey)) = (&self.served, &self.own, &self.survey) else { return };
-        let inputs = Inputs {
+        if let Some(inputs) = self.inputs() {
+            self.reconciler.pass(inputs, reason, Look::Needed);
+        }
+    }
+
+    /// What passes work from, as soon as all of it is known.
+    fn inputs(&self) -> Option<Inputs> {
+        let (config, own, survey) = (self.served.as_ref()?, self.own.as_ref()?, self.survey.as_ref()?);
+        Some(Inputs {
             config: config.clone(),
             own: own.clone(),
             leases: self.leases.clone(),
@@ -440,8 +461,7 @@ impl Work {
             identity: survey.identity.clone(),
             isolated_from: self.settings.isolated_from.borrow().clone(),
             former: self.former.clone(),
-        };
-        self.reconciler.pass(inputs, reason);
+        })
     }
 
     /// A pass has ended.

@@ -15,18 +15,27 @@ use crate::words::report::Finding;
 /// Longest part of a broken value that is shown.
 const SHOWN_MAX: usize = 80;
 
-/// What was read.
+/// What was read. Sound leases are shared with whoever was told of them: thousands are copied once for all that comes together.
 #[derive(Debug)]
 pub(super) struct Shelf {
     config: Option<String>,
-    keys: BTreeMap<String, Entry>,
+    sound: Arc<LeaseSet>,
+    /// Every other key.
+    odd: BTreeMap<String, Odd>,
     /// Whether the receivers may not have seen it yet. True of a new shelf: an empty one is news, too.
     changed: bool,
 }
 
 /// What a key below `subnets/` turned out to be.
-#[derive(PartialEq, Eq, Debug)]
 enum Entry {
+    Sound(Subnets, LeaseValue),
+    Odd(Odd),
+}
+
+/// A key that is not as we write it.
+#[derive(PartialEq, Eq, Debug)]
+enum Odd {
+    /// A lease under another name than it should have.
     Lease(Subnets, LeaseValue),
     /// No lease; it takes its subnet all the same, if it names one.
     Broken(Option<Subnets>, Finding),
@@ -34,8 +43,8 @@ enum Entry {
 
 impl Shelf {
     /// Nothing has been read yet.
-    pub(super) const fn new() -> Self {
-        Self { config: None, keys: BTreeMap::new(), changed: true }
+    pub(super) fn new() -> Self {
+        Self { config: None, sound: Arc::default(), odd: BTreeMap::new(), changed: true }
     }
 
     /// Sets or removes the config.
@@ -47,23 +56,44 @@ impl Shelf {
 
     /// Adds or replaces a key below `subnets/`.
     pub(super) fn put(&mut self, key: &str, value: &[u8]) {
-        let entry = read(key, value);
-        if self.keys.get(key) != Some(&entry) {
-            self.keys.insert(key.to_owned(), entry);
-            self.changed = true;
+        match read(key, value) {
+            Entry::Sound(subnets, value) => {
+                self.changed |= self.odd.remove(key).is_some();
+                if self.sound.leases.get(&subnets) != Some(&value) {
+                    Arc::make_mut(&mut self.sound).leases.insert(subnets, value);
+                    self.changed = true;
+                }
+            }
+            Entry::Odd(odd) => self.put_odd(key, odd),
         }
     }
 
     /// Adds a key below `subnets/` whose value could not be read at all.
     pub(super) fn unreadable(&mut self, key: &str, cause: &dyn Display) {
         let finding = Finding::new(Code::LEASE_MALFORMED, format!("{key:?} cannot be read: {cause}"));
-        self.keys.insert(key.to_owned(), Entry::Broken(Subnets::parse_key(key).ok(), finding));
-        self.changed = true;
+        self.put_odd(key, Odd::Broken(Subnets::parse_key(key).ok(), finding));
+    }
+
+    fn put_odd(&mut self, key: &str, odd: Odd) {
+        self.forget_sound(key);
+        if self.odd.get(key) != Some(&odd) {
+            self.odd.insert(key.to_owned(), odd);
+            self.changed = true;
+        }
     }
 
     /// Removes a key below `subnets/`.
     pub(super) fn delete(&mut self, key: &str) {
-        self.changed |= self.keys.remove(key).is_some();
+        self.changed |= self.odd.remove(key).is_some();
+        self.forget_sound(key);
+    }
+
+    fn forget_sound(&mut self, key: &str) {
+        let subnets = Subnets::parse_key(key).ok().filter(|subnets| subnets.key() == key);
+        if let Some(subnets) = subnets.filter(|subnets| self.sound.leases.contains_key(subnets)) {
+            Arc::make_mut(&mut self.sound).leases.remove(&subnets);
+            self.changed = true;
+        }
     }
 
     /// Tells the receivers, if anything they can see has changed. `revision` is that of the leases.
@@ -75,10 +105,10 @@ impl Shelf {
                 let leases = self.leases();
                 // A later revision with the same leases is news, too: a lease may have come and gone in between.
                 modified |= snapshot.config != self.config
-                    || *snapshot.leases != leases
+                    || snapshot.leases != leases
                     || snapshot.revision != revision;
                 snapshot.config.clone_from(&self.config);
-                snapshot.leases = Arc::new(leases);
+                snapshot.leases = leases;
             }
             snapshot.known = true;
             snapshot.down = None;
@@ -89,31 +119,32 @@ impl Shelf {
         });
     }
 
-    fn leases(&self) -> LeaseSet {
-        let mut set = LeaseSet::default();
-        for (key, entry) in &self.keys {
-            match entry {
-                Entry::Lease(subnets, value) if subnets.key() == *key => {
-                    set.leases.insert(*subnets, value.clone());
-                }
-                Entry::Lease(subnets, value) => {
+    fn leases(&self) -> Arc<LeaseSet> {
+        let overlapping = allocate::overlapping(self.sound.leases.iter());
+        if self.odd.is_empty() && overlapping.is_empty() {
+            return self.sound.clone();
+        }
+        let mut set = (*self.sound).clone();
+        for (key, odd) in &self.odd {
+            match odd {
+                Odd::Lease(subnets, value) => {
                     // Two keys can name one subnet (10.5.1.7-24 and 10.5.1.0-24): the one in our own form counts. Without
                     // it the lease is a peer's like any other, but nobody can renew it under the name that it should have.
-                    if !matches!(self.keys.get(&subnets.key()), Some(Entry::Lease(..))) {
+                    if !self.sound.leases.contains_key(subnets) {
                         set.leases.entry(*subnets).or_insert_with(|| value.clone());
                         set.blocked.insert(*subnets);
                     }
                     let text = format!("{key:?} has host bits set; it is read as {:?}", subnets.key());
                     set.findings.push(Finding::new(Code::LEASE_MALFORMED, text));
                 }
-                Entry::Broken(subnets, finding) => {
+                Odd::Broken(subnets, finding) => {
                     set.blocked.extend(*subnets);
                     set.findings.push(finding.clone());
                 }
             }
         }
         set.findings.extend(allocate::overlapping(set.leases.iter()));
-        set
+        Arc::new(set)
     }
 }
 
@@ -128,17 +159,19 @@ pub(super) fn publish_down(sender: &watch::Sender<Snapshot>, error: &StoreError)
 }
 
 fn read(key: &str, value: &[u8]) -> Entry {
-    let malformed = |cause: String| Finding::new(Code::LEASE_MALFORMED, cause);
+    let broken =
+        |subnets, cause| Entry::Odd(Odd::Broken(subnets, Finding::new(Code::LEASE_MALFORMED, cause)));
     let subnets = match Subnets::parse_key(key) {
         Ok(subnets) => subnets,
-        Err(error) => return Entry::Broken(None, malformed(error.to_string())),
+        Err(error) => return broken(None, error.to_string()),
     };
     let text = String::from_utf8_lossy(value);
     match LeaseValue::from_json(&text) {
-        Ok(lease) => Entry::Lease(subnets, lease),
+        Ok(lease) if subnets.key() == key => Entry::Sound(subnets, lease),
+        Ok(lease) => Entry::Odd(Odd::Lease(subnets, lease)),
         Err(error) => {
             let shown: String = text.chars().take(SHOWN_MAX).collect();
-            Entry::Broken(Some(subnets), malformed(format!("{key:?} holds {shown:?}: {error}")))
+            broken(Some(subnets), format!("{key:?} holds {shown:?}: {error}"))
         }
     }
 }

@@ -84,6 +84,11 @@ impl Kernel {
         self.sandbox = Some(sandbox);
     }
 
+    /// The number of the socket for links, addresses, neighbors and routes: notices of what it changed carry it. 0 before its first look.
+    pub fn port(&self) -> u32 {
+        self.socket.port()
+    }
+
     /// Does something in this kernel's namespace: here, or on a short-lived thread inside.
     fn here<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
         match &self.namespace {

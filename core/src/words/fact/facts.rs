@@ -139,15 +139,21 @@ pub fn diff<'a>(desired: &'a Facts, observed: &'a Facts) -> Vec<Change<'a>> {
             changes.push(Change::Delete(fact));
         }
     }
+    // Both are in the same order: side by side, thousands of them are compared once each.
+    let mut olds = observed.0.iter().peekable();
     for (key, new) in &desired.0 {
-        match observed.0.get(key) {
+        while olds.next_if(|(old, _)| *old < key).is_some() {}
+        match olds.next_if(|(old, _)| *old == key) {
             None => changes.push(Change::Create(new)),
-            Some(old) if !new.satisfied_by(old) => changes.push(Change::Replace { old, new }),
+            Some((_, old)) if !new.satisfied_by(old) => changes.push(Change::Replace { old, new }),
             Some(_) => {}
         }
     }
+    let mut news = desired.0.keys().rev().peekable();
     for (key, fact) in observed.0.iter().rev() {
-        if !desired.0.contains_key(key) && !ahead.contains(&key) && !matches!(fact, Fact::Sysctl(_)) {
+        while news.next_if(|new| *new > key).is_some() {}
+        let wanted = news.peek().is_some_and(|new| *new == key);
+        if !wanted && !ahead.contains(&key) && !matches!(fact, Fact::Sysctl(_)) {
             changes.push(Change::Delete(fact));
         }
     }

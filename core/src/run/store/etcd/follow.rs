@@ -13,7 +13,8 @@ use crate::run::store::shelf::{Shelf, publish_down};
 use crate::run::store::{Backoff, Snapshot, StoreError};
 use crate::words::name::NetworkName;
 
-/// Changes that come this close together are told as one: a thousand nodes that start are a few snapshots.
+/// Changes that come this close together are told as one: a thousand nodes that start are a few snapshots. One that comes alone is told at
+/// once.
 const GATHER: Duration = Duration::from_millis(3);
 
 /// For how long changes are gathered at most.
@@ -88,6 +89,7 @@ impl EtcdStore {
         }
         shelf.publish(sender, seen_to);
         let mut stream = self.open(&keys, seen_to + 1).await?;
+        let mut told = Instant::now();
         loop {
             let mut seen = match stream.message().await {
                 Ok(Some(message)) => message,
@@ -95,6 +97,7 @@ impl EtcdStore {
                 Err(error) => return Ok(Ended::Broken(client::cause(&error))),
             };
             let gathered = Instant::now();
+            let pause = if gathered - told > GATHER_MAX { Duration::ZERO } else { GATHER };
             loop {
                 if seen.canceled() {
                     return match seen.compact_revision() {
@@ -110,13 +113,14 @@ impl EtcdStore {
                 if gathered.elapsed() > GATHER_MAX {
                     break;
                 }
-                match timeout(GATHER, stream.message()).await {
+                match timeout(pause, stream.message()).await {
                     Ok(Ok(Some(message))) => seen = message,
                     // The end of the stream is seen again in the next round, after what came before it was told.
                     Ok(Ok(None) | Err(_)) | Err(_) => break,
                 }
             }
             shelf.publish(sender, seen_to);
+            told = Instant::now();
         }
     }
 

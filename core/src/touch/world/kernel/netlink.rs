@@ -15,7 +15,8 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, sockopt,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, getsockname, recv, send,
+    setsockopt, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 
@@ -78,6 +79,11 @@ impl Socket {
         set(&fd, libc::SOL_NETLINK, libc::NETLINK_GET_STRICT_CHK, 1)?;
         setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::seconds(ANSWER_TIMEOUT.as_secs() as i64))?;
         Ok(Self { fd, seq: 0, buffer: vec![0; READ_BYTES], batch_max: 0 })
+    }
+
+    /// Its number, which the kernel puts into notices of what was changed through it; 0 before its first question.
+    pub(super) fn port(&self) -> u32 {
+        getsockname::<NetlinkAddr>(self.fd.as_raw_fd()).map_or(0, |address| address.pid())
     }
 
     /// Asks for everything that matches the request. `take` is shown the type and the body of each message.
