@@ -56,6 +56,7 @@ pub mod binaries;
 mod cgroup;
 mod command;
 pub mod conversation;
+pub mod crowd;
 mod daemon;
 mod docker_plugin;
 mod engine;

@@ -9,7 +9,7 @@ mod scenes;
 
 use std::process::Command;
 
-use flannel_core::act::pass::{ROUNDS_MAX, converge};
+use flannel_core::act::pass::{ROUNDS_MAX, converge, step};
 use flannel_core::decide::plan::Plan;
 use flannel_core::touch::world::kernel::Kernel;
 use flannel_core::touch::world::{World, WorldError};
@@ -24,9 +24,13 @@ use flannel_core::words::units::Mtu;
 use flannel_tests::fake::FakeWorld;
 use flannel_tests::needs::require_root_and_namespaces;
 use nix::sched::{CloneFlags, unshare};
+use proptest::collection::vec;
 use proptest::prelude::*;
 
-use scenes::{Bench, Scene, flap, ground, harmed, link_name, others, route, scene, squatter, strays, vxlan};
+use scenes::peers::peers;
+use scenes::{
+    Bench, Other, Scene, flap, ground, harmed, link_name, others, route, scene, squatter, strays, vxlan,
+};
 
 /// The cases each property is tried with; every one is a host with another past.
 const CASES: u32 = 400;
@@ -49,6 +53,24 @@ fn reaches(world: &mut dyn Bench, plan: &Plan) -> Result<Report, TestCaseError> 
     let again = converge(world, &plan.territory, &plan.facts).unwrap();
     prop_assert!(again.clean && again.looks == 1 && again.made.is_empty(), "second pass: {again:#?}");
     Ok(report)
+}
+
+/// Brings a world from plan to plan by their differences alone: after each, a look finds nothing to do, and nothing but what is about
+/// peers has changed.
+fn follows(world: &mut dyn Bench, scene: &Scene, changes: Vec<Vec<Other>>) -> Result<(), TestCaseError> {
+    let mut plan = scene.plan();
+    reaches(world, &plan)?;
+    for peers in changes {
+        let next = scene.among(peers).plan();
+        let report = step(world, &plan.facts, &next.facts);
+        prop_assert!(report.clean && report.failed.is_empty() && report.looks == 0, "{report:#?}");
+        let kinds = ["neighbor", "forward", "route"];
+        prop_assert!(report.made.iter().all(|made| kinds.contains(&made.kind)), "{report:#?}");
+        let look = converge(world, &next.territory, &next.facts).unwrap();
+        prop_assert!(look.clean && look.made.is_empty(), "{look:#?}");
+        plan = next;
+    }
+    Ok(())
 }
 
 /// A fake kernel with the scene played on it.
@@ -88,6 +110,13 @@ proptest! {
         world.refuse_nothing();
         reaches(&mut world, &plan)?;
         prop_assert_eq!(before.to_string(), world.outside(&plan.territory).to_string());
+    }
+
+    #[test]
+    fn leases_that_change_are_followed_without_a_look(scene in scene(), changes in vec(peers(), 1..8)) {
+        let mut world = fake(&scene);
+        follows(&mut world, &scene, changes)?;
+        prop_assert_eq!(harmed(&mut world), [""; 0]);
     }
 
     #[test]
@@ -166,6 +195,18 @@ proptest! {
             prop_assert_eq!(harmed(world), [""; 0]);
             let retired = scene.retired();
             reaches(world, &retired)?;
+            prop_assert_eq!(harmed(world), [""; 0]);
+            Ok(())
+        })?;
+    }
+
+    #[test]
+    fn leases_that_change_are_followed_in_a_real_kernel(scene in scene(), changes in vec(peers(), 1..8)) {
+        prop_assume!(require_root_and_namespaces());
+        let scene = scene.without_chains();
+        in_a_fresh_kernel(|world| {
+            scene.play(world);
+            follows(world, &scene, changes)?;
             prop_assert_eq!(harmed(world), [""; 0]);
             Ok(())
         })?;

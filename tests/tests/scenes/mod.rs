@@ -1,5 +1,7 @@
 //! Scenes: a host with a past, and the plan it should come to. One generator for the fake kernel and the real one.
 
+pub(crate) mod peers;
+
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 

@@ -9,6 +9,7 @@ mod cold_start;
 mod docker;
 mod docker_throughput;
 mod idle;
+mod scale;
 mod table;
 mod throughput;
 mod udp;
@@ -27,6 +28,7 @@ const ALL: &[Bench] = &[
         "flanneld with 4,000 leases in etcd, from its start to everything in the kernel",
         cold_start::run,
     ),
+    ("scale", "flanneld among 5,000 leases: start, events, burst, churn, restart, memory", scale::run),
     ("idle", "memory of flanneld that has nothing to do", idle::run),
     ("docker", "networks, containers and ports of Docker, beside its bridge driver", docker::run),
     ("docker-throughput", "containers of two engines, beside Docker's overlay", docker_throughput::run),
@@ -47,10 +49,17 @@ fn main() -> ExitCode {
     let mut failed = false;
     for (name, what, run) in ALL.iter().filter(|(name, ..)| names.iter().any(|n| n == "all" || n == name)) {
         println!("\n## {name}: {what}\n");
+        println!("Load of this machine before it, 1, 5 and 15 minutes: {}\n", load());
         if let Err(error) = run() {
             eprintln!("bench {name}: {error:#}");
             failed = true;
         }
     }
     if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+/// Figures of a busy machine say little; ratios of one run say more.
+fn load() -> String {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').take(3).collect::<Vec<_>>().join(", ")
 }
