@@ -25,6 +25,10 @@ const KUBE: &str =
     "belongs to the Kubernetes store, which is not built yet in this version; leases live in etcd";
 const KLOG: &str = "names source files of the Go program; here -v LEVEL or RUST_LOG=flannel_core::run=debug says what is logged";
 
+const MANY: &str = "served several networks with one flanneld, up to 0.7; start one for each, with an --etcd-prefix and a --subnet-file of its own";
+const REMOTE: &str = "belongs to the client and server of flannel up to 0.7; every flanneld asks etcd itself now (--etcd-endpoints)";
+const GLOG: &str = "says where the Go program logs; the log goes to stderr here, and -v LEVEL says how much";
+
 /// Upstream's flags that are refused, and why.
 const REFUSED: &[(&str, &str)] = &[
     ("kube-subnet-mgr", KUBE),
@@ -33,8 +37,21 @@ const REFUSED: &[(&str, &str)] = &[
     ("kube-annotation-prefix", KUBE),
     ("net-config-path", KUBE),
     ("set-node-network-unavailable", KUBE),
+    ("use-multi-cluster-cidr", KUBE),
     ("vmodule", KLOG),
     ("log_backtrace_at", KLOG),
+    ("logtostderr", GLOG),
+    ("alsologtostderr", GLOG),
+    ("stderrthreshold", GLOG),
+    ("log_dir", GLOG),
+    ("networks", MANY),
+    ("watch-networks", MANY),
+    ("subnet-dir", MANY),
+    ("listen", REMOTE),
+    ("remote", REMOTE),
+    ("remote-keyfile", REMOTE),
+    ("remote-certfile", REMOTE),
+    ("remote-cafile", REMOTE),
 ];
 
 /// Flags that flanneld and the Docker plugin share.
@@ -131,7 +148,7 @@ pub struct CommonFlags {
     pub healthz_ip: IpAddr,
 
     /// Port of the health server (/healthz, /readyz, /metrics); 0 is off
-    #[arg(long, value_name = "PORT", default_value_t = 0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "PORT", default_value_t = 0, allow_negative_numbers = true, value_parser = clap::value_parser!(i32).range(..=65_535))]
     pub healthz_port: i32,
 
     /// Directory for what must survive a restart
@@ -167,10 +184,15 @@ pub fn parse<P: Parser + CommandFactory + FromArgMatches>(
     arguments: impl IntoIterator<Item = String>,
     environment: &Environment,
 ) -> Result<P, Refusal> {
-    let command = P::command().after_help(AFTER_HELP);
+    // As with Go, the last of several counts: a unit's own flags may be followed by an operator's.
+    let command = P::command().after_help(AFTER_HELP).args_override_self(true);
     let arguments = go_syntax::normalize(arguments, environment, &command, REFUSED).map_err(|text| {
         Refusal { text: format!("{}: {text}\n\nTry --help.\n", command.get_name()), status: 2 }
     })?;
+    for variable in &arguments.unread {
+        // Before there is a log; whoever misspelt it finds it among the first lines.
+        eprintln!("{}: {variable} is set, and nothing reads it", command.get_name());
+    }
     let matches = command.try_get_matches_from(arguments.line).map_err(|error| {
         let status = if error.use_stderr() { 2 } else { 0 };
         let from = match arguments.from_environment.is_empty() || status == 0 {

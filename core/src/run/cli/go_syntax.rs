@@ -27,51 +27,86 @@ pub(super) struct Normalized {
     pub(super) line: Vec<String>,
     /// Variables that were taken.
     pub(super) from_environment: Vec<String>,
+    /// Variables with our prefix that name no flag which may be one.
+    pub(super) unread: Vec<String>,
 }
 
-/// `-x` becomes `--x`; flags that were not given are taken from the environment; flags of upstream's that
-/// cannot be served are refused by name.
+/// Never taken from a variable.
+const LINE_ONLY: [&str; 3] = ["version", "help", "cleanup"];
+
+/// `-x` becomes `--x`; a flag with an empty value counts as not given, as an empty variable does; flags that were not given
+/// are taken from the environment; flags of upstream's that cannot be served are refused by name.
 pub(super) fn normalize(
     arguments: impl IntoIterator<Item = String>,
     environment: &Environment,
     command: &Command,
     refused: &[(&str, &str)],
 ) -> Result<Normalized, String> {
-    let mut arguments = arguments.into_iter();
+    let mut arguments = arguments.into_iter().peekable();
     let mut line: Vec<String> = arguments.next().into_iter().collect();
     let mut given: Vec<String> = Vec::new();
-    for argument in arguments {
+    while let Some(argument) = arguments.next() {
         let argument = two_dashes(argument);
         if let Some(flag) = argument.strip_prefix("--") {
-            let name = flag.split('=').next().unwrap_or(flag).to_owned();
-            // What a unit made for the Go program may say for clarity.
-            if argument == "--kube-subnet-mgr=false" {
+            let (name, value) =
+                flag.split_once('=').map_or((flag, None), |(name, value)| (name, Some(value)));
+            if is_refused_switch_off(name, value) {
                 continue;
             }
             if let Some((_, why)) = refused.iter().find(|(refused, _)| *refused == name) {
                 return Err(format!("--{name} {why}"));
             }
-            given.push(name);
+            if takes_value(command, name) {
+                // `-public-ip=$PUBLIC_IP` in a unit, and nobody has set it.
+                let next_is_empty = arguments.peek().is_some_and(String::is_empty);
+                match value {
+                    Some("") => continue,
+                    None if next_is_empty => {
+                        arguments.next();
+                        continue;
+                    }
+                    _ => {}
+                }
+            }
+            given.push(name.to_owned());
         }
         line.push(argument);
     }
     let variable = |name: &str| format!("{PREFIX}{}", name.to_uppercase().replace('-', "_"));
     let set = |name: &str| environment.0.get(&variable(name)).filter(|value| !value.is_empty());
-    if let Some((name, why)) = refused.iter().find(|(name, _)| set(name).is_some()) {
+    let barred = |name: &str| set(name).is_some_and(|value| !is_refused_switch_off(name, Some(value)));
+    if let Some((name, why)) = refused.iter().find(|(name, _)| barred(name)) {
         return Err(format!("{} {why}", variable(name)));
     }
     let mut from_environment = Vec::new();
+    let mut known: Vec<String> = refused.iter().map(|(name, _)| variable(name)).collect();
     let mut at = line.len().min(1);
     for flag in command.get_arguments().filter_map(|argument| argument.get_long()) {
-        let skipped = matches!(flag, "version" | "help" | "cleanup") || given.iter().any(|name| name == flag);
-        if let Some(value) = set(flag).filter(|_| !skipped) {
+        if LINE_ONLY.contains(&flag) {
+            continue;
+        }
+        known.push(variable(flag));
+        if let Some(value) = set(flag).filter(|_| !given.iter().any(|name| name == flag)) {
             // Before a subcommand, if there is one.
             line.insert(at, format!("--{flag}={value}"));
             at += 1;
             from_environment.push(variable(flag));
         }
     }
-    Ok(Normalized { line, from_environment })
+    let unread = environment.0.iter().filter(|(name, value)| name.starts_with(PREFIX) && !value.is_empty());
+    let unread = unread.map(|(name, _)| name.clone()).filter(|name| !known.contains(name)).collect();
+    Ok(Normalized { line, from_environment, unread })
+}
+
+/// What a unit made for the Go program may say for clarity.
+fn is_refused_switch_off(name: &str, value: Option<&str>) -> bool {
+    name == "kube-subnet-mgr" && value.is_some_and(|value| parse_bool(value) == Ok(false))
+}
+
+/// Whether a flag is one with a value that may follow it: switches take theirs behind `=` only.
+fn takes_value(command: &Command, name: &str) -> bool {
+    let flag = command.get_arguments().find(|argument| argument.get_long() == Some(name));
+    flag.is_some_and(|flag| flag.get_action().takes_values() && !flag.is_require_equals_set())
 }
 
 /// `-etcd-prefix=x` to `--etcd-prefix=x`; negative numbers, `-` and `-h` stay as they are.
@@ -177,6 +212,40 @@ mod tests {
     }
 
     #[test]
+    fn what_is_empty_is_not_given_and_the_last_of_several_counts() {
+        let empty =
+            ["-public-ip=", "--etcd-cafile", "", "-iface=", "-iface-regex=", "-etcd-prefix", "", "-v="];
+        let from_environment = [("FLANNELD_ETCD_PREFIX", "/env"), ("FLANNELD_KUBE_SUBNET_MGR", "false")];
+        let read = flags(&empty, &from_environment).unwrap();
+        assert!(read.public_ip.is_none() && read.etcd_cafile.is_none() && read.iface.is_empty());
+        assert!(read.iface_regex.is_empty() && read.etcd_prefix == "/env" && read.verbosity == 0);
+        let twice =
+            ["-etcd-prefix=/a", "-ip-masq", "--etcd-prefix", "/b", "-iface=a", "--ip-masq=false", "-iface=b"];
+        let read = flags(&twice, &[]).unwrap();
+        assert!(read.etcd_prefix == "/b" && !read.ip_masq && read.iface.len() == 2, "{read:?}");
+        assert!(flags(&["--ip-masq="], &[]).unwrap_err().contains("--ip-masq"));
+        assert!(flags(&["--healthz-port=70000"], &[]).unwrap_err().contains("--healthz-port"));
+    }
+
+    #[test]
+    fn a_variable_that_nothing_reads_is_found() {
+        let variables = [
+            ("FLANNELD_ETCD_ENDPOINT", "http://192.0.2.1:2379"), // one letter is missing
+            ("FLANNELD_CLEANUP", "true"),
+            ("FLANNELD_IFACE", "eth0"),
+            ("FLANNELD_KUBE_SUBNET_MGR", "false"),
+            ("FLANNELD_EMPTY", ""),
+            ("FLANNEL_OPTIONS", "-iface=eth0"),
+        ];
+        let environment =
+            Environment(variables.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect());
+        let command = <Flags as clap::CommandFactory>::command();
+        let read = normalize(["flanneld".to_owned()], &environment, &command, super::super::REFUSED).unwrap();
+        assert_eq!(read.unread, ["FLANNELD_CLEANUP", "FLANNELD_ETCD_ENDPOINT"]);
+        assert_eq!(read.from_environment, ["FLANNELD_IFACE"]);
+    }
+
+    #[test]
     fn halves_of_pairs_are_refused_and_passwords_are_not_repeated() {
         for (half, other) in [
             ("-etcd-certfile=/c", "--etcd-keyfile"),
@@ -216,7 +285,7 @@ mod tests {
         let one = flags(&[], &[("FLANNELD_IFACE_REGEX", "a,b"), ("FLANNELD_IFACE_CAN_REACH", "192.0.2.1")]);
         let one = one.unwrap();
         assert_eq!((one.iface_regex.len(), one.iface_can_reach), (1, "192.0.2.1".parse().ok()));
-        for wrong in [&["-iface="][..], &["-iface", "more than 15 letters"], &["-iface-can-reach", "eth0"]] {
+        for wrong in [&["-iface", "more than 15 letters"][..], &["-iface-can-reach", "eth0"]] {
             assert!(flags(wrong, &[]).unwrap_err().contains(wrong[0].trim_matches(['-', '='])), "{wrong:?}");
         }
     }
