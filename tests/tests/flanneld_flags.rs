@@ -250,6 +250,8 @@ fn etcd_that_stays_away_is_said_again_after_a_minute() {
             Ok(())
         })?;
         ensure!(daemon.said("E112").len() == 2, "{:#?}", daemon.said("E112"));
+        // It does not wait for an answer that does not come.
+        daemon.daemon().stop(secs(3))?;
         Ok(())
     });
 }

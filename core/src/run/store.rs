@@ -184,6 +184,13 @@ pub struct Held {
     grant: i64,
 }
 
+impl Held {
+    /// One that was found: nothing is known of it but what it says.
+    pub fn found(own: OwnLease) -> Self {
+        Self { own, expires: None, revision: 0, grant: 0 }
+    }
+}
+
 /// What became of a subnet that was asked for.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Claim {
@@ -206,6 +213,14 @@ impl NetworkStore {
     /// Which network this is.
     pub fn name(&self) -> &NetworkName {
         &self.name
+    }
+
+    /// Gives up the connections to the store: this host's address is another, and nobody would notice that nothing comes by the
+    /// old ones until TCP had repeated itself for long enough.
+    pub async fn connect_anew(&self) {
+        if let Store::Etcd(store) = &self.store {
+            store.connect_anew().await;
+        }
     }
 
     /// The config document, if there is one.

@@ -1,5 +1,6 @@
 //! What an agent must know of its host before it can offer a lease: uplink, identity, overlaps.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::settings::AgentSettings;
@@ -32,6 +33,8 @@ pub(super) struct Survey {
     pub(super) mtu: Mtu,
     /// Addresses that this host reaches elsewhere: no subnet is taken from them.
     pub(super) avoid: Vec<Prefix>,
+    /// Every address of this host, on whatever interface.
+    pub(super) addresses: BTreeSet<IpAddr>,
 }
 
 impl Survey {
@@ -63,6 +66,12 @@ impl Survey {
                 }
             }
         }
+    }
+
+    /// Whether a lease names an address of this host.
+    pub(super) fn is_of(&self, value: &LeaseValue) -> bool {
+        let public = Family::BOTH.into_iter().find_map(|family| value.public(family));
+        public.is_some_and(|public| self.addresses.contains(&public))
     }
 
     /// How peers reach us.
@@ -140,6 +149,9 @@ pub(super) fn take(
         return Err(no_address(uplink.link, family));
     }
     let public = Public::of(sought, &uplink, config);
+    let interfaces = kernel.interfaces().map_err(|error| absent(&error))?;
+    let addresses = interfaces.iter().flat_map(|interface| &interface.addresses);
+    let addresses = addresses.map(|found| found.address.address()).collect();
     let routes =
         kernel.routes_of_others(&plan::remains(&settings.network, config.cidrs())).map_err(|e| absent(&e))?;
     if let Some(finding) = plan::overlap(config, &routes) {
@@ -176,6 +188,7 @@ pub(super) fn take(
         },
         mtu,
         avoid: elsewhere(&node),
+        addresses,
         identity: node.identity,
         uplink: node.uplink,
     })

@@ -40,6 +40,8 @@ pub struct Offer {
     pub value: LeaseValue,
     /// What we had before, if anything is known of it.
     pub previous: Option<Subnets>,
+    /// What our lease of them said, if nobody but this host can have written it: it names an address that this host has.
+    pub former: Option<LeaseValue>,
     /// No subnet is taken from these.
     pub avoid: Vec<Prefix>,
 }
@@ -257,6 +259,9 @@ impl Tenure {
             self.give_back(&subnets, &offer.value).await;
         }
         let leases = self.current(&snapshot.leases, &offer.value);
+        if self.follow(offer, &leases).await {
+            return;
+        }
         let previous = self.last.as_ref().or(offer.previous.as_ref());
         let choice =
             allocate::choose(&offer.config, &leases, &offer.value, previous, &offer.avoid, fastrand::u64(..));
@@ -279,6 +284,31 @@ impl Tenure {
                 self.next = Instant::now() + Duration::from_secs(30);
             }
         }
+    }
+
+    /// Goes on with the lease that this host had when peers reached it at another of its addresses (`--iface`, `--public-ip`): its
+    /// containers keep theirs.
+    async fn follow(&mut self, offer: &Offer, leases: &LeaseSet) -> bool {
+        let (Some(subnets), Some(former)) = (offer.previous, &offer.former) else { return false };
+        let found = leases.leases.get(&subnets).is_some_and(|found| allocate::same_holder(found, former));
+        if !found
+            || !allocate::compatible(&offer.config, &subnets)
+            || !allocate::ours(leases, &offer.value).is_empty()
+        {
+            return false;
+        }
+        let (was, is) = (allocate::holder(former), allocate::holder(&offer.value));
+        tracing::info!("Found lease ({}) for this host's address {was}, reusing for {is}", told(&subnets));
+        let held = Held::found(OwnLease { subnets, value: former.clone() });
+        match self.store.renew(&held, &offer.value, self.ttl).await {
+            Ok(Renewal::Done(held)) => self.hold(held),
+            Ok(Renewal::Lost(_)) => self.lost_race(),
+            Err(error) => {
+                self.wait_for(error.finding());
+                self.next = Instant::now() + self.backoff.wait();
+            }
+        }
+        true
     }
 
     /// The leases without those of ours that are gone since.

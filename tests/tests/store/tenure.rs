@@ -17,6 +17,7 @@ use crate::fixture::{Fixture, HOUR, SOON, claim, subnets, text, until, value};
 both!(
     a_node_gets_a_subnet_and_gets_it_again_after_a_restart,
     the_previous_subnet_is_asked_for_first,
+    a_host_that_is_reached_at_another_address_keeps_its_subnet,
     a_node_without_a_subnet_gets_one_when_there_are_more,
     a_node_without_a_subnet_gets_one_when_another_goes,
     a_lease_is_renewed_before_it_ends,
@@ -42,7 +43,7 @@ fn narrow(last: &str) -> String {
 
 fn offer(config: &str, value: LeaseValue) -> Offer {
     let config = Arc::new(NetworkConfig::parse(config).unwrap().config);
-    Offer { config, value, previous: None, avoid: Vec::new() }
+    Offer { config, value, previous: None, former: None, avoid: Vec::new() }
 }
 
 /// A node that wants a lease. It stops, and leaves its lease, when it is dropped.
@@ -124,6 +125,26 @@ async fn the_previous_subnet_is_asked_for_first(fixture: Fixture) {
         let mut node = Node::with(&fixture, offer, Duration::ZERO, HOUR);
         assert_eq!(node.holds().await.subnets == subnets(previous), gets_it, "{previous}");
     }
+}
+
+async fn a_host_that_is_reached_at_another_address_keeps_its_subnet(fixture: Fixture) {
+    let mut node = Node::new(&fixture, WIDE, "192.0.2.1");
+    let first = node.holds().await;
+    drop(node);
+    let again = |ip: &str, former: Option<&str>| Offer {
+        previous: Some(first.subnets),
+        former: former.map(value),
+        ..offer(WIDE, value(ip))
+    };
+    // Nothing says that it is the same host; somebody else has the address that this one had.
+    for (ip, former) in [("192.0.2.2", None), ("192.0.2.3", Some("192.0.2.9"))] {
+        let mut other = Node::with(&fixture, again(ip, former), Duration::ZERO, HOUR);
+        assert_ne!(other.holds().await.subnets, first.subnets, "{ip}");
+    }
+    let mut node = Node::with(&fixture, again("192.0.2.4", Some("192.0.2.1")), Duration::ZERO, HOUR);
+    assert_eq!(node.holds().await.subnets, first.subnets);
+    let key = format!("subnets/{}", first.subnets.key());
+    assert_eq!(fixture.get(&key).unwrap(), text("192.0.2.4"));
 }
 
 async fn a_node_without_a_subnet_gets_one_when_there_are_more(fixture: Fixture) {

@@ -318,6 +318,9 @@ impl Work {
                     known.uplink.link != survey.uplink.link || known.value != survey.value
                 }) {
                     survey.tell(&self.settings.network, &self.settings.uplink);
+                    if self.survey.as_ref().is_some_and(|known| known.uplink != survey.uplink) {
+                        self.settings.store.connect_anew().await;
+                    }
                     self.look(Reason::Uplink, Duration::ZERO);
                 }
                 self.survey = Some(survey);
@@ -343,6 +346,7 @@ impl Work {
             config: config.clone(),
             value: survey.value.clone(),
             previous,
+            former: last.map(|own| &own.value).filter(|value| survey.is_of(value)).cloned(),
             avoid: survey.avoid.clone(),
         };
         self.offer.send_if_modified(|current| {

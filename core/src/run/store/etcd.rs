@@ -114,6 +114,10 @@ impl EtcdStore {
         self.cluster.counted_by(counters);
     }
 
+    pub(super) async fn connect_anew(&self) {
+        self.cluster.connect_anew().await;
+    }
+
     fn keys(&self, network: &NetworkName) -> Keys {
         let base = match network.is_default() {
             true => self.prefix.clone(),

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use etcd_client::{Certificate, Client, ConnectOptions, Error, Identity, KvClient, TlsOptions};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 use tokio::time::{Instant, timeout};
 
 use super::EtcdSettings;
@@ -40,6 +40,8 @@ pub(super) struct Cluster {
     current: AtomicUsize,
     /// Where calls are counted, if anywhere.
     counters: OnceLock<Counters>,
+    /// Told when connections are given up: whoever waits on one begins anew.
+    anew: watch::Sender<()>,
 }
 
 struct Endpoint {
@@ -105,13 +107,31 @@ impl Cluster {
                 what: "etcd endpoints".into(),
                 cause: "none is given, for example http://127.0.0.1:2379".into(),
             }),
-            false => Ok(Self { endpoints, current: AtomicUsize::new(0), counters: OnceLock::new() }),
+            false => Ok(Self {
+                endpoints,
+                current: AtomicUsize::new(0),
+                counters: OnceLock::new(),
+                anew: watch::Sender::new(()),
+            }),
         }
     }
 
     /// Where calls are counted from now on; the first to say so counts.
     pub(super) fn counted_by(&self, counters: Counters) {
         let _ = self.counters.set(counters);
+    }
+
+    /// Gives up every connection.
+    pub(super) async fn connect_anew(&self) {
+        for endpoint in &self.endpoints {
+            endpoint.forget().await;
+        }
+        self.anew.send_replace(());
+    }
+
+    /// Changes when connections were given up.
+    pub(super) fn anew(&self) -> watch::Receiver<()> {
+        self.anew.subscribe()
     }
 
     /// One call, on the endpoint that answered last or on the first of the others that does.

@@ -35,10 +35,13 @@ impl EtcdStore {
     /// Keeps the receivers up to date until the last one is dropped.
     pub(in crate::run::store) async fn follow(self, network: NetworkName, sender: watch::Sender<Snapshot>) {
         let mut backoff = Backoff::new();
+        let mut anew = self.cluster.anew();
         loop {
             let start = Instant::now();
             tokio::select! {
                 () = sender.closed() => return,
+                // Nobody has told this stream that nothing comes by it any more.
+                Ok(()) = anew.changed() => continue,
                 () = self.session(&network, &sender) => {}
             }
             if start.elapsed() > GOOD {
