@@ -38,10 +38,15 @@ impl Flanneld {
 
     /// Starts it with other flags besides etcd's endpoint and the health server.
     pub fn start_with(lab: &Lab, host: &Host, flags: &[&str]) -> Result<Self> {
+        Self::start_in(lab, host, flags, &[])
+    }
+
+    /// The same with more in its environment.
+    pub fn start_in(lab: &Lab, host: &Host, flags: &[&str], env: &[(&str, &str)]) -> Result<Self> {
         let endpoints = format!("--etcd-endpoints={}", lab.etcd_endpoint());
         let argv =
             [&["flanneld", &endpoints, "--healthz-ip=127.0.0.1", "--healthz-port", HEALTH_PORT], flags];
-        let daemon = host.spawn("flanneld", &argv.concat(), &[])?;
+        let daemon = host.spawn("flanneld", &argv.concat(), env)?;
         Ok(Self { host: host.clone(), daemon })
     }
 

@@ -46,6 +46,7 @@ pub struct LabPlan {
     behind_router: Vec<usize>,
     etcd: bool,
     outside: bool,
+    second_lan: bool,
     mtu: u32,
     ip_forward: bool,
     rp_filter: u8,
@@ -84,6 +85,12 @@ impl LabPlan {
     /// there was masqueraded.
     pub fn outside(mut self) -> Self {
         self.outside = true;
+        self
+    }
+
+    /// A second cable for every host: eth1 on one link that all of them share, 10.11.12.11, .12, …
+    pub fn second_lan(mut self) -> Self {
+        self.second_lan = true;
         self
     }
 
@@ -191,6 +198,7 @@ impl Lab {
             behind_router: Vec::new(),
             etcd: false,
             outside: false,
+            second_lan: false,
             mtu: 1500,
             ip_forward: true,
             rp_filter: 0,
@@ -406,6 +414,9 @@ impl Lab {
         }
         for (i, host) in self.hosts.iter().enumerate() {
             cables.push(cable(host, "eth0", plan.lan_of(i + 1), last_octet(i + 1), true));
+            if plan.second_lan {
+                cables.push(cable(host, "eth1", Lan::Second, last_octet(i + 1), false));
+            }
         }
         wiring::connect(self.other("switch"), plan.mtu, &cables)
     }

@@ -37,6 +37,7 @@
 //!   cable, `lab.reboot` cuts the power, `lab.etcd_stop` and `etcd_start` take the store away and bring it back.
 //! - Engines: `start_dockerd`, `load_image`, `docker_run`, `docker`, `start_managed_plugin`; `start_containerd`, `import_image`, `install_cni`, `ctr_run`, `ctr`.
 //! - A [`Container`] is a [`Place`] as a host is: commands run in its network namespace with the machine's own programs.
+//! - [`Mesh`]: everybody pings everybody, and how long after a cause's end all of them reach each other again.
 //! - [`probe`]: `ping`, [`PingStream`] (how many were lost, the longest gap), [`HttpServer`] and `http_get`, `seen_as` (which
 //!   source address the other side sees), `largest_packet` (the path's MTU).
 //! - `Host::network_state` before and after: equal when nothing was left behind.
@@ -69,6 +70,7 @@ mod image;
 mod lab;
 mod leftovers;
 mod managed;
+mod mesh;
 pub mod needs;
 pub mod probe;
 pub mod vm;
@@ -84,6 +86,7 @@ pub use host::{BIN_DIR, Host, Place, SHARED_DIR};
 pub use image::{IMAGE, IMAGE_REFERENCE, archive as image_archive};
 pub use lab::{Lab, LabPlan, ids, in_lab, sweep};
 pub use managed::{MANAGED, MANAGED_DIR, MANAGED_NEEDS};
+pub use mesh::{Mesh, Recovery, now};
 pub use nix::sys::signal::Signal;
 pub use probe::{
     HttpServer, PingCount, PingStream, eventually, http_get, largest_packet, ping, ping_within, secs,

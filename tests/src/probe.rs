@@ -234,14 +234,16 @@ impl PingStream {
     }
 }
 
-/// Reads the output of `ping -D`: `[1700000000.123456] 64 bytes from 10.0.0.1: icmp_seq=7 ttl=64 time=0.05 ms`.
+/// One line of `ping -D`: `[1700000000.123456] 64 bytes from 10.0.0.1: icmp_seq=7 ttl=64 time=0.05 ms`, as number and time.
+pub(crate) fn answer(line: &str) -> Option<(u32, f64)> {
+    let (time, rest) = line.strip_prefix('[')?.split_once("] ")?;
+    let (_, sequence) = rest.split_once("icmp_seq=")?;
+    (rest.contains(" ttl=") && !rest.contains("DUP!")).then_some(())?;
+    Some((sequence.split(' ').next()?.parse().ok()?, time.parse().ok()?))
+}
+
+/// Reads the output of `ping -D`.
 fn count(log: &str, end: f64) -> Option<PingCount> {
-    let answer = |line: &str| -> Option<(u32, f64)> {
-        let (time, rest) = line.strip_prefix('[')?.split_once("] ")?;
-        let (_, sequence) = rest.split_once("icmp_seq=")?;
-        (rest.contains(" ttl=") && !rest.contains("DUP!")).then_some(())?;
-        Some((sequence.split(' ').next()?.parse().ok()?, time.parse().ok()?))
-    };
     let answers: Vec<(u32, f64)> = log.lines().filter_map(answer).collect();
     let summary = log.lines().find(|line| line.contains(" packets transmitted"))?;
     let sent: u32 = summary.split(' ').next()?.parse().ok()?;

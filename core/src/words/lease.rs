@@ -369,6 +369,21 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        #[test]
+        fn no_text_is_a_panic(
+            text in r#"(\{|\}|,|"PublicIP":|"PublicIPv6":|"BackendType":|"BackendData":|"BackendV6Data":|null|7|"1\.2\.3\.4"|"fd00::1"|"x"|\[|\PC){0,12}"#,
+            key in "[0-9.]{0,16}-?[0-9]{0,3}(&[0-9a-f:]{0,20}-?[0-9]{0,4})?|\\PC*",
+        ) {
+            if let Ok(value) = LeaseValue::from_json(&text) {
+                proptest::prop_assert_eq!(LeaseValue::from_json(&value.to_json()).ok(), Some(value));
+            }
+            if let Ok(subnets) = Subnets::parse_key(&key) {
+                proptest::prop_assert_eq!(Subnets::parse_key(&subnets.key()).ok(), Some(subnets));
+            }
+        }
+    }
+
     #[test]
     fn values_are_upstreams_byte_for_byte() {
         for json in [

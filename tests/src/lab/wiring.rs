@@ -26,6 +26,8 @@ pub(super) enum Lan {
     B,
     /// 198.51.100.0/24, 2001:db8:51::/64: the world outside, which knows no container network
     Outside,
+    /// 10.11.12.0/24, fd77:0:0:2::/64: a second link that all hosts have, without a router
+    Second,
 }
 
 impl Lan {
@@ -34,6 +36,7 @@ impl Lan {
             Self::A => Ipv4Addr::new(10, 77, 0, last),
             Self::B => Ipv4Addr::new(10, 77, 1, last),
             Self::Outside => Ipv4Addr::new(198, 51, 100, last),
+            Self::Second => Ipv4Addr::new(10, 11, 12, last),
         }
     }
 
@@ -43,6 +46,7 @@ impl Lan {
             Self::A => Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, last),
             Self::B => Ipv6Addr::new(0xfd77, 0, 0, 1, 0, 0, 0, last),
             Self::Outside => Ipv6Addr::new(0x2001, 0xdb8, 0x51, 0, 0, 0, 0, last),
+            Self::Second => Ipv6Addr::new(0xfd77, 0, 0, 2, 0, 0, 0, last),
         }
     }
 
@@ -51,6 +55,7 @@ impl Lan {
             Self::A => "lan-a",
             Self::B => "lan-b",
             Self::Outside => "lan-out",
+            Self::Second => "lan-second",
         }
     }
 }
@@ -73,7 +78,7 @@ pub(super) fn port(host: &str, link: &str) -> String {
 /// Plugs all cables in.
 pub(super) fn connect(switch: &Host, mtu: u32, cables: &[Cable<'_>]) -> Result<()> {
     let mut batch = String::new();
-    for lan in [Lan::A, Lan::B, Lan::Outside] {
+    for lan in [Lan::A, Lan::B, Lan::Outside, Lan::Second] {
         if cables.iter().any(|c| c.lan == lan) {
             writeln!(batch, "link add {} type bridge mcast_snooping 0", lan.bridge())?;
             writeln!(batch, "link set {} mtu {mtu} up", lan.bridge())?;

@@ -153,3 +153,64 @@ fn a_written_config_reads_back() {
         assert_eq!(parsed(&config.to_json()).config, config);
     }
 }
+
+/// Pieces of documents in any order: more of them come past the first brace than of arbitrary text.
+fn pieces() -> impl proptest::strategy::Strategy<Value = String> {
+    use proptest::prelude::*;
+    const PIECES: &[&str] = &[
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        ":",
+        "\"",
+        "null",
+        "true",
+        "-1",
+        "0",
+        "30",
+        "1e400",
+        "99999999999999999999",
+        "\"10.5.0.0/16\"",
+        "\"10.5.0.0/33\"",
+        "\"fd42::/48\"",
+        "\"255.255.255.255\"",
+        "\"::\"",
+        "\"Network\":",
+        "\"IPv6Network\":",
+        "\"EnableIPv6\":",
+        "\"SubnetLen\":",
+        "\"SubnetMin\":",
+        "\"SubnetMax\":",
+        "\"IPv6SubnetLen\":",
+        "\"Backend\":",
+        "\"Type\":",
+        "\"vxlan\"",
+        "\"udp\"",
+        "\"host-gw\"",
+        "\"VNI\":",
+        "\"Port\":",
+        "\"MTU\":",
+        "\\u0000",
+        "ä",
+    ];
+    let any = proptest::collection::vec(proptest::sample::select(PIECES), 0..24).prop_map(|all| all.concat());
+    let whole = |value: &'static str| {
+        proptest::sample::select(PIECES).prop_map(move |piece| {
+            format!(
+                r#"{{"Network":"10.5.0.0/16",{piece}{value},"Backend":{{"Type":"vxlan",{piece}{value}}}}}"#
+            )
+        })
+    };
+    prop_oneof![any, whole("4294967296"), whole("\"0.0.0.0/0\""), whole("31"), ".*"]
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_text_is_a_panic(text in pieces()) {
+        if let Ok(parsed) = NetworkConfig::parse(&text) {
+            proptest::prop_assert!(parsed.config.cidrs().count() > 0, "{text}");
+        }
+    }
+}

@@ -1,0 +1,355 @@
+//! Three hosts and a fourth that comes and goes, for each backend: whatever happens, the pods of all hosts reach each other again
+//! soon after it is over. `FLANNEL_TESTS_LONG=1` does everything to everybody; the ordinary run takes a part.
+//!
+//! | cause | what is done |
+//! |---|---|
+//! | join, leave | a fourth host gets a lease and a pod; it cleans up and goes |
+//! | restart, kill | SIGTERM, SIGKILL, and a start |
+//! | flap, cable | the uplink down and up by a script, which takes the routes; its cable out and in |
+//! | flush | the routes to the peers |
+//! | device, mac | the backend's device deleted; its MAC changed by hand |
+//! | switch | another backend in the config, and back |
+//! | move | the host's address changes |
+//!
+//! A backend is a [`Row`] and a test of two lines.
+
+use std::env;
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use flannel_tests::flanneld::{Flanneld, Pod, SubnetEnv, put_config};
+use flannel_tests::{Host, Lab, Mesh, Place, eventually, in_lab, now, secs};
+
+/// What a backend is expected to do.
+struct Row {
+    name: &'static str,
+    config: &'static str,
+    /// What `switch` changes to and back from.
+    other: &'static str,
+    /// Whether the third host lives behind the router.
+    two_lans: bool,
+    /// Bytes that a packet between two hosts (counted from 1) may have.
+    carries: fn(usize, usize) -> u32,
+    device: Option<&'static str>,
+    /// Whether peers know the device by its MAC.
+    has_mac: bool,
+    /// Takes the routes to the peers away.
+    flush: &'static str,
+    /// Whether the data path is the kernel's, so that a restart costs no packet.
+    silent_restart: bool,
+    /// What the ordinary run does, besides a join and a kill.
+    sample: &'static [Cause],
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cause {
+    Join,
+    Leave,
+    Restart,
+    Kill,
+    Flap,
+    Cable,
+    Flush,
+    Device,
+    Mac,
+    Switch,
+    SwitchBack,
+    Move,
+}
+
+const ALL: &[Cause] = &[
+    Cause::Join,
+    Cause::Kill,
+    Cause::Restart,
+    Cause::Flush,
+    Cause::Device,
+    Cause::Mac,
+    Cause::Flap,
+    Cause::Cable,
+    Cause::Switch,
+    Cause::SwitchBack,
+    Cause::Move,
+    Cause::Leave,
+];
+
+const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
+const HOST_GW: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"host-gw"}}"#;
+
+/// On a machine that does many other things; the figures themselves are printed.
+const SOON: Duration = Duration::from_secs(5);
+
+/// Until everybody must be whole again for the figures to be had at all.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+#[test]
+fn vxlan() {
+    walk(&Row {
+        name: "vxlan",
+        config: VXLAN,
+        other: HOST_GW,
+        two_lans: false,
+        carries: |_, _| 1450,
+        device: Some("flannel.1"),
+        has_mac: true,
+        flush: "ip route flush dev flannel.1",
+        silent_restart: true,
+        sample: &[Cause::Device, Cause::Mac, Cause::Flap, Cause::Leave],
+    });
+}
+
+#[test]
+fn vxlan_with_direct_routing() {
+    walk(&Row {
+        name: "vxlan with DirectRouting",
+        config: r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}"#,
+        other: VXLAN,
+        two_lans: true,
+        carries: |from, to| if from == 3 || to == 3 { 1450 } else { 1500 },
+        device: Some("flannel.1"),
+        has_mac: true,
+        flush: "ip route flush dev flannel.1; ip route flush proto 70",
+        silent_restart: true,
+        sample: &[Cause::Switch, Cause::SwitchBack, Cause::Move],
+    });
+}
+
+#[test]
+fn host_gw() {
+    walk(&Row {
+        name: "host-gw",
+        config: HOST_GW,
+        other: r#"{"Network":"10.100.0.0/16","Backend":{"Type":"udp"}}"#,
+        two_lans: false,
+        carries: |_, _| 1500,
+        device: None,
+        has_mac: false,
+        flush: "ip route flush proto 70",
+        silent_restart: true,
+        sample: &[Cause::Flush, Cause::Cable, Cause::Move],
+    });
+}
+
+#[test]
+fn udp() {
+    walk(&Row {
+        name: "udp",
+        config: r#"{"Network":"10.100.0.0/16","Backend":{"Type":"udp"}}"#,
+        other: VXLAN,
+        two_lans: false,
+        carries: |_, _| 1472,
+        device: Some("flannel0"),
+        has_mac: false,
+        flush: "ip route flush dev flannel0",
+        silent_restart: false,
+        sample: &[Cause::Flap, Cause::Switch, Cause::SwitchBack],
+    });
+}
+
+fn walk(row: &Row) {
+    let long = env::var_os("FLANNEL_TESTS_LONG").is_some_and(|long| long != "0");
+    let plan = Lab::new("matrix").hosts(4).etcd();
+    in_lab(if row.two_lans { plan.behind_router(&[3]) } else { plan }, |lab| {
+        let mut cluster = Cluster::start(lab, row)?;
+        let sampled =
+            |cause: &Cause| row.sample.contains(cause) || [Cause::Join, Cause::Kill].contains(cause);
+        for cause in ALL.iter().copied().filter(|cause| long || sampled(cause)) {
+            let possible = match cause {
+                Cause::Device => row.device.is_some(),
+                Cause::Mac => row.has_mac,
+                _ => true,
+            };
+            // In the long form every host is the one it happens to, in the ordinary one the first and, for half, the third.
+            let victims: &[usize] = match cause {
+                _ if !possible => &[],
+                Cause::Join | Cause::Leave | Cause::Switch | Cause::SwitchBack => &[4],
+                _ if long => &[1, 2, 3],
+                Cause::Kill | Cause::Flush | Cause::Flap => &[3],
+                _ => &[1],
+            };
+            for victim in victims {
+                cluster
+                    .suffers(cause, *victim)
+                    .with_context(|| format!("{}: {cause:?} of h{victim}", row.name))?;
+            }
+        }
+        cluster.fits()
+    });
+}
+
+struct Cluster<'a> {
+    lab: &'a Lab,
+    row: &'a Row,
+    daemons: Vec<Flanneld>,
+    pods: Vec<Pod>,
+    mesh: Mesh,
+}
+
+impl<'a> Cluster<'a> {
+    fn start(lab: &'a Lab, row: &'a Row) -> Result<Self> {
+        put_config(lab, row.config)?;
+        let mut cluster = Self { lab, row, daemons: Vec::new(), pods: Vec::new(), mesh: Mesh::default() };
+        for host in &lab.hosts()[..3] {
+            cluster.daemons.push(Flanneld::start(lab, host)?);
+        }
+        for daemon in &cluster.daemons {
+            let pod = Pod::new(daemon.host(), &daemon.ready()?, 2)?;
+            // So that what does not fit is the path's to say, and not the pod's.
+            pod.set_mtu(2000)?;
+            cluster.pods.push(pod);
+        }
+        let places: Vec<(&dyn Place, Ipv4Addr)> =
+            cluster.pods.iter().map(|pod| (pod as &dyn Place, pod.ip())).collect();
+        cluster.mesh = Mesh::start(&places)?;
+        cluster.mesh.recovers(now(), now(), DEADLINE)?;
+        cluster.fits()?;
+        Ok(cluster)
+    }
+
+    /// Lets something happen to a host, and measures.
+    fn suffers(&mut self, cause: Cause, victim: usize) -> Result<()> {
+        let before = now();
+        let envs = self.lab.hosts()[..3].iter().map(SubnetEnv::read).collect::<Result<Vec<_>>>()?;
+        self.happens(cause, victim)?;
+        let seen = self.mesh.recovers(before, now_or(cause, before), DEADLINE)?;
+        eprintln!(
+            "{:24} {:10} of h{victim}: everybody reaches everybody {:4} ms after its end, {:3} requests lost; slowest: {}",
+            self.row.name,
+            format!("{cause:?}"),
+            seen.after.as_millis(),
+            seen.lost,
+            seen.slowest
+        );
+        ensure!(seen.after < SOON, "{seen:?}");
+        let silent = match cause {
+            Cause::Restart | Cause::Kill => self.row.silent_restart,
+            Cause::Join | Cause::Leave => true,
+            _ => false,
+        };
+        ensure!(!silent || seen.lost == 0, "{seen:?}");
+        for (host, env) in self.lab.hosts().iter().zip(envs) {
+            ensure!(SubnetEnv::read(host)?.subnet() == env.subnet(), "{} has another subnet", host.name());
+        }
+        Ok(())
+    }
+
+    fn happens(&mut self, cause: Cause, victim: usize) -> Result<()> {
+        let host = self.lab.host(victim);
+        match cause {
+            Cause::Join => self.join(host),
+            Cause::Leave => self.leave(host),
+            Cause::Restart | Cause::Kill => {
+                let old = &self.daemons[victim - 1];
+                match cause {
+                    Cause::Kill => old.daemon().crash()?,
+                    _ => drop(old.daemon().stop(secs(10))?),
+                }
+                self.daemons[victim - 1] = Flanneld::start(self.lab, host)?;
+                self.daemons[victim - 1].ready().map(drop)
+            }
+            Cause::Flap => {
+                self.readdress(host, host.ip(), "ip link set eth0 down; sleep 1; ip link set eth0 up")
+            }
+            Cause::Cable => {
+                self.lab.link(host, false)?;
+                eventually("no carrier", secs(5), || {
+                    ensure!(host.out(&["ip", "link", "show", "eth0"])?.contains("NO-CARRIER"));
+                    Ok(())
+                })?;
+                self.lab.link(host, true)
+            }
+            Cause::Flush => host.sh(self.row.flush).map(drop),
+            Cause::Device => {
+                host.sh(&format!("ip link del {}", self.row.device.unwrap_or_default())).map(drop)
+            }
+            Cause::Mac => {
+                let device = self.row.device.unwrap_or_default();
+                host.sh(&format!("ip link set {device} address 02:aa:aa:aa:aa:0{victim}")).map(drop)
+            }
+            Cause::Switch => put_config(self.lab, self.row.other),
+            Cause::SwitchBack => put_config(self.lab, self.row.config),
+            Cause::Move => {
+                let [a, b, c, d] = host.ip().octets();
+                let (old, new) = (host.ip(), Ipv4Addr::new(a, b, c, d + 100));
+                let script = format!("ip addr del {old}/24 dev eth0; ip addr add {new}/24 brd + dev eth0");
+                self.readdress(host, new, &script)
+            }
+        }
+    }
+
+    /// What a network script does when an interface or its address changes: routes by the old one are gone.
+    fn readdress(&self, host: &Host, ip: Ipv4Addr, script: &str) -> Result<()> {
+        let [a, b, c, _] = ip.octets();
+        let (v6, prefix) = (host.ip6(), if c == 0 { "fd77::" } else { "fd77:0:0:1::" });
+        host.sh(&format!(
+            "{script}; ip route replace default via {a}.{b}.{c}.1; ip addr replace {v6}/64 dev eth0 nodad; \
+             ip -6 route replace default via {prefix}1"
+        ))
+        .map(drop)
+    }
+
+    fn join(&mut self, host: &Host) -> Result<()> {
+        let daemon = Flanneld::start(self.lab, host)?;
+        let pod = Pod::new(host, &daemon.ready()?, 2)?;
+        pod.set_mtu(2000)?;
+        for other in &self.pods {
+            self.mesh.add(other, pod.ip())?;
+            self.mesh.add(&pod, other.ip())?;
+        }
+        self.daemons.push(daemon);
+        self.pods.push(pod);
+        Ok(())
+    }
+
+    fn leave(&mut self, host: &Host) -> Result<()> {
+        let (Some(daemon), Some(pod)) = (self.daemons.pop(), self.pods.pop()) else { return Ok(()) };
+        let subnet = SubnetEnv::read(host)?.subnet();
+        self.mesh.remove(&pod, pod.ip())?;
+        daemon.daemon().stop(secs(10))?;
+        let endpoints = format!("--etcd-endpoints={}", self.lab.etcd_endpoint());
+        host.out(&["flanneld", &endpoints, "--cleanup"])?;
+        for other in &self.lab.hosts()[..3] {
+            eventually(format!("{} forgets it", other.name()), SOON, || {
+                ensure!(
+                    !other.out(&["ip", "route"])?.contains(&subnet),
+                    "there is still a route to {subnet}"
+                );
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The largest packet passes every way, and one byte more is answered with what would.
+    fn fits(&self) -> Result<()> {
+        for (i, from) in self.pods.iter().enumerate() {
+            // What it has learnt of a path that was another.
+            from.out(&["ip", "route", "flush", "cache"])?;
+            for (j, to) in self.pods.iter().enumerate().filter(|(j, _)| *j != i) {
+                let bytes = (self.row.carries)(i + 1, j + 1);
+                let to = to.ip().to_string();
+                let ping = |bytes: u32| {
+                    let payload = (bytes - 28).to_string();
+                    from.run(&["ping", "-n", "-M", "do", "-c", "1", "-W", "1", "-s", &payload, &to])
+                };
+                eventually(format!("{bytes} bytes pass from h{} to h{}", i + 1, j + 1), SOON, || {
+                    let said = ping(bytes)?;
+                    ensure!(said.ok(), "{said}");
+                    Ok(())
+                })?;
+                let said = ping(bytes + 1)?.all();
+                let answers = [format!("(mtu = {bytes})"), format!("mtu={bytes}")];
+                ensure!(answers.iter().any(|answer| said.contains(answer)), "{bytes} and one more: {said}");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The moment a cause is over: a switch is over when it is written, what a daemon does then is already the repair.
+fn now_or(cause: Cause, before: f64) -> f64 {
+    match cause {
+        Cause::Restart | Cause::Kill => before,
+        _ => now(),
+    }
+}
