@@ -271,6 +271,7 @@ pub(crate) fn vni_of(config: &NetworkConfig) -> Option<Vni> {
         BackendConfig::Vxlan(vxlan) => Some(vxlan.vni),
         BackendConfig::Alloc
         | BackendConfig::HostGw
+        | BackendConfig::Ipip(_)
         | BackendConfig::Udp(_)
         | BackendConfig::Extension(_) => None,
     }

@@ -20,6 +20,9 @@ const NAP: Duration = Duration::from_millis(10);
 /// The same on an emulated processor, to which a look is work.
 const NAP_EMULATED: Duration = Duration::from_millis(100);
 
+/// Deadlines are for machines; there everything takes five to ten times as long.
+const EMULATED_FACTOR: u32 = 10;
+
 /// So many seconds.
 pub fn secs(n: u64) -> Duration {
     Duration::from_secs(n)
@@ -97,7 +100,10 @@ pub fn eventually<C: Condition>(
     mut condition: impl FnMut() -> C,
 ) -> Result<C::Value> {
     let start = Instant::now();
-    let nap = if crate::vm::is_inside() { NAP_EMULATED } else { NAP };
+    let (nap, deadline) = match crate::vm::is_inside() {
+        true => (NAP_EMULATED, deadline * EMULATED_FACTOR),
+        false => (NAP, deadline),
+    };
     loop {
         let last_look = start.elapsed() >= deadline;
         match condition().seen() {

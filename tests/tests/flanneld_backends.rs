@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use flannel_tests::flanneld::{Flanneld, Pod, SUBNET_FILE, SubnetEnv, leases, put_config, time_to_live};
 use flannel_tests::{
-    Host, Lab, PingStream, eventually, in_lab, largest_packet, ping_within, secs, unchanged,
+    Host, Lab, PingStream, eventually, in_lab, largest_packet, needs, ping_within, secs, unchanged,
 };
 
 const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
@@ -15,6 +15,7 @@ const VNI_7: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan","VNI
 const HOST_GW: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"host-gw"}}"#;
 /// As operators type it.
 const DIRECT: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"VxLAN","Directrouting":true}}"#;
+const IPIP: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"ipip"}}"#;
 const ALLOC: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"alloc"}}"#;
 
 /// How long until a change in etcd is in the kernel of every host.
@@ -76,6 +77,47 @@ fn alloc_is_a_lease_and_nothing_else() {
         ensure!(leases(lab)? == held, "{:?}", leases(lab)?);
         unchanged("the kernel", &before, &lab.host(1).network_state()?)
     });
+}
+
+#[test]
+fn a_kernel_without_ipip_is_named_and_asked_again() {
+    in_lab(Lab::new("no-ipip").hosts(1).etcd(), |lab| {
+        let host = lab.host(1);
+        if host.run(&["ip", "link", "add", "flannel.ipip", "type", "ipip", "local", "10.77.0.11"])?.ok() {
+            needs::skipped("a kernel without ipip");
+            return Ok(());
+        }
+        put_config(lab, IPIP)?;
+        let daemon = Flanneld::start(lab, host)?;
+        let hint = "this kernel has no ipip devices; load the module: modprobe ipip (it comes with kernels built with CONFIG_NET_IPIP)";
+        eventually("what is missing is said", FOLLOW, || ensure_said(&daemon, hint))?;
+        let value = r#"{"PublicIP":"10.77.0.11","PublicIPv6":null,"BackendType":"ipip"}"#;
+        ensure!(leases(lab)?.values().eq([value]), "{:?}", leases(lab)?);
+        let passes = || -> Result<u64> {
+            let (_, text) = daemon.health("/metrics")?;
+            let retries = text.lines().filter(|line| {
+                line.starts_with("flannel_passes_total{") && line.contains("reason=\"retry\"")
+            });
+            Ok(retries.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum())
+        };
+        let before = passes()?;
+        eventually("it is tried again", FOLLOW, || {
+            let now = passes()?;
+            ensure!(now > before + 1, "{now} tries");
+            Ok(())
+        })?;
+        ensure!(daemon.said(hint).len() == 1, "{:#?}", daemon.said(hint));
+        let (status, said) = daemon.health("/readyz")?;
+        ensure!(status == 503, "{status} {said}");
+        // And it is still there for what the kernel has.
+        put_config(lab, HOST_GW)?;
+        daemon.ready().map(|_| ())
+    });
+}
+
+fn ensure_said(daemon: &Flanneld, text: &str) -> Result<()> {
+    ensure!(!daemon.said(text).is_empty(), "{}", daemon.daemon().tail());
+    Ok(())
 }
 
 #[test]

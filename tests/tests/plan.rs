@@ -249,6 +249,38 @@ fn host_gw_in_both_families() {
 }
 
 #[test]
+fn ipip() {
+    let peer = |public: &str| format!(r#"{{"PublicIP":"{public}","PublicIPv6":null,"BackendType":"ipip"}}"#);
+    let config = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"IPIP"}}"#;
+    let mut case = Case::new(config, "10.100.5.0-24")
+        .peer("10.100.9.0-24", &peer("192.168.100.2"))
+        .peer("10.100.12.0-24", &peer("192.168.200.3"))
+        .peer("10.100.13.0-24", &host_gw_peer("192.168.100.4"));
+    golden("ipip", &case);
+    // As operators type it: who is on our own link is sent to directly.
+    let direct = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"ipip","directrouting":true}}"#;
+    case.config = NetworkConfig::parse(direct).unwrap().config;
+    golden("ipip-direct-routing", &case);
+    assert_eq!(NetworkConfig::parse(&case.config.to_json()).unwrap().config, case.config);
+    // Behind NAT packets leave from the address that this host has.
+    case.own.value.public_ip = "203.0.113.7".parse().unwrap();
+    assert!(case.plan().facts.to_string().contains(" local 192.168.100.1 remote any "));
+    // A tunnel that leaves nothing is no tunnel.
+    case.node.uplink.mtu = Mtu::new(68).unwrap();
+    assert!(matches!(case.try_plan(), Err(PlanError::Mtu { backend: "ipip", .. })));
+}
+
+#[test]
+fn ipip_says_that_it_carries_no_ipv6() {
+    let config = r#"{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd42:cafe::/48","Backend":{"Type":"ipip"}}"#;
+    let both = r#"{"PublicIP":"192.168.100.2","PublicIPv6":"fd00:100::2","BackendType":"ipip"}"#;
+    let case =
+        Case::new(config, "10.5.70.0-24&fd42:cafe:0:2::-64").peer("10.5.68.0-24&fd42:cafe:0:1::-64", both);
+    assert_eq!(case.findings(), ["E125 ipip carries IPv4 only; the IPv6 subnet stays on this host"]);
+    assert!(!case.plan().facts.to_string().contains("fd42:cafe:0:1::"), "{}", case.plan().facts);
+}
+
+#[test]
 fn udp() {
     let peer = |n: u8| format!(r#"{{"PublicIP":"192.168.100.{n}","PublicIPv6":null}}"#);
     let config = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"udp"}}"#;

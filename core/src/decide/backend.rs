@@ -6,17 +6,19 @@
 mod alloc;
 mod extension;
 mod host_gw;
+mod ipip;
 mod udp;
 mod vxlan;
 
 use crate::words::addr::{Family, Prefix};
 use crate::words::config::{BackendConfig, NetworkConfig};
+use crate::words::fact::{Fact, Route, RouteExtras, RouteProtocol, RouteScope};
 use crate::words::lease::Advertisement;
 use crate::words::name::LinkName;
 use crate::words::node::Node;
 use crate::words::units::{Mtu, OutOfRange};
 
-use super::scene::{Draft, Scene};
+use super::scene::{Draft, Place, Scene};
 
 /// How packets travel between the hosts of a network.
 pub trait Backend: Send + Sync {
@@ -41,9 +43,25 @@ pub fn of(config: &BackendConfig) -> Box<dyn Backend> {
         BackendConfig::Alloc => Box::new(alloc::Alloc),
         BackendConfig::Extension(options) => Box::new(extension::Extension::new(options.clone())),
         BackendConfig::HostGw => Box::new(host_gw::HostGw),
+        BackendConfig::Ipip(options) => Box::new(ipip::Ipip::new(*options)),
         BackendConfig::Udp(options) => Box::new(udp::Udp::new(options.clone())),
         BackendConfig::Vxlan(options) => Box::new(vxlan::Vxlan::new(options.clone())),
     }
+}
+
+/// A peer on our own link needs no tunnel.
+fn direct(node: &Node, place: &Place<'_>, metric: u32) -> Fact {
+    Fact::Route(Route {
+        destination: place.subnet,
+        via: Some(place.public),
+        link: node.uplink.link,
+        onlink: false,
+        metric,
+        scope: RouteScope::Global,
+        source: None,
+        protocol: RouteProtocol::FLANNEL,
+        extras: RouteExtras::default(),
+    })
 }
 
 /// What the kernel fills in for an IPv6 route without a metric (uapi/linux/ipv6_route.h `IP6_RT_PRIO_USER`).

@@ -210,7 +210,7 @@ fn territory(inputs: &Inputs<'_>, facts: &Facts) -> Territory {
     if inputs.exposure.is_none() {
         rest.tables.remove(&publish::table_name(inputs.network));
     }
-    Territory { links: planned.links, sysctls: planned.sysctls, ..rest }
+    Territory { links: planned.links, ipip: planned.ipip, sysctls: planned.sysctls, ..rest }
 }
 
 /// Whether a network would take addresses that this host already reaches elsewhere. Such a network is refused before

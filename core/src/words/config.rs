@@ -17,7 +17,7 @@ use self::document::Document;
 use super::addr::{Family, Prefix};
 use super::report::Finding;
 
-pub use self::backend::{BackendConfig, UdpConfig, VxlanConfig};
+pub use self::backend::{BackendConfig, IpipConfig, UdpConfig, VxlanConfig};
 
 /// Why a document cannot be used: what, where, and what to do.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -134,8 +134,15 @@ impl NetworkConfig {
             nftables: document.get("EnableNFTables").map(|v| v.bool()).transpose()?.unwrap_or(false),
             backend: backend::read(&document, &mut findings)?,
         };
-        if config.v4.is_none() && matches!(config.backend, BackendConfig::Udp(_)) {
-            return Err(ConfigError::Missing { key: "Network", cause: "backend udp carries IPv4 only" });
+        if config.v4.is_none() {
+            let cause = match config.backend {
+                BackendConfig::Udp(_) => Some("backend udp carries IPv4 only"),
+                BackendConfig::Ipip(_) => Some("backend ipip carries IPv4 only"),
+                _ => None,
+            };
+            if let Some(cause) = cause {
+                return Err(ConfigError::Missing { key: "Network", cause });
+            }
         }
         Ok(Parsed { config, findings })
     }

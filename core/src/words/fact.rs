@@ -16,7 +16,7 @@ use super::name::LinkName;
 use super::rule::{Table, TableName};
 
 pub use facts::{Change, Conflict, Facts, diff};
-pub use link::{Link, LinkKind, LinkModes, VethPeer, Vxlan};
+pub use link::{Ipip, Link, LinkKind, LinkModes, VethPeer, Vxlan};
 pub use port::{BridgePort, Guard, PortVlans, VlanMember};
 pub use route::{Blackhole, Route, RouteExtras, RouteProtocol, RouteScope, RouteTable};
 

@@ -155,6 +155,16 @@ impl NetworkName {
         LinkName::new(&name).unwrap_or(LinkName([b'f'; LINK_NAME_MAX + 1]))
     }
 
+    /// The device of the ipip backend: `flannel.ipip` for the default network, as upstream has it; `flannel.` and a hash of the
+    /// name for another.
+    pub fn ipip(&self) -> LinkName {
+        let name = match self.is_default() {
+            true => "flannel.ipip".to_owned(),
+            false => format!("flannel.{}", &fingerprint(self.0.as_bytes())[..7]),
+        };
+        LinkName::new(&name).unwrap_or(LinkName([b'f'; LINK_NAME_MAX + 1]))
+    }
+
     /// Name of the network's nftables table: `flannel` for the default network, `flannel-NAME` while that has at most
     /// 31 bytes, else `flannel-` and a hash of the name.
     pub fn table(&self) -> String {

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use super::addr::Prefix;
-use super::fact::{Address, Fact, Link, Route, RouteProtocol, RouteTable, Sysctl};
+use super::fact::{Address, Fact, Link, LinkKind, Route, RouteProtocol, RouteTable, Sysctl};
 use super::name::{LinkName, NetworkName};
 use super::rule::TableName;
 
@@ -15,6 +15,9 @@ use super::rule::TableName;
 pub struct Territory {
     /// Interfaces by name: the ones planned now.
     pub links: BTreeSet<LinkName>,
+    /// Those of `links` that are ours only where they are IPIP devices. What somebody else gave the name to is let be, and the
+    /// device cannot be made.
+    pub ipip: BTreeSet<LinkName>,
     /// Interfaces that carry this alias are ours too: what an earlier configuration made. None means that only the
     /// interfaces in `links` are looked at, one by one, as an attach does.
     pub alias: Option<String>,
@@ -43,7 +46,8 @@ impl Territory {
 
     /// Whether an interface is ours.
     pub fn holds_link(&self, link: &Link) -> bool {
-        self.links.contains(&link.name) || (self.alias.is_some() && self.alias == link.alias)
+        let taken = self.ipip.contains(&link.name) && !matches!(link.kind, LinkKind::Ipip(_));
+        (self.links.contains(&link.name) && !taken) || (self.alias.is_some() && self.alias == link.alias)
     }
 
     /// Whether an address is ours: any on one of our links that the kernel did not make by itself.
@@ -89,6 +93,9 @@ impl Territory {
                 }
                 Fact::Link(link) => {
                     territory.links.insert(link.name);
+                    if matches!(link.kind, LinkKind::Ipip(_)) {
+                        territory.ipip.insert(link.name);
+                    }
                 }
                 Fact::Table(table) => {
                     territory.tables.insert(table.name.clone());
@@ -121,7 +128,25 @@ impl Territory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::words::fact::{RouteExtras, RouteScope};
+    use crate::words::fact::{Ipip, LinkModes, RouteExtras, RouteScope};
+
+    #[test]
+    fn a_name_is_not_enough_for_an_ipip_device() {
+        let link = |kind: LinkKind, alias: Option<&str>| {
+            let name = LinkName::new("flannel.ipip").unwrap();
+            let alias = alias.map(str::to_owned);
+            Link { name, kind, mtu: None, mac: None, alias, up: true, modes: LinkModes::default() }
+        };
+        let wanted = LinkKind::Ipip(Ipip { local: Some("10.77.0.11".parse().unwrap()) });
+        let mut territory = Territory::of([&Fact::Link(Box::new(link(wanted.clone(), None)))]);
+        let ours = Territory::alias_of(&NetworkName::default_network());
+        territory.alias = Some(ours.clone());
+        assert!(territory.holds_link(&link(wanted, None)));
+        assert!(territory.holds_link(&link(LinkKind::Ipip(Ipip { local: None }), None)));
+        assert!(!territory.holds_link(&link(LinkKind::Bridge, None)));
+        assert!(!territory.holds_link(&link(LinkKind::Given, Some("the operator's"))));
+        assert!(territory.holds_link(&link(LinkKind::Given, Some(&ours))));
+    }
 
     #[test]
     fn a_route_belongs_to_who_planned_it() {

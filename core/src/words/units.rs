@@ -73,6 +73,8 @@ pub struct Overhead(pub u32);
 impl Overhead {
     /// Nothing is added.
     pub const NONE: Self = Self(0);
+    /// Outer IPv4 20 (RFC 791, RFC 2003).
+    pub const IPIP: Self = Self(20);
     /// UDP 8 (RFC 768), outer IPv4 20 (RFC 791).
     pub const UDP_OVER_V4: Self = Self(8 + 20);
     /// Inner Ethernet 14 (IEEE 802.3), VXLAN 8 (RFC 7348), UDP 8 (RFC 768), outer IPv4 20 (RFC 791).

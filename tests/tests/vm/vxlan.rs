@@ -14,7 +14,7 @@ fn three_hosts() {
         let pods = daemons.iter().map(pod).collect::<Result<Vec<_>>>()?;
         for from in &pods {
             for to in &pods {
-                ping_within(secs(30), from, to.ip())?;
+                ping_within(secs(5), from, to.ip())?;
             }
         }
         Ok(())

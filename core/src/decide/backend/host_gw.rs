@@ -4,12 +4,11 @@ use crate::decide::scene::{Draft, Scene};
 use crate::words::addr::Family;
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
-use crate::words::fact::{Fact, Route, RouteExtras, RouteProtocol, RouteScope};
 use crate::words::lease::Advertisement;
 use crate::words::node::Node;
 use crate::words::units::{Mtu, OutOfRange};
 
-use super::{Backend, metric};
+use super::{Backend, direct, metric};
 
 /// Routes through the peers themselves.
 pub(super) struct HostGw;
@@ -58,16 +57,6 @@ fn plan_family(scene: &Scene<'_>, family: Family, draft: &mut Draft) {
             draft.find(Code::PEER_UNREACHABLE, text);
             continue;
         }
-        draft.add(Fact::Route(Route {
-            destination: place.subnet,
-            via: Some(place.public),
-            link: uplink,
-            onlink: false,
-            metric: metric(&place.subnet, count),
-            scope: RouteScope::Global,
-            source: None,
-            protocol: RouteProtocol::FLANNEL,
-            extras: RouteExtras::default(),
-        }));
+        draft.add(direct(scene.node, &place, metric(&place.subnet, count)));
     }
 }

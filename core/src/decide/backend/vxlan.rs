@@ -26,7 +26,7 @@ use crate::words::node::{Identity, Node};
 use crate::words::territory::Territory;
 use crate::words::units::{Mtu, OutOfRange, Overhead, Vni};
 
-use super::{Backend, metric};
+use super::{Backend, direct, metric};
 
 /// Packets in VXLAN.
 pub(super) struct Vxlan {
@@ -190,21 +190,6 @@ fn mac(identity: &Identity, family: Family) -> Mac {
         Family::V4 => identity.vtep_mac,
         Family::V6 => identity.vtep_mac_v6,
     }
-}
-
-/// A peer on our own link needs no tunnel.
-fn direct(node: &Node, place: &Place<'_>, metric: u32) -> Fact {
-    Fact::Route(Route {
-        destination: place.subnet,
-        via: Some(place.public),
-        link: node.uplink.link,
-        onlink: false,
-        metric,
-        scope: RouteScope::Global,
-        source: None,
-        protocol: RouteProtocol::FLANNEL,
-        extras: RouteExtras::default(),
-    })
 }
 
 fn tunnel(device: LinkName, place: &Place<'_>, mac: Mac, metric: u32) -> [Fact; 3] {

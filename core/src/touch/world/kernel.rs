@@ -8,6 +8,7 @@ mod behind;
 mod bridge_port;
 mod device;
 mod forward;
+mod ipip;
 mod iptables;
 mod link;
 mod neighbor;
@@ -409,6 +410,7 @@ fn leads_to(seen: &link::Seen) -> impl Iterator<Item = u32> + use<> {
         link::SeenKind::Vxlan(vxlan) => vxlan.underlay,
         link::SeenKind::Bridge { .. }
         | link::SeenKind::Veth
+        | link::SeenKind::Ipip(_)
         | link::SeenKind::Funnel
         | link::SeenKind::Other => None,
     };

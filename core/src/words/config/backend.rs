@@ -16,6 +16,8 @@ pub enum BackendConfig {
     Alloc,
     /// Routes through the peers' own addresses.
     HostGw,
+    /// IP in IP.
+    Ipip(IpipConfig),
     /// VXLAN.
     Vxlan(VxlanConfig),
     /// Whole packets in UDP, carried by this program itself.
@@ -30,6 +32,7 @@ impl BackendConfig {
         match self {
             Self::Alloc => "alloc",
             Self::HostGw => "host-gw",
+            Self::Ipip(_) => "ipip",
             Self::Vxlan(_) => "vxlan",
             Self::Udp(_) => "udp",
             Self::Extension(_) => "extension",
@@ -48,6 +51,13 @@ impl Default for UdpConfig {
     fn default() -> Self {
         Self { port: Port::UDP_BACKEND }
     }
+}
+
+/// `Backend` of type ipip.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct IpipConfig {
+    /// `DirectRouting`: peers on our own link get a plain route.
+    pub direct_routing: bool,
 }
 
 /// `Backend` of type vxlan.
@@ -81,11 +91,12 @@ impl Default for VxlanConfig {
 }
 
 const VXLAN_KEYS: &[&str] = &["Type", "VNI", "Port", "GBP", "Learning", "DirectRouting", "MTU"];
+const IPIP_KEYS: &[&str] = &["Type", "DirectRouting"];
 const UDP_KEYS: &[&str] = &["Type", "Port"];
 /// The types there are, as errors list them.
-const BUILT: &str = "alloc, extension, host-gw, udp, vxlan";
+const BUILT: &str = "alloc, extension, host-gw, ipip, udp, vxlan";
 /// Upstream's types that this software does not have yet.
-const NOT_BUILT: &[&str] = &["ipip", "wireguard", "ipsec", "tencent-vpc"];
+const NOT_BUILT: &[&str] = &["wireguard", "ipsec", "tencent-vpc"];
 
 pub(super) fn read(
     document: &Document<'_>,
@@ -108,6 +119,12 @@ pub(super) fn read(
         "vxlan" => {
             findings.extend(options.unknown_keys(VXLAN_KEYS));
             vxlan(&options).map(BackendConfig::Vxlan)
+        }
+        "ipip" => {
+            findings.extend(options.unknown_keys(IPIP_KEYS));
+            let direct_routing =
+                options.get("DirectRouting").map(|on| on.bool()).transpose()?.unwrap_or(false);
+            Ok(BackendConfig::Ipip(IpipConfig { direct_routing }))
         }
         "udp" => {
             findings.extend(options.unknown_keys(UDP_KEYS));
@@ -158,6 +175,11 @@ pub(super) fn write(config: &BackendConfig) -> serde_json::Map<String, serde_jso
         BackendConfig::Extension(extension) => {
             if let Ok(serde_json::Value::Object(commands)) = serde_json::to_value(extension) {
                 backend.extend(commands);
+            }
+        }
+        BackendConfig::Ipip(ipip) => {
+            if ipip.direct_routing {
+                backend.insert("DirectRouting".into(), json!(true));
             }
         }
         BackendConfig::Udp(udp) => put_port(&mut backend, udp.port, Port::UDP_BACKEND),

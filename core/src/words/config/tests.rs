@@ -111,12 +111,16 @@ fn errors_say_what_where_and_why() {
             "Backend.CommandTimeout at line 1, column 75 is 0: seconds from 1 to 3600 were wanted",
         ),
         (
-            r#"{"Network":"10.100.0.0/16","Backend":{"Type":"ipip"}}"#,
-            "Backend.Type at line 1, column 46 is \"ipip\": backend ipip is not built yet; this version has alloc, extension, host-gw, udp, vxlan",
+            r#"{"Network":"10.100.0.0/16","Backend":{"Type":"ipsec"}}"#,
+            "Backend.Type at line 1, column 46 is \"ipsec\": backend ipsec is not built yet; this version has alloc, extension, host-gw, ipip, udp, vxlan",
         ),
         (
             r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"Type":"udp"}}"#,
             "Network is missing: backend udp carries IPv4 only",
+        ),
+        (
+            r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"Type":"ipip"}}"#,
+            "Network is missing: backend ipip carries IPv4 only",
         ),
         (
             r#"{"Network":"10.100.0.0/16","Backend":{"Type":"udp","Port":65536}}"#,
@@ -124,7 +128,7 @@ fn errors_say_what_where_and_why() {
         ),
         (
             r#"{"Network":"10.100.0.0/16","Backend":{}}"#,
-            "Backend at line 1, column 38 is {}: Backend has no Type; say one of alloc, extension, host-gw, udp, vxlan",
+            "Backend at line 1, column 38 is {}: Backend has no Type; say one of alloc, extension, host-gw, ipip, udp, vxlan",
         ),
         (
             r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan","VNI":16777216}}"#,

@@ -3,8 +3,8 @@
 use std::fmt;
 
 use super::{
-    Blackhole, Change, Fact, Facts, Link, LinkKind, PortVlans, Route, RouteProtocol, RouteScope, RouteTable,
-    VlanMember,
+    Blackhole, Change, Fact, Facts, Ipip, Link, LinkKind, PortVlans, Route, RouteProtocol, RouteScope,
+    RouteTable, VlanMember,
 };
 
 impl fmt::Display for Facts {
@@ -101,6 +101,10 @@ impl fmt::Display for Link {
                     f.write_str(" gbp")?;
                 }
             }
+            LinkKind::Ipip(Ipip { local: Some(local) }) => {
+                write!(f, " type ipip mode ipip local {local} remote any ttl inherit nopmtudisc")?;
+            }
+            LinkKind::Ipip(Ipip { local: None }) => f.write_str(" type ipip")?,
             LinkKind::Veth { peer: None } => f.write_str(" type veth")?,
             LinkKind::Veth { peer: Some(peer) } => {
                 write!(f, " type veth peer name {}", peer.name)?;

@@ -1,6 +1,6 @@
 //! Interfaces.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use super::super::addr::Mac;
 use super::super::name::LinkName;
@@ -41,6 +41,8 @@ pub enum LinkKind {
     Bridge,
     /// A VXLAN device with static entries only.
     Vxlan(Vxlan),
+    /// An IPIP device.
+    Ipip(Ipip),
     /// One end of a veth pair.
     Veth {
         /// What the other end is made as, when we make the pair. Never read back: the other end may be in another
@@ -69,6 +71,14 @@ pub struct Vxlan {
     pub gbp: bool,
 }
 
+/// An IPIP device (RFC 2003) that sends to the gateway of each route: no fixed remote address, TTL of the inner packet, no
+/// path MTU discovery of its own (the outer packet has "don't fragment" where the inner one has it).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Ipip {
+    /// Outer source address. None stands for a device that has any of the above otherwise, which we never make.
+    pub local: Option<Ipv4Addr>,
+}
+
 /// The other end of a veth pair, as it is born.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct VethPeer {
@@ -95,7 +105,8 @@ impl Link {
     }
 
     /// Whether the two cannot exist at the same time although their names differ: the kernel refuses a second VXLAN
-    /// device with the same VNI and port (drivers/net/vxlan/vxlan_core.c `vxlan_vni_in_use`).
+    /// device with the same VNI and port (drivers/net/vxlan/vxlan_core.c `vxlan_vni_in_use`), and a second IPIP device with
+    /// the same local and remote address (net/ipv4/ip_tunnel.c `ip_tunnel_find`).
     pub fn excludes(&self, other: &Self) -> bool {
         match (&self.kind, &other.kind) {
             (LinkKind::Vxlan(a), LinkKind::Vxlan(b)) => {
@@ -103,6 +114,9 @@ impl Link {
                     && a.vni == b.vni
                     && a.port == b.port
                     && a.local.is_ipv4() == b.local.is_ipv4()
+            }
+            (LinkKind::Ipip(a), LinkKind::Ipip(b)) => {
+                self.name != other.name && a.local.is_some() && a.local == b.local
             }
             _ => false,
         }

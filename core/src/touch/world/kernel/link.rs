@@ -10,9 +10,10 @@ use netlink_packet_route::link::{
     LinkHeader, LinkInfo, LinkMessage,
 };
 
+use super::ipip;
 use super::netlink::{Refusal, Socket, attributes, ip_of, text_of, u32_at};
 use crate::words::addr::Mac;
-use crate::words::fact::{Link, LinkKind, LinkModes, VethPeer, Vxlan};
+use crate::words::fact::{Ipip, Link, LinkKind, LinkModes, VethPeer, Vxlan};
 use crate::words::name::LinkName;
 use crate::words::units::{Mtu, Port, Vni};
 
@@ -74,6 +75,7 @@ pub(super) enum SeenKind {
     Bridge { vlan_filtering: bool },
     Veth,
     Vxlan(SeenVxlan),
+    Ipip(Ipip),
     Funnel,
     Other,
 }
@@ -122,6 +124,7 @@ impl Seen {
             SeenKind::Bridge { .. } => LinkKind::Bridge,
             SeenKind::Veth => LinkKind::Veth { peer: None },
             SeenKind::Vxlan(vxlan) => vxlan.fact(name_of).map_or(LinkKind::Given, LinkKind::Vxlan),
+            SeenKind::Ipip(ipip) => LinkKind::Ipip(*ipip),
             SeenKind::Funnel | SeenKind::Other => LinkKind::Given,
         };
         Link {
@@ -250,6 +253,7 @@ impl Place {
                 b"bridge" => SeenKind::Bridge { vlan_filtering: is_on(data, IFLA_BR_VLAN_FILTERING) },
                 b"veth" => SeenKind::Veth,
                 b"vxlan" => SeenKind::Vxlan(vxlan_of(data)),
+                b"ipip" => SeenKind::Ipip(ipip::read(data)),
                 b"ifb" => SeenKind::Funnel,
                 _ => SeenKind::Other,
             },
@@ -290,6 +294,7 @@ pub(super) fn create(link: &Link, underlay: Option<u32>, sandbox: Option<RawFd>)
     let (kind, data) = match &link.kind {
         LinkKind::Bridge => (InfoKind::Bridge, vlan_filtering(link)),
         LinkKind::Vxlan(vxlan) => (InfoKind::Vxlan, Some(InfoData::Vxlan(vxlan_attributes(vxlan, underlay)))),
+        LinkKind::Ipip(ipip) => (InfoKind::IpIp, Some(ipip::data(ipip))),
         LinkKind::Veth { peer } => {
             let peer = peer.as_ref().map(|peer| InfoVeth::Peer(peer_message(peer, sandbox)));
             (InfoKind::Veth, peer.map(InfoData::Veth))
@@ -326,6 +331,17 @@ pub(super) fn settle(link: &Link, what: Settle) -> Request {
     }
     message.attributes.extend(link.alias.as_ref().map(|alias| LinkAttribute::IfAlias(alias.clone())));
     (RouteNetlinkMessage::SetLink(message), 0)
+}
+
+/// The module that makes interfaces of a kind, and what the kernel's configuration calls it.
+pub(super) fn module(kind: &LinkKind) -> Option<(&'static str, &'static str)> {
+    match kind {
+        LinkKind::Bridge => Some(("bridge", "CONFIG_BRIDGE")),
+        LinkKind::Vxlan(_) => Some(("vxlan", "CONFIG_VXLAN")),
+        LinkKind::Ipip(_) => Some(("ipip", "CONFIG_NET_IPIP")),
+        LinkKind::Veth { .. } => Some(("veth", "CONFIG_VETH")),
+        LinkKind::Given => None,
+    }
 }
 
 /// What `settle` sets.

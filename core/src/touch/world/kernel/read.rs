@@ -225,6 +225,7 @@ impl Kernel {
             link::SeenKind::Bridge { .. }
             | link::SeenKind::Veth
             | link::SeenKind::Funnel
+            | link::SeenKind::Ipip(_)
             | link::SeenKind::Other => None,
         };
         let names = self.names(underlay)?;

@@ -227,6 +227,7 @@ impl<'a> Writer<'a> {
             LinkKind::Veth { peer: Some(peer) } if peer.in_sandbox && self.sandbox.is_none() => {
                 return Err(unsupported(change, "no container namespace was given for its other end"));
             }
+            LinkKind::Ipip(_) => self.refuse_taken_name(change, link)?,
             LinkKind::Veth { .. } | LinkKind::Bridge => {}
             LinkKind::Vxlan(vxlan) => underlay = Some(self.index(change, vxlan.underlay)?),
         }
@@ -236,6 +237,23 @@ impl<'a> Writer<'a> {
         }
         self.unsettled.insert(link.name);
         Ok(())
+    }
+
+    /// An IPIP device does not take the place of what somebody else gave its name to, and nothing is to be put on that.
+    fn refuse_taken_name(&mut self, change: &Change<'_>, link: &Link) -> Result<(), WorldError> {
+        self.flush();
+        let found = link::by_name(self.socket, &[link.name]).map_err(|e| io_error(action(change), e))?;
+        match found.into_iter().flatten().next() {
+            Some(seen) if !matches!(seen.kind, link::SeenKind::Ipip(_)) => {
+                self.indices.insert(link.name, None);
+                let name = link.name;
+                let what = format!(
+                    "there is another interface of this name that is no ipip device; rename or remove it: ip link del {name}"
+                );
+                Err(unsupported(change, &what))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether an earlier change makes a pair with this other end here.
@@ -297,7 +315,8 @@ impl<'a> Writer<'a> {
                 self.taken.push((place, refusal));
             }
         } else if let Some(change) = self.changes.get(place) {
-            self.record(place, Err(refused(action(change), refusal)));
+            let detail = lacking(change, &refusal).or_else(|| refusal.detail.clone());
+            self.record(place, Err(refused(action(change), Refusal { detail, ..refusal })));
         }
     }
 
@@ -339,8 +358,14 @@ impl<'a> Writer<'a> {
         let tried = || action(change);
         let found = link::by_name(self.socket, &[want.name]).map_err(|e| io_error(tried(), e))?;
         let Some(seen) = found.into_iter().flatten().next() else {
-            let peer = matches!(want.kind, LinkKind::Veth { .. });
-            let guess = peer.then(|| "the name of its other end is taken".to_owned());
+            let guess = match want.kind {
+                LinkKind::Veth { .. } => Some("the name of its other end is taken"),
+                LinkKind::Ipip(_) => Some(
+                    "another ipip device has this local address and no remote one: ip -d link show type ipip",
+                ),
+                _ => None,
+            };
+            let guess = guess.map(str::to_owned);
             return Err(refused(tried(), Refusal { detail: refusal.detail.or(guess), ..refusal }));
         };
         let underlay = match &seen.kind {
@@ -356,6 +381,15 @@ impl<'a> Writer<'a> {
         let detail = Some(format!("there is another interface of this name, made as `{have}`"));
         Err(refused(tried(), Refusal { detail, ..refusal }))
     }
+}
+
+/// What the kernel has no devices of, and what to type.
+fn lacking(change: &Change<'_>, refusal: &Refusal) -> Option<String> {
+    let Fact::Link(link) = change.fact() else { return None };
+    let (module, option) = link::module(&link.kind).filter(|_| refusal.errno == libc::EOPNOTSUPP)?;
+    Some(format!(
+        "this kernel has no {module} devices; load the module: modprobe {module} (it comes with kernels built with {option})"
+    ))
 }
 
 fn deletes_route(change: &Change<'_>) -> bool {
