@@ -43,7 +43,16 @@ impl Flanneld {
 
     /// The same with more in its environment.
     pub fn start_in(lab: &Lab, host: &Host, flags: &[&str], env: &[(&str, &str)]) -> Result<Self> {
-        let endpoints = format!("--etcd-endpoints={}", lab.etcd_endpoint());
+        Self::begin(&lab.etcd_endpoint(), host, flags, env)
+    }
+
+    /// Starts it with other endpoints than the lab's.
+    pub fn start_at(endpoints: &str, host: &Host, flags: &[&str]) -> Result<Self> {
+        Self::begin(endpoints, host, flags, &[])
+    }
+
+    fn begin(endpoints: &str, host: &Host, flags: &[&str], env: &[(&str, &str)]) -> Result<Self> {
+        let endpoints = format!("--etcd-endpoints={endpoints}");
         let argv =
             [&["flanneld", &endpoints, "--healthz-ip=127.0.0.1", "--healthz-port", HEALTH_PORT], flags];
         let daemon = host.spawn("flanneld", &argv.concat(), env)?;

@@ -13,6 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use nix::sys::signal::Signal;
 
 use crate::binaries;
 use crate::cgroup;
@@ -322,6 +323,16 @@ impl Lab {
     /// Stops etcd; its data stays.
     pub fn etcd_stop(&self) -> Result<()> {
         self.etcd_daemon().take().map_or(Ok(()), |daemon| daemon.stop(ETCD_DEADLINE).map(|_| ()))
+    }
+
+    /// Kills etcd as a crash does; its data stays.
+    pub fn etcd_crash(&self) -> Result<()> {
+        self.etcd_daemon().take().map_or(Ok(()), |daemon| daemon.crash())
+    }
+
+    /// Sends etcd a signal: stopped, it holds its connections and says nothing, as if a cable were cut.
+    pub fn etcd_signal(&self, signal: Signal) -> Result<()> {
+        self.etcd_daemon().as_ref().context("etcd does not run")?.kill(signal)
     }
 
     /// Everything one would look at after a failure: each host's kernel and logs.

@@ -1,5 +1,6 @@
-//! Getting into an etcd: TLS with an authority alone, with client certificates, users with a role for our prefix only, and
-//! several endpoints of which not all answer. A real etcd on loopback for each test.
+//! Getting into an etcd: TLS with an authority alone, with the system's, with client certificates, and with files that are replaced;
+//! users with a role for our prefix only, and their tokens; several endpoints of which not all answer. A real etcd on loopback for
+//! each test.
 
 #![expect(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
@@ -14,7 +15,7 @@ use flannel_core::run::store::{Claim, Created, Held, NetworkStore, Renewal, Stor
 use flannel_core::words::lease::{LeaseValue, Subnets};
 use flannel_core::words::name::NetworkName;
 use flannel_core::words::secret::Secret;
-use flannel_tests::needs;
+use flannel_tests::{binaries, needs};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -32,15 +33,15 @@ const FAST: Duration = Duration::from_secs(3);
 /// An etcd of this test; it ends with the test, and by itself after two minutes if the test is killed.
 struct Etcd {
     url: String,
+    peer: String,
+    flags: Vec<String>,
     process: Child,
     data: TempDir,
 }
 
 impl Drop for Etcd {
     fn drop(&mut self) {
-        // `timeout` passes it on to etcd.
-        let _ = i32::try_from(self.process.id()).map(|pid| kill(Pid::from_raw(pid), Signal::SIGTERM));
-        let _ = self.process.wait();
+        self.end();
     }
 }
 
@@ -48,27 +49,33 @@ impl Etcd {
     async fn start(scheme: &str, more: &[&str]) -> Self {
         let data = tempfile::tempdir().unwrap();
         let (url, peer) = (format!("{scheme}://{}", free_address()), format!("http://{}", free_address()));
-        let log = fs::File::create(data.path().join("log")).unwrap();
-        let process = Command::new("timeout")
-            .args(["120", "etcd", "--name", "t", "--data-dir"])
-            .arg(data.path().join("data"))
-            .args(["--listen-client-urls", &url, "--advertise-client-urls", &url])
-            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &format!("t={peer}"), "--logger", "zap", "--unsafe-no-fsync"])
-            .args(more)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        let etcd = Self { url, process, data };
-        let address = etcd.url.rsplit('/').next().unwrap().to_owned();
+        let flags: Vec<_> = more.iter().map(|&flag| flag.to_owned()).collect();
+        let process = spawn(&data, &url, &peer, &flags);
+        let etcd = Self { url, peer, flags, process, data };
+        etcd.listens().await;
+        etcd
+    }
+
+    async fn listens(&self) {
+        let address = self.url.rsplit('/').next().unwrap();
         let start = Instant::now();
-        while TcpStream::connect(&address).is_err() {
-            assert!(start.elapsed() < START, "etcd did not start: {}", etcd.log());
+        while TcpStream::connect(address).is_err() {
+            assert!(start.elapsed() < START, "etcd did not start: {}", self.log());
             sleep(Duration::from_millis(20)).await;
         }
-        etcd
+    }
+
+    /// With the files that its flags name as they are now.
+    async fn restart(&mut self) {
+        self.end();
+        self.process = spawn(&self.data, &self.url, &self.peer, &self.flags);
+        self.listens().await;
+    }
+
+    fn end(&mut self) {
+        // `timeout` passes it on to etcd.
+        let _ = i32::try_from(self.process.id()).map(|pid| kill(Pid::from_raw(pid), Signal::SIGTERM));
+        let _ = self.process.wait();
     }
 
     fn log(&self) -> String {
@@ -90,6 +97,22 @@ impl Etcd {
     fn settings(&self) -> EtcdSettings {
         EtcdSettings { endpoints: vec![self.url.clone()], ..EtcdSettings::default() }
     }
+}
+
+fn spawn(data: &TempDir, url: &str, peer: &str, flags: &[String]) -> Child {
+    let log = fs::OpenOptions::new().create(true).append(true).open(data.path().join("log")).unwrap();
+    Command::new("timeout")
+        .args(["120", "etcd", "--name", "t", "--data-dir"])
+        .arg(data.path().join("data"))
+        .args(["--listen-client-urls", url, "--advertise-client-urls", url])
+        .args(["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer])
+        .args(["--initial-cluster", &format!("t={peer}"), "--logger", "zap", "--unsafe-no-fsync"])
+        .args(flags)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .unwrap()
 }
 
 /// An address on loopback that nobody listens on.
@@ -198,6 +221,7 @@ async fn an_authority_alone_is_enough_for_tls_and_the_wrong_one_is_refused() {
     let wrong = EtcdSettings { cafile: Some(other.path().join("ca.pem")), ..etcd.settings() };
     let error = quick(network(&wrong).config()).await.unwrap_err().to_string();
     assert!(error.contains(&etcd.url) && error.contains("certificate"), "{error}");
+    assert!(error.contains("--etcd-cafile"), "{error}");
 }
 
 #[tokio::test]
@@ -228,19 +252,10 @@ async fn a_role_for_our_prefix_is_all_that_a_node_needs() {
         return;
     }
     let etcd = Etcd::start("http", &[]).await;
-    let prefix = "/coreos.com/network/";
-    for args in [
-        &["user", "add", "root:rootpw"][..],
-        &["user", "grant-role", "root", "root"],
-        &["role", "add", "flannel"],
-        &["role", "grant-permission", "flannel", "readwrite", prefix, "--prefix"],
-        &["user", "add", "flannel:hunter2"],
-        &["user", "grant-role", "flannel", "flannel"],
-        &["auth", "enable"],
-    ] {
-        etcd.ctl(args);
-    }
-    let user = |password: &str| Some(("flannel".to_owned(), Secret::new(password.to_owned())));
+    etcd.ctl(&["user", "add", "root:rootpw"]);
+    etcd.ctl(&["user", "grant-role", "root", "root"]);
+    add_user(&etcd);
+    etcd.ctl(&["auth", "enable"]);
     let settings = EtcdSettings { user: user("hunter2"), ..etcd.settings() };
     whole_life(&settings).await;
 
@@ -260,6 +275,163 @@ async fn a_role_for_our_prefix_is_all_that_a_node_needs() {
     let said = watch.wait_for(|snapshot| snapshot.down.is_some());
     let said = timeout(START, said).await.unwrap().unwrap().down.clone().unwrap();
     assert!(said.text.contains("permission denied"), "{said}");
+}
+
+/// As an operator does it.
+fn add_user(etcd: &Etcd) {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/etcd/role.sh");
+    let output = Command::new("sh")
+        .arg(script)
+        .env("ETCDCTL_API", "3")
+        .env("ETCDCTL_ENDPOINTS", &etcd.url)
+        .env("FLANNEL_PASSWORD", "hunter2")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+}
+
+fn user(password: &str) -> Option<(String, Secret<String>)> {
+    Some(("flannel".to_owned(), Secret::new(password.to_owned())))
+}
+
+#[tokio::test]
+async fn a_token_that_has_expired_is_got_anew() {
+    if !has(&["etcd", "etcdctl", "timeout", "openssl"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for args in ["genrsa -out jwt.key 2048", "rsa -in jwt.key -pubout -out jwt.pub"] {
+        let output = Command::new("openssl").args(args.split(' ')).current_dir(dir.path()).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+    }
+    let file = |name: &str| text(dir.path().join(name));
+    // Signed tokens say of which state of users and roles they are; simple ones are forgotten by a server that restarts.
+    let jwt =
+        format!("jwt,pub-key={},priv-key={},sign-method=RS256,ttl=2s", file("jwt.pub"), file("jwt.key"));
+    for flags in [vec!["--auth-token-ttl", "2"], vec!["--auth-token", &jwt]] {
+        let mut etcd = Etcd::start("http", &flags).await;
+        etcd.ctl(&["user", "add", "root:rootpw"]);
+        etcd.ctl(&["user", "grant-role", "root", "root"]);
+        add_user(&etcd);
+        etcd.ctl(&["auth", "enable"]);
+        let store = network(&EtcdSettings { user: user("hunter2"), ..etcd.settings() });
+        assert_eq!(made(&store).await, Created::Made);
+        let mut watch = store.watch();
+        timeout(START, watch.wait_for(|snapshot| snapshot.known)).await.unwrap().unwrap();
+        let held = claimed(&store).await;
+        // Users change: what was signed before is of an old state.
+        etcd.ctl(&["--user", "root:rootpw", "user", "add", "another:pw"]);
+        let Renewal::Done(held) = store.renew(&held, &value(), TTL).await.unwrap() else {
+            panic!("not renewed")
+        };
+        sleep(Duration::from_secs(3)).await;
+        let Renewal::Done(held) = store.renew(&held, &value(), TTL).await.unwrap() else {
+            panic!("not renewed")
+        };
+        // The watch is the one of before, and goes on.
+        let start = Instant::now();
+        while watch.borrow().revision < held.revision {
+            assert!(start.elapsed() < START, "{:?}", *watch.borrow());
+            sleep(Duration::from_millis(20)).await;
+        }
+        assert!(watch.borrow().down.is_none(), "{:?}", *watch.borrow());
+        etcd.restart().await;
+        made(&store).await;
+        let Renewal::Done(_) = store.renew(&held, &value(), TTL).await.unwrap() else {
+            panic!("not renewed")
+        };
+        store.release(&key(), &value()).await.unwrap();
+        let gone = watch.wait_for(|snapshot| snapshot.down.is_none() && snapshot.leases.leases.is_empty());
+        timeout(START, gone).await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn certificates_that_are_replaced_are_used_without_a_restart() {
+    if !has(&["etcd", "openssl", "timeout"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    certificates(dir.path());
+    let file = |name: &str| text(dir.path().join(name));
+    let ca = file("ca.pem");
+    let server = (file("server.pem"), file("server.key"));
+    let flags =
+        ["--cert-file", &server.0, "--key-file", &server.1, "--client-cert-auth", "--trusted-ca-file", &ca];
+    let mut etcd = Etcd::start("https", &flags).await;
+    let settings = EtcdSettings {
+        cafile: Some(ca.clone().into()),
+        certfile: Some(file("client.pem").into()),
+        keyfile: Some(file("client.key").into()),
+        ..etcd.settings()
+    };
+    let store = network(&settings);
+    assert_eq!(made(&store).await, Created::Made);
+    let mut watch = store.watch();
+    timeout(START, watch.wait_for(|snapshot| snapshot.known)).await.unwrap().unwrap();
+
+    // Half of the new pair is no reason to stop: what was read before is used.
+    let new = tempfile::tempdir().unwrap();
+    certificates(new.path());
+    let replace = |name: &str| {
+        // In one step, as those do who rotate them.
+        let fresh = dir.path().join("fresh");
+        fs::copy(new.path().join(name), &fresh).unwrap();
+        fs::rename(fresh, dir.path().join(name)).unwrap();
+    };
+    replace("client.pem");
+    assert_eq!(quick(store.config()).await.unwrap().as_deref(), Some(CONFIG));
+    // The whole of it, with another authority, on both sides.
+    for name in ["client.key", "ca.pem", "server.pem", "server.key"] {
+        replace(name);
+    }
+    etcd.restart().await;
+    made(&store).await;
+    claimed(&store).await;
+    let seen = watch.wait_for(|snapshot| snapshot.leases.leases.contains_key(&key()));
+    timeout(START, seen).await.unwrap().unwrap();
+
+    // At a start there is nothing to go on from: it is said which files do not belong together.
+    certificates(new.path());
+    replace("client.key");
+    let error = quick(network(&settings).config()).await.unwrap_err().to_string();
+    for part in ["etcd-certfile", "client.pem", "etcd-keyfile", "client.key"] {
+        assert!(error.contains(part), "{part:?} is not in {error}");
+    }
+}
+
+/// The binary, because the variable is a process's. It only lists.
+#[tokio::test]
+async fn without_an_authority_the_systems_are_asked() {
+    let Ok(flanneld) = binaries::path("flanneld") else { panic!("flanneld is not built") };
+    if !has(&["etcd", "openssl", "timeout"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    certificates(dir.path());
+    let file = |name: &str| text(dir.path().join(name));
+    let etcd =
+        Etcd::start("https", &["--cert-file", &file("server.pem"), "--key-file", &file("server.key")]).await;
+    let ours = EtcdSettings { cafile: Some(dir.path().join("ca.pem")), ..etcd.settings() };
+    made(&network(&ours)).await;
+    claimed(&network(&ours)).await;
+    let list = |authorities: Option<&str>| {
+        let output = Command::new(&flanneld)
+            .args(["--etcd-endpoints", &etcd.url, "--state-dir", dir.path().to_str().unwrap(), "leases"])
+            .env_clear()
+            .envs(authorities.map(|path| ("SSL_CERT_FILE", path)))
+            .output()
+            .unwrap();
+        String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+    };
+    let said = list(Some(&file("ca.pem")));
+    assert!(said.contains("10.100.5.0/24"), "{said}");
+    let said = list(None);
+    for part in ["UnknownIssuer", "--etcd-cafile", "system"] {
+        assert!(said.contains(part), "{part:?} is not in {said}");
+    }
+    let said = list(Some("/nowhere/ca.pem"));
+    assert!(said.contains("/nowhere/ca.pem"), "{said}");
 }
 
 /// A server that takes every connection and closes it at once; it ends with the test's process.

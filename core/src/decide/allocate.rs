@@ -4,7 +4,7 @@
 //! by public address, the previous subnet, a random choice among the first hundred free subnets (so that nodes
 //! starting together rarely ask for the same one).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use crate::words::addr::{Family, Prefix};
@@ -72,12 +72,14 @@ pub fn same_holder(a: &LeaseValue, b: &LeaseValue) -> bool {
     }
 }
 
-/// The leases that carry our public address and can be taken over, in the order of their keys in the store.
-pub fn ours(leases: &LeaseSet, value: &LeaseValue) -> Vec<Subnets> {
+/// The leases that carry our public address, or are `signed` by this node, and can be taken over, in the order of their
+/// keys in the store.
+pub fn ours(leases: &LeaseSet, value: &LeaseValue, signed: &BTreeSet<Subnets>) -> Vec<Subnets> {
     let mut ours: Vec<_> = leases
         .leases
         .iter()
-        .filter(|(subnets, lease)| same_holder(lease, value) && !leases.blocked.contains(subnets))
+        .filter(|(subnets, lease)| same_holder(lease, value) || signed.contains(subnets))
+        .filter(|(subnets, _)| !leases.blocked.contains(subnets))
         .map(|(subnets, _)| *subnets)
         .collect();
     ours.sort_by_cached_key(Subnets::key);
@@ -85,27 +87,40 @@ pub fn ours(leases: &LeaseSet, value: &LeaseValue) -> Vec<Subnets> {
 }
 
 /// Our leases that the config does not allow (any more): they are given back.
-pub fn outdated(config: &NetworkConfig, leases: &LeaseSet, value: &LeaseValue) -> Vec<Subnets> {
-    ours(leases, value).into_iter().filter(|subnets| !compatible(config, subnets)).collect()
+pub fn outdated(
+    config: &NetworkConfig,
+    leases: &LeaseSet,
+    value: &LeaseValue,
+    signed: &BTreeSet<Subnets>,
+) -> Vec<Subnets> {
+    ours(leases, value, signed).into_iter().filter(|subnets| !compatible(config, subnets)).collect()
 }
 
 /// What to do without a lease. `random` chooses among the candidates.
 ///
-/// Of several leases with our public address (two nodes behind one address, or left over) we take the one we had
-/// before, else the one that carries our advertisement, else the first, as upstream does.
+/// Of several leases that are ours (two nodes behind one address, or left over) we take the one we had before, else the one
+/// that carries our advertisement, else the first that carries our address, as upstream does, else the first that we have signed:
+/// with another address, before it changed.
 pub fn choose(
     config: &NetworkConfig,
     leases: &LeaseSet,
     value: &LeaseValue,
+    signed: &BTreeSet<Subnets>,
     previous: Option<&Subnets>,
     avoid: &[Prefix],
     random: u64,
 ) -> Result<Choice, OutOfSubnets> {
-    let mut ours = ours(leases, value);
+    let mut ours = ours(leases, value, signed);
     ours.retain(|subnets| compatible(config, subnets));
     let found = previous
         .filter(|previous| ours.contains(previous))
         .or_else(|| ours.iter().find(|subnets| leases.leases.get(*subnets) == Some(value)))
+        .or_else(|| {
+            let alike = |subnets: &&Subnets| {
+                leases.leases.get(*subnets).is_some_and(|lease| same_holder(lease, value))
+            };
+            ours.iter().find(alike)
+        })
         .or_else(|| ours.first());
     if let Some(found) = found {
         return Ok(Choice::Adopt(*found));
@@ -264,8 +279,6 @@ pub fn holder(value: &LeaseValue) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use super::*;
     use proptest::prelude::*;
 
@@ -350,17 +363,29 @@ mod tests {
         ]);
         let me = value("1.1.1.1");
         let choose = |value: &LeaseValue, previous: Option<&str>| {
-            choose(&config, &leases, value, previous.map(key).as_ref(), &[], 0).unwrap()
+            choose(&config, &leases, value, &BTreeSet::new(), previous.map(key).as_ref(), &[], 0).unwrap()
         };
         // Lexical order of the keys, as upstream: "10.5.10" before "10.5.9".
         assert_eq!(choose(&me, None), Choice::Adopt(key("10.5.10.0-24")));
         assert_eq!(choose(&me, Some("10.5.9.0-24")), Choice::Adopt(key("10.5.9.0-24")));
-        assert_eq!(outdated(&config, &leases, &me), [key("10.5.2.0-25")]);
+        assert_eq!(outdated(&config, &leases, &me, &BTreeSet::new()), [key("10.5.2.0-25")]);
         let other = value("3.3.3.3");
         assert_eq!(choose(&other, Some("10.5.77.0-24")), Choice::Reclaim(key("10.5.77.0-24")));
         for unusable in ["10.5.3.0-24", "10.5.77.0-25", "10.6.77.0-24"] {
             assert_eq!(choose(&other, Some(unusable)), Choice::Claim(key("10.5.1.0-24")), "{unusable}");
         }
+    }
+
+    #[test]
+    fn what_we_have_signed_is_ours_whatever_our_address_is_now() {
+        let config = config(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#);
+        let leases =
+            set(&[("10.5.1.0-24", "1.1.1.1"), ("10.5.2.0-25", "1.1.1.1"), ("10.5.3.0-24", "2.2.2.2")]);
+        let signed = ["10.5.1.0-24", "10.5.2.0-25"].map(key).into();
+        let choose = |ip: &str| choose(&config, &leases, &value(ip), &signed, None, &[], 0).unwrap();
+        assert_eq!(choose("9.9.9.9"), Choice::Adopt(key("10.5.1.0-24")));
+        assert_eq!(choose("2.2.2.2"), Choice::Adopt(key("10.5.3.0-24")), "the address comes first");
+        assert_eq!(outdated(&config, &leases, &value("9.9.9.9"), &signed), [key("10.5.2.0-25")]);
     }
 
     #[test]
@@ -372,7 +397,7 @@ mod tests {
         )
         .unwrap();
         leases.leases.insert(key("10.5.2.0-24"), mine.clone());
-        let choice = choose(&config, &leases, &mine, None, &[], 0).unwrap();
+        let choice = choose(&config, &leases, &mine, &BTreeSet::new(), None, &[], 0).unwrap();
         assert_eq!(choice, Choice::Adopt(key("10.5.2.0-24")));
     }
 
@@ -380,7 +405,7 @@ mod tests {
     fn a_reservation_without_an_address_is_nobodys() {
         let config = config(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"alloc"}}"#);
         let leases = set(&[("10.5.1.0-24", "0.0.0.0")]);
-        assert!(ours(&leases, &value("0.0.0.0")).is_empty());
+        assert!(ours(&leases, &value("0.0.0.0"), &BTreeSet::new()).is_empty());
         assert_eq!(pick(&config, &leases, &[], 0, None).unwrap(), key("10.5.2.0-24"));
     }
 
@@ -391,7 +416,7 @@ mod tests {
         leases.blocked = BTreeSet::from([key("10.5.1.0-24"), key("10.5.2.0-24")]);
         let me = value("1.1.1.1");
         let previous = key("10.5.2.0-24");
-        let choice = choose(&config, &leases, &me, Some(&previous), &[], 0).unwrap();
+        let choice = choose(&config, &leases, &me, &BTreeSet::new(), Some(&previous), &[], 0).unwrap();
         assert_eq!(choice, Choice::Claim(key("10.5.3.0-24")));
         let full = super::tests::config(THREE);
         leases.blocked = ["10.100.0.0-25", "10.100.0.128-25", "10.100.1.0-25"].map(key).into();
@@ -424,7 +449,8 @@ mod tests {
             ("10.5.77.0-24&fd42:cafe:0:1::-64", "10.5.77.0-24&fd42:cafe:0:2::-64"),
             ("10.5.77.0-25&fd42:beef::-64", "10.5.2.0-24&fd42:cafe:0:2::-64"),
         ] {
-            let found = choose(&config, &leases, &value("9.9.9.9"), Some(&key(previous)), &[], 0).unwrap();
+            let (me, signed) = (value("9.9.9.9"), BTreeSet::new());
+            let found = choose(&config, &leases, &me, &signed, Some(&key(previous)), &[], 0).unwrap();
             assert_eq!(found, Choice::Claim(key(picked)), "{previous}");
         }
         assert!(compatible(&config, &key("10.5.2.0-24&fd42:cafe:0:2::-64")));

@@ -3,6 +3,7 @@
 pub mod allocate;
 pub mod backend;
 pub mod bridge;
+pub mod changes;
 pub mod endpoint;
 pub mod errands;
 pub mod firewall;

@@ -12,7 +12,7 @@ use crate::words::extension::Errands;
 use crate::words::fact::{Conflict, Fact, Facts};
 use crate::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
 use crate::words::name::NetworkName;
-use crate::words::node::Node;
+use crate::words::node::{HostRoute, Node};
 use crate::words::report::Finding;
 use crate::words::tunnel::Tunnel;
 
@@ -175,6 +175,12 @@ impl<'a> Scene<'a> {
                 draft.find(Code::LEASE_OUTSIDE, format!("{peer} is not inside {}", range.cidr));
                 return false;
             }
+            if let Some(route) = self.fenced(&subnet) {
+                let bridge = route.link.map(|link| link.to_string()).unwrap_or_default();
+                draft
+                    .find(Code::LEASE_FENCED, format!("{peer}, and {bridge} has {} here", route.destination));
+                return false;
+            }
             if peer.value.public(family).is_some()
                 && peer.value.public(family) == self.own.value.public(family)
             {
@@ -191,6 +197,15 @@ impl<'a> Scene<'a> {
             return false;
         }
         true
+    }
+
+    /// A bridge of this host on which containers may have these addresses: once they were ours. They keep what they have of
+    /// each other; a route to the new holder would cut them off.
+    fn fenced(&self, subnet: &Prefix) -> Option<&'a HostRoute> {
+        let node: &'a Node = self.node;
+        let connected =
+            |route: &HostRoute| route.bridge && route.via.is_none() && route.link != Some(node.uplink.link);
+        node.routes.iter().find(|route| connected(route) && route.destination.overlaps(subnet))
     }
 
     fn allowed(&self, peer: &Peer<'_>) -> bool {

@@ -16,43 +16,52 @@ use super::store::Store;
 use super::{retire, setup};
 use crate::words::name::NetworkName;
 
+/// How long a thread may still write a file when everything else has ended.
+const LAST_WORDS: Duration = Duration::from_millis(300);
+
 /// Runs until SIGTERM or SIGINT. The data path stays; the lease too.
 pub fn serve(flags: &CommonFlags) -> anyhow::Result<()> {
-    runtime()?.block_on(async {
-        let mut terminate = signal(SignalKind::terminate()).context("could not wait for SIGTERM")?;
-        let mut interrupt = signal(SignalKind::interrupt()).context("could not wait for SIGINT")?;
-        let counters = Counters::default();
-        if let Some(address) = flags.health_address() {
-            health::serve(address, counters.clone()).await.with_context(|| {
-                format!("could not serve health on {address} (--healthz-ip, --healthz-port)")
-            })?;
-        }
-        let (_isolation, isolated_from) = watch::channel(BTreeSet::new());
-        let store = setup::etcd(flags)?;
-        store.counted_by(counters.clone());
-        let agent = Agent::spawn(settings(flags, &store, counters, isolated_from)?);
-        let mut status = agent.status();
-        let mut systemd = Systemd::default();
-        // A watchdog that nobody set is never due.
-        let watchdog = sd_notify::watchdog_enabled().map(|limit| limit / 2);
-        let mut beat = tokio::time::interval(watchdog.unwrap_or(Duration::from_secs(3600)));
-        systemd.tell(&status.borrow_and_update().clone());
-        loop {
-            tokio::select! {
-                _ = terminate.recv() => break,
-                _ = interrupt.recv() => break,
-                _ = beat.tick() => systemd.beat(watchdog.is_some()),
-                changed = status.changed() => {
-                    changed.context("the agent ended by itself")?;
-                    systemd.tell(&status.borrow_and_update().clone());
-                }
+    let runtime = runtime()?;
+    let served = runtime.block_on(live(flags));
+    // Dropped, it would wait for all that its threads are at: a name that no server resolves takes them ten seconds and more.
+    runtime.shutdown_timeout(LAST_WORDS);
+    served
+}
+
+async fn live(flags: &CommonFlags) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("could not wait for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("could not wait for SIGINT")?;
+    let counters = Counters::default();
+    if let Some(address) = flags.health_address() {
+        health::serve(address, counters.clone())
+            .await
+            .with_context(|| format!("could not serve health on {address} (--healthz-ip, --healthz-port)"))?;
+    }
+    let (_isolation, isolated_from) = watch::channel(BTreeSet::new());
+    let store = setup::etcd(flags)?;
+    store.counted_by(counters.clone());
+    let agent = Agent::spawn(settings(flags, &store, counters, isolated_from)?);
+    let mut status = agent.status();
+    let mut systemd = Systemd::default();
+    // A watchdog that nobody set is never due.
+    let watchdog = sd_notify::watchdog_enabled().map(|limit| limit / 2);
+    let mut beat = tokio::time::interval(watchdog.unwrap_or(Duration::from_secs(3600)));
+    systemd.tell(&status.borrow_and_update().clone());
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = beat.tick() => systemd.beat(watchdog.is_some()),
+            changed = status.changed() => {
+                changed.context("the agent ended by itself")?;
+                systemd.tell(&status.borrow_and_update().clone());
             }
         }
-        systemd.stopping();
-        agent.stop().await;
-        tracing::info!("Exiting cleanly...");
-        Ok(())
-    })
+    }
+    systemd.stopping();
+    agent.stop().await;
+    tracing::info!("Exiting cleanly...");
+    Ok(())
 }
 
 /// What a service manager is told (sd_notify(3)). Without one there is nobody to tell, and failures are nobody's.

@@ -10,7 +10,9 @@
 pub mod embedded;
 pub mod etcd;
 mod shelf;
+pub mod sign;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +22,7 @@ use tokio::time::Instant;
 
 pub use self::embedded::EmbeddedStore;
 pub use self::etcd::{EtcdSettings, EtcdStore};
+use self::sign::{Hand, NodeMark, Signs};
 use crate::run::health::Counters;
 use crate::words::code::Code;
 use crate::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
@@ -121,7 +124,7 @@ impl Store {
 
     /// One of its networks, whether it exists yet or not.
     pub fn network(&self, name: &NetworkName) -> NetworkStore {
-        NetworkStore { store: self.clone(), name: name.clone() }
+        NetworkStore { store: self.clone(), name: name.clone(), mark: None }
     }
 
     /// The networks that have a config, the default one included, with their documents.
@@ -138,12 +141,33 @@ impl Store {
 pub struct NetworkStore {
     store: Store,
     name: NetworkName,
+    /// Who we are; leases are not signed without.
+    mark: Option<NodeMark>,
 }
 
 impl NetworkStore {
     /// Whether only this machine's root can have written what it says.
     pub(super) const fn is_local(&self) -> bool {
         matches!(self.store, Store::Embedded(_))
+    }
+
+    /// The same, for a node that signs its leases where that is possible: in etcd.
+    pub fn signed_by(self, mark: NodeMark) -> Self {
+        let mark = (!self.is_local()).then_some(mark);
+        Self { mark, ..self }
+    }
+
+    /// Who has written a lease last, as far as that can be told: not in a directory, and not by a node that does not sign itself.
+    pub fn hand(&self, snapshot: &Snapshot, subnets: &Subnets) -> Option<Hand> {
+        let mark = self.mark?;
+        Some(snapshot.signs.get(subnets).map_or(Hand::Unsigned, |sign| sign.hand(mark)))
+    }
+
+    /// The leases that this node has signed.
+    pub fn signed_here(&self, snapshot: &Snapshot) -> BTreeSet<Subnets> {
+        let Some(mark) = self.mark else { return BTreeSet::new() };
+        let ours = snapshot.signs.iter().filter(|(_, sign)| sign.hand(mark) == Hand::Ours);
+        ours.map(|(subnets, _)| *subnets).collect()
     }
 }
 
@@ -156,6 +180,8 @@ pub struct Snapshot {
     pub config: Option<String>,
     /// Every lease, and a finding for each key that is none and for leases that overlap.
     pub leases: Arc<LeaseSet>,
+    /// Who has signed them.
+    pub signs: Arc<Signs>,
     /// Up to which write of leases this is read. Compare with [`Held::revision`] only.
     pub revision: i64,
     /// Why the store cannot be read now. The rest is then what was read last.
@@ -207,6 +233,8 @@ pub enum Renewal {
     Done(Held),
     /// It is not ours: gone (none), or somebody else's.
     Lost(Option<LeaseValue>),
+    /// It looked like ours, but its holder lives: it was asked, and has answered.
+    Answered(LeaseValue),
 }
 
 impl NetworkStore {
@@ -266,7 +294,7 @@ impl NetworkStore {
         ttl: Duration,
     ) -> Result<Claim, StoreError> {
         match &self.store {
-            Store::Etcd(store) => store.claim(&self.name, subnets, value, ttl).await,
+            Store::Etcd(store) => store.claim(self, subnets, value, ttl).await,
             Store::Embedded(store) => store.claim(&self.name, subnets, value, ttl).await,
         }
     }
@@ -276,12 +304,14 @@ impl NetworkStore {
     /// A reservation stays one: its value is written only if it changed.
     pub async fn renew(&self, held: &Held, value: &LeaseValue, ttl: Duration) -> Result<Renewal, StoreError> {
         match &self.store {
-            Store::Etcd(store) => store.renew(&self.name, held, value, ttl).await,
+            Store::Etcd(store) => store.renew(self, held, value, ttl).await,
             Store::Embedded(store) => store.renew(&self.name, held, value, ttl).await,
         }
     }
 
-    /// Takes over an existing lease that carries the public address of `value`. A reservation stays one.
+    /// Takes over an existing lease that carries the public address of `value`, or that this node has signed. A reservation
+    /// stays one. If another node has signed it, or the address is another, its holder is asked first whether it lives, for
+    /// [`ASK`](sign::ASK) at most.
     pub async fn adopt(
         &self,
         subnets: &Subnets,
@@ -289,16 +319,16 @@ impl NetworkStore {
         ttl: Duration,
     ) -> Result<Renewal, StoreError> {
         match &self.store {
-            Store::Etcd(store) => store.adopt(&self.name, subnets, value, ttl).await,
+            Store::Etcd(store) => store.adopt(self, subnets, value, ttl).await,
             Store::Embedded(store) => store.adopt(&self.name, subnets, value, ttl).await,
         }
     }
 
-    /// Removes a lease that carries the public address of `value`; anybody else's stays. Reservations stay too: they
+    /// Removes a lease that carries the public address of `value`, or that this node has signed; anybody else's stays. Reservations stay too: they
     /// are the operator's. True if there is no such key now.
     pub async fn release(&self, subnets: &Subnets, value: &LeaseValue) -> Result<bool, StoreError> {
         match &self.store {
-            Store::Etcd(store) => store.release(&self.name, subnets, value).await,
+            Store::Etcd(store) => store.release(self, subnets, value).await,
             Store::Embedded(store) => store.release(&self.name, subnets, value).await,
         }
     }

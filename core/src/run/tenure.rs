@@ -2,18 +2,20 @@
 //!
 //! Driven by whole values: what we offer (config and lease value) and what the store holds. Every change of either is looked
 //! at anew, so a node that found no free subnet gets one as soon as there is one, without a restart.
-//! Whoever writes over our key with our address, or with rubbish, is written over; whoever writes another holder into it has it.
+//! Whoever writes over our key with our address, or with rubbish, is written over; whoever writes another holder into it has it,
+//! and so has another node that has signed it ([`sign`](super::store::sign)). Who asks whether we live is answered at once.
 //!
 //! **Source** — upstream pkg/subnet/etcd/local_manager.go, `AcquireLease` and `CompleteLease`; the texts that operators grep for
 //! are its own.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
+use super::store::sign::Hand;
 use super::store::{Backoff, Claim, Held, LEASE_TTL, NetworkStore, Renewal, Snapshot, StoreError};
 use crate::decide::allocate::{self, Choice};
 use crate::words::addr::{Family, Prefix};
@@ -30,6 +32,9 @@ const RACE_WAIT: Duration = Duration::from_millis(100);
 
 /// After so long without one, the next foreign write into our key is answered at once again.
 const PEACE: Duration = Duration::from_secs(60);
+
+/// How long until a holder that lives, and has what would be ours, is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(60);
 
 /// What a node offers in exchange for a subnet.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -71,11 +76,28 @@ pub struct Tenure {
     next: Instant,
     /// Whether it was said that the lease cannot be renewed.
     late: bool,
+    /// The lease of which it was said that it has ended.
+    ended: Option<Subnets>,
     mending: Mending,
+    /// Leases that looked like ours and whose holders live, and when they are asked again.
+    answered: BTreeMap<Subnets, Instant>,
+    /// What was asked for, when there was no answer: it may be ours.
+    unsure: Option<Subnets>,
+    /// Whether the last try to get a subnet failed: what it tries is not said every time.
+    again: bool,
     /// Leases of ours that the config does not allow, as far as they were given back.
     given_back: BTreeSet<Subnets>,
     /// Those of them that are gone from the store, whatever an older snapshot shows.
     gone: BTreeSet<Subnets>,
+}
+
+/// What became of a subnet that was chosen.
+enum Taken {
+    Ours(Held),
+    /// Somebody else has it.
+    Faster,
+    /// It looked like ours, and its holder lives.
+    Answered(Subnets),
 }
 
 /// When what somebody wrote into our key is written over: at once, and later and later if he goes on (two hosts with one
@@ -119,7 +141,11 @@ impl Tenure {
             backoff: Backoff::new(),
             next: Instant::now(),
             late: false,
+            ended: None,
             mending: Mending { backoff: Backoff::new(), not_before: Instant::now() },
+            answered: BTreeMap::new(),
+            unsure: None,
+            again: false,
             given_back: BTreeSet::new(),
             gone: BTreeSet::new(),
         };
@@ -171,7 +197,8 @@ impl Tenure {
         if let Some(held) = self.held.take() {
             self.keep(held, offer, snapshot).await;
         }
-        if self.held.is_none() && snapshot.known {
+        // While the store is away there is nothing to be had; that it is back is a snapshot.
+        if self.held.is_none() && snapshot.known && snapshot.down.is_none() {
             self.acquire(offer, snapshot).await;
         }
     }
@@ -186,21 +213,32 @@ impl Tenure {
             self.last = self.gone.contains(&subnets).then_some(subnets);
             return;
         }
-        let mut mend = false;
+        let (mut mend, mut asked) = (false, false);
         // A snapshot of a time before our last write does not know of it.
         if snapshot.known && snapshot.revision >= held.revision {
             match snapshot.leases.leases.get(&subnets) {
                 None if snapshot.leases.blocked.contains(&subnets) => mend = true,
                 None => return self.lost(subnets, GONE),
                 Some(value) if !allocate::same_holder(value, &held.own.value) => {
-                    return self.lost(subnets, &taken_by(value));
+                    return self.lost(subnets, &taken_by(value, &held.own.value));
                 }
-                Some(value) => mend = *value != held.own.value,
+                Some(value) => match self.store.hand(snapshot, &subnets) {
+                    Some(Hand::Another) => return self.lost(subnets, TWIN),
+                    Some(Hand::Asking) => asked = true,
+                    // A key without an end is a reservation from now on, and one of another's grant would end with that.
+                    Some(Hand::Unsigned) => mend = held.expires.is_some() || *value != held.own.value,
+                    Some(Hand::Ours) | None => mend = *value != held.own.value,
+                },
             }
         }
         let now = Instant::now();
         let due = self.renewal(&held).is_some_and(|due| due <= now);
-        if due || held.own.value != offer.value {
+        if asked {
+            tracing::warn!(
+                "lease {subnets}: another host asks whether this one lives; has it the same public address?"
+            );
+        }
+        if due || asked || held.own.value != offer.value {
             self.renew(held, offer).await;
         } else if mend && self.mending.not_before <= now {
             tracing::warn!("lease {subnets}: somebody has written into its key, writing our value again");
@@ -223,13 +261,17 @@ impl Tenure {
                     None => tracing::info!("lease {subnets} is a reservation, it does not expire"),
                 }
                 self.late = false;
+                self.ended = None;
                 self.backoff.reset();
                 self.hold(held);
             }
             Ok(Renewal::Lost(None)) => self.lost(subnets, GONE),
-            Ok(Renewal::Lost(Some(value))) => self.lost(subnets, &taken_by(&value)),
+            Ok(Renewal::Lost(Some(value)) | Renewal::Answered(value)) => {
+                self.lost(subnets, &taken_by(&value, &offer.value));
+            }
             Err(error) => {
                 let wait = self.backoff.wait();
+                self.tell_of_end(&held);
                 match std::mem::replace(&mut self.late, true) {
                     false => tracing::error!("Error renewing lease (trying again until it works): {error}"),
                     true => tracing::debug!("Error renewing lease (trying again in {wait:?}): {error}"),
@@ -237,6 +279,17 @@ impl Tenure {
                 self.held = Some(held);
                 self.next = Instant::now() + wait;
             }
+        }
+    }
+
+    /// Says once that our lease has ended because the store could not be reached. What is in the kernel stays.
+    fn tell_of_end(&mut self, held: &Held) {
+        let ended = held.expires.is_some_and(|end| end <= Instant::now());
+        if ended && self.ended.replace(held.own.subnets) != Some(held.own.subnets) {
+            tracing::error!(
+                "lease {} has ended, because it could not be renewed; another host may get this subnet until etcd is back",
+                held.own.subnets
+            );
         }
     }
 
@@ -248,32 +301,37 @@ impl Tenure {
     }
 
     async fn acquire(&mut self, offer: &Offer, snapshot: &Snapshot) {
-        for subnets in allocate::outdated(&offer.config, &snapshot.leases, &offer.value) {
-            if self.given_back.contains(&subnets) {
-                continue;
-            }
-            tracing::info!(
-                "Found lease ({subnets}) for current IP ({}) but not compatible with current config, deleting",
-                allocate::holder(&offer.value)
-            );
-            self.give_back(&subnets, &offer.value).await;
-        }
+        let signed = self.signed(snapshot);
+        self.return_outdated(offer, snapshot, &signed).await;
         let leases = self.current(&snapshot.leases, &offer.value);
+        if let Some((subnets, again)) = self.twin(&leases, offer) {
+            self.wait_for(twin(&subnets, &offer.value));
+            self.next = again;
+            return;
+        }
         if self.follow(offer, &leases).await {
             return;
         }
         let previous = self.last.as_ref().or(offer.previous.as_ref());
+        let random = fastrand::u64(..);
         let choice =
-            allocate::choose(&offer.config, &leases, &offer.value, previous, &offer.avoid, fastrand::u64(..));
+            allocate::choose(&offer.config, &leases, &offer.value, &signed, previous, &offer.avoid, random);
         match choice {
             Ok(choice) => match self.take(&choice, offer).await {
-                Ok(Some(held)) => {
+                Ok(Taken::Ours(held)) => {
                     self.races = 0;
                     self.backoff.reset();
+                    self.tell_of_exchange(&held.own.subnets, offer);
                     self.hold(held);
                 }
-                Ok(None) => self.lost_race(),
+                Ok(Taken::Faster) => self.lost_race(),
+                Ok(Taken::Answered(subnets)) => {
+                    self.answered.insert(subnets, Instant::now() + ASK_AGAIN);
+                    self.next = Instant::now();
+                }
                 Err(error) => {
+                    let (Choice::Adopt(subnets) | Choice::Reclaim(subnets) | Choice::Claim(subnets)) = choice;
+                    (self.unsure, self.again) = (Some(subnets), true);
                     self.wait_for(error.finding());
                     self.next = Instant::now() + self.backoff.wait();
                 }
@@ -293,7 +351,7 @@ impl Tenure {
         let found = leases.leases.get(&subnets).is_some_and(|found| allocate::same_holder(found, former));
         if !found
             || !allocate::compatible(&offer.config, &subnets)
-            || !allocate::ours(leases, &offer.value).is_empty()
+            || !allocate::ours(leases, &offer.value, &BTreeSet::new()).is_empty()
         {
             return false;
         }
@@ -302,13 +360,56 @@ impl Tenure {
         let held = Held::found(OwnLease { subnets, value: former.clone() });
         match self.store.renew(&held, &offer.value, self.ttl).await {
             Ok(Renewal::Done(held)) => self.hold(held),
-            Ok(Renewal::Lost(_)) => self.lost_race(),
+            Ok(Renewal::Lost(_) | Renewal::Answered(_)) => self.lost_race(),
             Err(error) => {
                 self.wait_for(error.finding());
                 self.next = Instant::now() + self.backoff.wait();
             }
         }
         true
+    }
+
+    /// Gives back what is ours and does not fit the config.
+    async fn return_outdated(&mut self, offer: &Offer, snapshot: &Snapshot, signed: &BTreeSet<Subnets>) {
+        for subnets in allocate::outdated(&offer.config, &snapshot.leases, &offer.value, signed) {
+            if self.given_back.contains(&subnets) {
+                continue;
+            }
+            tracing::info!(
+                "Found lease ({subnets}) for current IP ({}) but not compatible with current config, deleting",
+                allocate::holder(&offer.value)
+            );
+            self.give_back(&subnets, &offer.value).await;
+        }
+    }
+
+    /// What we have signed, but for what a copy of this host has signed with our mark and holds.
+    fn signed(&self, snapshot: &Snapshot) -> BTreeSet<Subnets> {
+        let now = Instant::now();
+        let mut signed = self.store.signed_here(snapshot);
+        signed.retain(|subnets| self.answered.get(subnets).is_none_or(|again| *again <= now));
+        signed
+    }
+
+    /// A lease with our public address whose holder has answered: two hosts have one address, and the second gets nothing.
+    fn twin(&mut self, leases: &LeaseSet, offer: &Offer) -> Option<(Subnets, Instant)> {
+        let now = Instant::now();
+        self.answered.retain(|subnets, again| *again > now && leases.leases.contains_key(subnets));
+        let alike = |subnets: &Subnets| {
+            leases.leases.get(subnets).is_some_and(|lease| allocate::same_holder(lease, &offer.value))
+        };
+        self.answered.iter().find(|(subnets, _)| alike(subnets)).map(|(subnets, again)| (*subnets, *again))
+    }
+
+    /// Another subnet than before is something to do for the operator.
+    fn tell_of_exchange(&self, now: &Subnets, offer: &Offer) {
+        let before = self.last.or(offer.previous);
+        if let Some(before) = before.filter(|before| before != now) {
+            tracing::warn!(
+                "this host has {now} instead of {before}: containers that still have addresses of {before} reach each other, \
+                 and no other host; start them again"
+            );
+        }
     }
 
     /// The leases without those of ours that are gone since.
@@ -322,30 +423,24 @@ impl Tenure {
         leases
     }
 
-    /// None if somebody else was faster.
-    async fn take(&self, choice: &Choice, offer: &Offer) -> Result<Option<Held>, StoreError> {
+    async fn take(&self, choice: &Choice, offer: &Offer) -> Result<Taken, StoreError> {
         let ip = allocate::holder(&offer.value);
+        if !self.again {
+            say(choice, offer);
+        }
         match choice {
-            Choice::Adopt(subnets) => {
-                tracing::info!("Found lease ({}) for current IP ({ip}), reusing", told(subnets));
-                match self.store.adopt(subnets, &offer.value, self.ttl).await? {
-                    Renewal::Done(held) => Ok(Some(held)),
-                    Renewal::Lost(_) => Ok(None),
-                }
-            }
+            Choice::Adopt(subnets) => match self.store.adopt(subnets, &offer.value, self.ttl).await? {
+                Renewal::Done(held) => Ok(Taken::Ours(held)),
+                Renewal::Lost(_) => Ok(Taken::Faster),
+                Renewal::Answered(_) => Ok(Taken::Answered(*subnets)),
+            },
             Choice::Reclaim(subnets) | Choice::Claim(subnets) => {
-                match choice {
-                    Choice::Reclaim(_) => {
-                        tracing::info!("Found previously leased subnet ({subnets}), reusing");
-                    }
-                    _ => picking(&offer.config),
-                }
                 match self.store.claim(subnets, &offer.value, self.ttl).await? {
                     Claim::Made(held) => {
                         tracing::info!("Allocated lease ({}) to current node ({ip}) ", told(subnets));
-                        Ok(Some(held))
+                        Ok(Taken::Ours(held))
                     }
-                    Claim::Taken => Ok(None),
+                    Claim::Taken => Ok(Taken::Faster),
                 }
             }
         }
@@ -354,6 +449,7 @@ impl Tenure {
     /// Somebody was faster: look again, soon; later and later if that goes on.
     fn lost_race(&mut self) {
         self.races = self.races.saturating_add(1);
+        self.again = true;
         let wait = match self.races {
             ..RACES_MAX => RACE_WAIT.mul_f64(fastrand::f64()),
             RACES_MAX.. => self.backoff.wait(),
@@ -366,6 +462,7 @@ impl Tenure {
         self.next = self.renewal(&held).unwrap_or_else(|| Instant::now() + self.ttl);
         let state = TenureState { own: Some(held.own.clone()), waiting: None };
         self.last = Some(held.own.subnets);
+        self.again = false;
         self.given_back.clear();
         self.gone.clear();
         self.held = Some(held);
@@ -404,12 +501,39 @@ impl Mending {
 
 const GONE: &str = "its key is gone from the store";
 
-fn taken_by(value: &LeaseValue) -> String {
-    format!("{} has written itself into it", allocate::holder(value))
+const TWIN: &str = "another host with this host's public address has it";
+
+fn taken_by(value: &LeaseValue, ours: &LeaseValue) -> String {
+    match allocate::same_holder(value, ours) {
+        true => TWIN.to_owned(),
+        false => format!("{} has written itself into it", allocate::holder(value)),
+    }
+}
+
+fn twin(subnets: &Subnets, ours: &LeaseValue) -> Finding {
+    let text = format!(
+        "{subnets} is held with {}, this host's public address, by another host, which lives: it was asked and has answered. \
+         This host gets no subnet, and asks again every {} s",
+        allocate::holder(ours),
+        ASK_AGAIN.as_secs()
+    );
+    Finding::new(Code::PUBLIC_IP_SHARED, text)
 }
 
 fn seed(subnets: &Subnets) -> u64 {
     subnets.key().bytes().fold(7, |seed, byte| seed.wrapping_mul(31).wrapping_add(u64::from(byte)))
+}
+
+fn say(choice: &Choice, offer: &Offer) {
+    match choice {
+        Choice::Adopt(subnets) => tracing::info!(
+            "Found lease ({}) for current IP ({}), reusing",
+            told(subnets),
+            allocate::holder(&offer.value)
+        ),
+        Choice::Reclaim(subnets) => tracing::info!("Found previously leased subnet ({subnets}), reusing"),
+        Choice::Claim(_) => picking(&offer.config),
+    }
 }
 
 fn picking(config: &NetworkConfig) {

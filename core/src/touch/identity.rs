@@ -1,4 +1,5 @@
-//! What a node makes once and keeps: the MACs of its VXLAN devices. A restart changes nothing on the wire.
+//! What a node makes once and keeps: the MACs of its VXLAN devices, and the mark that it signs its leases with. A restart changes
+//! nothing on the wire.
 //!
 //! **Shape** — `<state dir>/<network>/identity.json`: `{"vtep_mac": "...", "vtep_mac_v6": "..."}`.
 
@@ -36,6 +37,22 @@ pub enum IdentityError {
 struct Kept {
     vtep_mac: Mac,
     vtep_mac_v6: Mac,
+}
+
+/// By which this node knows what it wrote into the store, whatever its address was then: made once, random.
+///
+/// **Shape** — `<state dir>/<network>/node-id`: eight hexadecimal digits.
+pub fn mark(state_dir: &Path, network: &NetworkName) -> Result<u32, IdentityError> {
+    let path = state_dir.join(network.as_str()).join("node-id");
+    let read = || u32::from_str_radix(fs::read_to_string(&path).ok()?.trim(), 16).ok();
+    if let Some(kept) = read() {
+        return Ok(kept);
+    }
+    let mark = fastrand::u32(..);
+    match whole_file::write(&path, format!("{mark:08x}\n").as_bytes(), 0o644) {
+        Ok(()) => Ok(mark),
+        Err(source) => Err(IdentityError::Io { path, source }),
+    }
 }
 
 /// The identity: what an existing device says (Go's flanneld may have made it), else what was kept, else made now.
@@ -95,5 +112,16 @@ mod tests {
         assert!(read(&path) == Some(kept));
         fs::write(&path, "{").unwrap();
         assert!(read(&path).is_none());
+    }
+
+    #[test]
+    fn a_mark_is_made_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let network = NetworkName::default_network();
+        let first = mark(dir.path(), &network).unwrap();
+        assert_eq!(mark(dir.path(), &network).unwrap(), first);
+        fs::write(dir.path().join("default/node-id"), "rubbish").unwrap();
+        let again = mark(dir.path(), &network).unwrap();
+        assert_eq!(mark(dir.path(), &network).unwrap(), again);
     }
 }

@@ -82,6 +82,8 @@ catalogue! {
         "whoever can write the store would run commands here as root: if that is meant, start flanneld with --allow-extension; else choose another backend";
     EXTENSION_FAILED = 127, "a command of the extension backend failed",
         "see what it said; it is run again, later and later";
+    LEASE_FENCED = 139, "a bridge of this host has the subnet of another host's lease",
+        "start what is attached to it again, so that it gets addresses of this host's own subnet (Docker: write its options anew and restart it); or remove the lease, if that is the wrong one";
     ATTACHMENT_DRIFT = 140, "a container's place on the network is not as it was made",
         "start the container anew; the details name what is missing as the commands that would make it";
     ATTACHMENT_EXISTS = 141, "the container's interface is attached already",

@@ -159,7 +159,8 @@ fn spawn(dir: &Path, port: u16, peer: u16) -> Child {
         .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
         .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
         .args(["--initial-cluster", &format!("test={peer}"), "--logger", "zap"])
-        .args(["--heartbeat-interval", "10", "--election-timeout", "100"])
+        // A crash is the process's here, not the machine's.
+        .args(["--heartbeat-interval", "10", "--election-timeout", "100", "--unsafe-no-fsync"])
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
         .stderr(log)
@@ -286,6 +287,7 @@ pub(crate) fn done(renewal: Renewal) -> Held {
     match renewal {
         Renewal::Done(held) => held,
         Renewal::Lost(holder) => panic!("lost to {holder:?}"),
+        Renewal::Answered(holder) => panic!("{holder:?} lives"),
     }
 }
 

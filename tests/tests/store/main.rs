@@ -4,7 +4,10 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic, and so may what only tests call")]
 
 mod contract;
+mod crowd;
 mod directory;
 mod etcd;
 mod fixture;
+mod gate;
 mod tenure;
+mod twins;

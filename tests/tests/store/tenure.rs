@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use flannel_core::run::store::{NetworkStore, Snapshot};
 use flannel_core::run::tenure::{Offer, Tenure, TenureState};
 use flannel_core::words::code::Code;
 use flannel_core::words::config::NetworkConfig;
@@ -33,7 +34,7 @@ both!(
     a_subnet_of_a_broken_key_is_nobodys,
 );
 
-const WIDE: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#;
+pub(crate) const WIDE: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#;
 /// /25 from 10.100.0.0 up to and with the one that is put in.
 const NARROW: &str = r#"{"Network":"10.100.0.0/16","SubnetLen":25,"SubnetMin":"10.100.0.0","SubnetMax":"LAST","Backend":{"Type":"vxlan"}}"#;
 
@@ -41,23 +42,37 @@ fn narrow(last: &str) -> String {
     NARROW.replace("LAST", last)
 }
 
-fn offer(config: &str, value: LeaseValue) -> Offer {
+pub(crate) fn offer(config: &str, value: LeaseValue) -> Offer {
     let config = Arc::new(NetworkConfig::parse(config).unwrap().config);
     Offer { config, value, previous: None, former: None, avoid: Vec::new() }
 }
 
 /// A node that wants a lease. It stops, and leaves its lease, when it is dropped.
-struct Node {
-    offers: watch::Sender<Option<Offer>>,
-    state: watch::Receiver<TenureState>,
+pub(crate) struct Node {
+    pub(crate) offers: watch::Sender<Option<Offer>>,
+    pub(crate) state: watch::Receiver<TenureState>,
 }
 
 impl Node {
-    fn with(fixture: &Fixture, offer: Offer, margin: Duration, ttl: Duration) -> Self {
-        let store = fixture.network();
+    /// One that reaches the store in its own way, or signs.
+    pub(crate) fn at(store: &NetworkStore, offer: Offer, margin: Duration, ttl: Duration) -> Self {
+        Self::watching(store, store.watch(), offer, margin, ttl)
+    }
+
+    pub(crate) fn watching(
+        store: &NetworkStore,
+        snapshots: watch::Receiver<Snapshot>,
+        offer: Offer,
+        margin: Duration,
+        ttl: Duration,
+    ) -> Self {
         let (offers, offered) = watch::channel(Some(offer));
-        let state = Tenure::spawn_with(store.clone(), store.watch(), offered, margin, ttl);
+        let state = Tenure::spawn_with(store.clone(), snapshots, offered, margin, ttl);
         Self { offers, state }
+    }
+
+    fn with(fixture: &Fixture, offer: Offer, margin: Duration, ttl: Duration) -> Self {
+        Self::at(&fixture.network(), offer, margin, ttl)
     }
 
     fn new(fixture: &Fixture, config: &str, ip: &str) -> Self {
@@ -65,11 +80,11 @@ impl Node {
     }
 
     /// Waits until it holds something.
-    async fn holds(&mut self) -> OwnLease {
+    pub(crate) async fn holds(&mut self) -> OwnLease {
         until(&mut self.state, "a lease", |state| state.own.is_some()).await.own.unwrap()
     }
 
-    async fn waits_for(&mut self, code: Code) {
+    pub(crate) async fn waits_for(&mut self, code: Code) {
         until(&mut self.state, "that it waits", |state| {
             state.own.is_none() && state.waiting.as_ref().is_some_and(|finding| finding.code == code)
         })
@@ -77,7 +92,7 @@ impl Node {
     }
 
     /// Everything it says from now on.
-    fn record(&self) -> tokio::task::JoinHandle<Vec<TenureState>> {
+    pub(crate) fn record(&self) -> tokio::task::JoinHandle<Vec<TenureState>> {
         let mut state = self.state.clone();
         state.mark_unchanged();
         tokio::spawn(async move {
@@ -94,7 +109,7 @@ impl Node {
 }
 
 /// Waits until something in the store is as wanted.
-async fn eventually(what: &str, mut wanted: impl FnMut() -> bool) {
+pub(crate) async fn eventually(what: &str, mut wanted: impl FnMut() -> bool) {
     let deadline = Instant::now() + SOON;
     while !wanted() {
         assert!(Instant::now() < deadline, "waited {SOON:?} for: {what}");

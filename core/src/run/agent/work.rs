@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::memory::Memory;
 use super::{Command, Leased, Status, WAIT, gateway};
-use crate::decide::firewall;
+use crate::decide::{changes, firewall};
 use crate::run::extension::Extension;
 use crate::run::hold::{self, Hold};
 use crate::run::kernel_events::KernelEvents;
@@ -22,8 +22,10 @@ use crate::run::reconcile::{Inputs, Look, Outcome, Place, Reconciler, backoff};
 use crate::run::retire;
 use crate::run::settings::AgentSettings;
 use crate::run::store::Snapshot;
+use crate::run::store::sign::NodeMark;
 use crate::run::survey::{self, Survey};
 use crate::run::tenure::{Offer, Tenure, TenureState};
+use crate::touch::identity;
 use crate::touch::other_agents::OtherAgent;
 use crate::touch::subnet_env::SubnetEnv;
 use crate::words::addr::{Family, Prefix};
@@ -100,7 +102,7 @@ pub(super) struct Work {
 
 impl Work {
     pub(super) fn start(
-        settings: AgentSettings,
+        mut settings: AgentSettings,
         publish: watch::Sender<Status>,
         hold: Hold,
     ) -> Result<Self, std::io::Error> {
@@ -108,6 +110,10 @@ impl Work {
         let reconciler = Reconciler::start(place, settings.exposure.clone(), settings.counters.clone())?;
         let kernel_notice = Arc::new(Notify::new());
         let memory = Memory::read(settings.state_dir.clone(), settings.network.clone());
+        match identity::mark(&settings.state_dir, &settings.network) {
+            Ok(mark) => settings.store = settings.store.signed_by(NodeMark(mark)),
+            Err(error) => tracing::warn!("leases are not signed: {}", crate::act::pass::chain(&error)),
+        }
         let (offer, offered) = watch::channel(None);
         let snapshots = settings.store.watch();
         let tenure = Tenure::spawn(settings.store.clone(), snapshots.clone(), offered, settings.renew_margin);
@@ -285,6 +291,12 @@ impl Work {
                     tracing::warn!(%network, "{finding}");
                 }
                 tracing::info!(%network, "Found network config - Backend type: {}", parsed.config.backend.name());
+                if let Some(before) = &self.config {
+                    let changes = changes::between(before, &parsed.config);
+                    if !changes.is_empty() {
+                        tracing::info!(%network, "the network config has changed: {}", changes.join(", "));
+                    }
+                }
                 if self.config.as_deref() != Some(&parsed.config) {
                     self.former.extend(self.config.iter().flat_map(|config| config.cidrs()));
                     self.survey_due = true;

@@ -21,6 +21,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
 use super::shelf::{Shelf, publish_down};
+use super::sign::Sign;
 use super::{CALL_DEADLINE, Claim, Created, Held, Renewal, Snapshot, StoreError};
 use crate::decide::allocate::same_holder;
 use crate::touch::whole_file;
@@ -425,7 +426,7 @@ impl Locked {
         shelf.config(document.as_deref());
         for key in self.keys()? {
             match present(fs::read(self.path(&key))) {
-                Ok(Some(value)) => shelf.put(&key, &value),
+                Ok(Some(value)) => shelf.put(&key, &value, Sign::Unsigned),
                 Ok(None) => {}
                 // A directory by that name, for example.
                 Err(error) => shelf.unreadable(&key, &error),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+use super::sign::{Sign, Signs};
 use super::{Snapshot, StoreError};
 use crate::decide::allocate;
 use crate::words::code::Code;
@@ -22,6 +23,10 @@ pub(super) struct Shelf {
     sound: Arc<LeaseSet>,
     /// Every other key.
     odd: BTreeMap<String, Odd>,
+    /// Who has signed those that are sound.
+    signs: Arc<Signs>,
+    /// Whether the receivers may not have seen them yet.
+    resigned: bool,
     /// Whether the receivers may not have seen it yet. True of a new shelf: an empty one is news, too.
     changed: bool,
 }
@@ -44,7 +49,14 @@ enum Odd {
 impl Shelf {
     /// Nothing has been read yet.
     pub(super) fn new() -> Self {
-        Self { config: None, sound: Arc::default(), odd: BTreeMap::new(), changed: true }
+        Self {
+            config: None,
+            sound: Arc::default(),
+            odd: BTreeMap::new(),
+            signs: Arc::default(),
+            resigned: true,
+            changed: true,
+        }
     }
 
     /// Sets or removes the config.
@@ -54,11 +66,13 @@ impl Shelf {
         self.config = text;
     }
 
-    /// Adds or replaces a key below `subnets/`.
-    pub(super) fn put(&mut self, key: &str, value: &[u8]) {
+    /// Adds or replaces a key below `subnets/`. That a holder has renewed what it holds is no news; that somebody else has
+    /// written it is.
+    pub(super) fn put(&mut self, key: &str, value: &[u8], sign: Sign) {
         match read(key, value) {
             Entry::Sound(subnets, value) => {
                 self.changed |= self.odd.remove(key).is_some();
+                self.sign(subnets, sign);
                 if self.sound.leases.get(&subnets) != Some(&value) {
                     Arc::make_mut(&mut self.sound).leases.insert(subnets, value);
                     self.changed = true;
@@ -66,6 +80,19 @@ impl Shelf {
             }
             Entry::Odd(odd) => self.put_odd(key, odd),
         }
+    }
+
+    fn sign(&mut self, subnets: Subnets, sign: Sign) {
+        if self.signs.get(&subnets).copied().unwrap_or(Sign::Unsigned) != sign {
+            let signs = Arc::make_mut(&mut self.signs);
+            match sign {
+                Sign::Unsigned => drop(signs.remove(&subnets)),
+                sign => drop(signs.insert(subnets, sign)),
+            }
+            self.resigned = true;
+        }
+        // Who asks twice is answered twice.
+        self.resigned |= matches!(sign, Sign::Asks(_));
     }
 
     /// Adds a key below `subnets/` whose value could not be read at all.
@@ -92,6 +119,7 @@ impl Shelf {
         let subnets = Subnets::parse_key(key).ok().filter(|subnets| subnets.key() == key);
         if let Some(subnets) = subnets.filter(|subnets| self.sound.leases.contains_key(subnets)) {
             Arc::make_mut(&mut self.sound).leases.remove(&subnets);
+            self.sign(subnets, Sign::Unsigned);
             self.changed = true;
         }
     }
@@ -99,6 +127,7 @@ impl Shelf {
     /// Tells the receivers, if anything they can see has changed. `revision` is that of the leases.
     pub(super) fn publish(&mut self, sender: &watch::Sender<Snapshot>, revision: i64) {
         let changed = std::mem::take(&mut self.changed);
+        let resigned = std::mem::take(&mut self.resigned);
         sender.send_if_modified(|snapshot| {
             let mut modified = !snapshot.known || snapshot.down.is_some();
             if changed {
@@ -109,6 +138,11 @@ impl Shelf {
                     || snapshot.revision != revision;
                 snapshot.config.clone_from(&self.config);
                 snapshot.leases = leases;
+            }
+            if resigned {
+                let asked = self.signs.values().any(|sign| matches!(sign, Sign::Asks(_)));
+                modified |= snapshot.signs != self.signs || asked;
+                snapshot.signs = self.signs.clone();
             }
             snapshot.known = true;
             snapshot.down = None;
@@ -178,6 +212,7 @@ fn read(key: &str, value: &[u8]) -> Entry {
 
 #[cfg(test)]
 mod tests {
+    use super::super::sign::NodeMark;
     use super::*;
 
     const VALUE: &[u8] = br#"{"PublicIP":"1.2.3.4","PublicIPv6":null}"#;
@@ -185,9 +220,9 @@ mod tests {
     #[test]
     fn a_malformed_key_costs_nobody_else_its_lease() {
         let mut shelf = Shelf::new();
-        shelf.put("10.5.1.0-24", VALUE);
-        shelf.put("garbage", VALUE);
-        shelf.put("10.5.2.0-24", b"{");
+        shelf.put("10.5.1.0-24", VALUE, Sign::Unsigned);
+        shelf.put("garbage", VALUE, Sign::Unsigned);
+        shelf.put("10.5.2.0-24", b"{", Sign::Unsigned);
         let set = shelf.leases();
         assert_eq!(set.leases.len(), 1);
         assert_eq!(set.findings.len(), 2);
@@ -201,14 +236,41 @@ mod tests {
     fn a_renewal_that_changes_nothing_wakes_nobody_but_counts() {
         let (sender, mut receiver) = watch::channel(Snapshot::default());
         let mut shelf = Shelf::new();
-        shelf.put("10.5.1.0-24", VALUE);
+        shelf.put("10.5.1.0-24", VALUE, Sign::Unsigned);
         shelf.publish(&sender, 3);
         assert!(receiver.has_changed().unwrap());
         receiver.mark_unchanged();
-        shelf.put("10.5.1.0-24", VALUE);
+        shelf.put("10.5.1.0-24", VALUE, Sign::Unsigned);
         shelf.publish(&sender, 4);
         assert!(!receiver.has_changed().unwrap());
         assert_eq!(receiver.borrow().revision, 4);
+    }
+
+    #[test]
+    fn another_hand_is_news_a_renewal_by_the_same_is_not() {
+        let (sender, mut receiver) = watch::channel(Snapshot::default());
+        let mut shelf = Shelf::new();
+        let (a, b) = (NodeMark(1), NodeMark(2));
+        let signs = [
+            (Sign::Holds(a), true),
+            (Sign::Holds(a), false),
+            (Sign::Asks(b), true),
+            (Sign::Asks(b), true),
+            (Sign::Holds(b), true),
+            (Sign::Unsigned, true),
+            (Sign::Unsigned, false),
+        ];
+        for (revision, (sign, news)) in signs.into_iter().enumerate() {
+            shelf.put("10.5.1.0-24", VALUE, sign);
+            shelf.publish(&sender, revision as i64);
+            assert_eq!(receiver.has_changed().unwrap(), news, "{revision}: {sign:?}");
+            let told = receiver.borrow_and_update().signs.values().next().copied();
+            assert_eq!(told.unwrap_or(Sign::Unsigned), sign);
+        }
+        shelf.put("10.5.1.0-24", VALUE, Sign::Holds(a));
+        shelf.delete("10.5.1.0-24");
+        shelf.publish(&sender, 9);
+        assert!(receiver.borrow().signs.is_empty());
     }
 
     #[test]
@@ -217,7 +279,7 @@ mod tests {
         let mut shelf = Shelf::new();
         shelf.publish(&sender, 3);
         receiver.mark_unchanged();
-        shelf.put("10.5.1.0-24", VALUE);
+        shelf.put("10.5.1.0-24", VALUE, Sign::Unsigned);
         shelf.delete("10.5.1.0-24");
         shelf.publish(&sender, 5);
         assert!(receiver.has_changed().unwrap());
@@ -227,7 +289,7 @@ mod tests {
     fn when_the_store_is_away_the_last_set_stays_and_the_same_cause_is_said_once() {
         let (sender, receiver) = watch::channel(Snapshot::default());
         let mut shelf = Shelf::new();
-        shelf.put("10.5.1.0-24", VALUE);
+        shelf.put("10.5.1.0-24", VALUE, Sign::Unsigned);
         shelf.publish(&sender, 3);
         let error = StoreError::Unreachable { tried: "list", causes: "x: connection refused".into() };
         assert!(publish_down(&sender, &error));
@@ -241,8 +303,8 @@ mod tests {
     #[test]
     fn the_key_in_our_own_form_counts() {
         let mut shelf = Shelf::new();
-        shelf.put("10.5.1.0-24", VALUE);
-        shelf.put("10.5.1.7-24", br#"{"PublicIP":"9.9.9.9"}"#);
+        shelf.put("10.5.1.0-24", VALUE, Sign::Unsigned);
+        shelf.put("10.5.1.7-24", br#"{"PublicIP":"9.9.9.9"}"#, Sign::Unsigned);
         let set = shelf.leases();
         let (first, subnets) = (set.clone(), &Subnets::parse_key("10.5.1.0-24").unwrap());
         let [(_, value)] = first.leases.iter().collect::<Vec<_>>()[..] else { panic!("{set:?}") };
@@ -263,7 +325,7 @@ mod tests {
     fn a_store_that_was_emptied_is_news() {
         let (sender, receiver) = watch::channel(Snapshot::default());
         let mut shelf = Shelf::new();
-        shelf.put("10.5.1.0-24", VALUE);
+        shelf.put("10.5.1.0-24", VALUE, Sign::Unsigned);
         shelf.config(Some(b"{}"));
         shelf.publish(&sender, 30);
         Shelf::new().publish(&sender, 2);

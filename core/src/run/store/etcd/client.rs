@@ -1,16 +1,17 @@
 //! The connection: one endpoint at a time, a deadline on every call, errors that name endpoint and cause.
 
 use std::error::Error as _;
-use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use etcd_client::{Certificate, Client, ConnectOptions, Error, Identity, KvClient, TlsOptions};
+use etcd_client::{Client, ConnectOptions, Error, KvClient};
 use tokio::sync::{Mutex, watch};
 use tokio::time::{Instant, timeout};
 
 use super::EtcdSettings;
+use super::cause::cause;
+use super::tls::Tls;
 use crate::run::health::Counters;
 use crate::run::store::{CALL_DEADLINE, StoreError};
 
@@ -26,9 +27,6 @@ const PATIENCE_MIN: Duration = Duration::from_millis(350);
 
 /// Largest answer that is read. gRPC's default of 4 MiB ends at some 15,000 leases.
 const ANSWER_MAX: usize = 256 << 20;
-
-/// How rustls says that the server refused us, and how hyper says that it hung up.
-const REJECTED: [&str; 2] = ["received fatal alert", "connection closed"];
 
 /// gRPC codes (google.rpc.Code) that say "ask another one": unknown (broken transport), deadline exceeded, unavailable.
 const ELSEWHERE: [i32; 3] = [2, 4, 14];
@@ -46,10 +44,29 @@ pub(super) struct Cluster {
 
 struct Endpoint {
     url: String,
-    /// Whether we show no certificate on a connection that is TLS.
-    anonymous: bool,
     options: ConnectOptions,
-    client: Mutex<Option<Client>>,
+    /// For https.
+    tls: Option<Arc<Tls>>,
+    client: Mutex<Option<Connection>>,
+}
+
+/// A client, and which of the certificates it has.
+struct Connection {
+    client: Client,
+    generation: u64,
+}
+
+/// Why a call on one endpoint failed.
+enum Failure {
+    Call(Error),
+    /// What it takes to connect cannot be read.
+    Settings(StoreError),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Call(error)
+    }
 }
 
 impl std::fmt::Debug for Cluster {
@@ -61,7 +78,7 @@ impl std::fmt::Debug for Cluster {
 
 impl Cluster {
     pub(super) fn new(settings: &EtcdSettings) -> Result<Self, StoreError> {
-        let tls = tls(settings)?;
+        let tls = Tls::new(settings)?.map(Arc::new);
         let mut options = ConnectOptions::new()
             .with_connect_timeout(CONNECT)
             .with_keep_alive(PING.0, PING.1)
@@ -94,12 +111,8 @@ impl Cluster {
                     });
                 }
                 // As upstream: certificates given for a plain endpoint are not used.
-                let options = match &tls {
-                    Some(tls) if secure => options.clone().with_tls(tls.clone()),
-                    _ => options.clone(),
-                };
-                let anonymous = secure && settings.certfile.is_none();
-                Ok(Endpoint { url, anonymous, options, client: Mutex::new(None) })
+                let tls = tls.clone().filter(|_| secure);
+                Ok(Endpoint { url, options: options.clone(), tls, client: Mutex::new(None) })
             })
             .collect::<Result<_, _>>()?;
         match endpoints.is_empty() {
@@ -170,14 +183,15 @@ impl Cluster {
             let left = u32::try_from(count - step).unwrap_or(u32::MAX);
             let patience = (deadline.saturating_duration_since(Instant::now()) / left).max(PATIENCE_MIN);
             let endpoint = &self.endpoints[at];
-            let attempt = timeout(patience, async { call(endpoint.client().await?).await }).await;
+            let attempt = timeout(patience, endpoint.attempt(&call)).await;
             let cause = match attempt {
                 Ok(Ok(answer)) => {
                     self.current.store(at, Ordering::Relaxed);
                     return Ok(answer);
                 }
-                Ok(Err(error)) if elsewhere(&error) => cause(&error),
-                Ok(Err(error)) => {
+                Ok(Err(Failure::Settings(error))) => return Err(error),
+                Ok(Err(Failure::Call(error))) if elsewhere(&error) => cause(&error),
+                Ok(Err(Failure::Call(error))) => {
                     let endpoint = endpoint.url.clone();
                     return Err(StoreError::Refused { tried, endpoint, cause: cause(&error) });
                 }
@@ -193,14 +207,37 @@ impl Cluster {
 }
 
 impl Endpoint {
+    async fn attempt<T, F>(&self, call: &impl Fn(Client) -> F) -> Result<T, Failure>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        match call(self.client().await?).await {
+            // Users or roles were changed since we got our token; the library asks for a new one only when it has expired.
+            Err(error) if error.to_string().contains("revision of auth store is old") => {
+                self.forget().await;
+                Ok(call(self.client().await?).await?)
+            }
+            answer => Ok(answer?),
+        }
+    }
+
     /// Lazy: without a user nothing is sent before the first call.
-    async fn client(&self) -> Result<Client, Error> {
-        let mut client = self.client.lock().await;
-        if let Some(client) = &*client {
+    async fn client(&self) -> Result<Client, Failure> {
+        let mut options = self.options.clone();
+        let mut generation = 0;
+        if let Some(tls) = &self.tls {
+            let (now, tls) = tls.current().await.map_err(Failure::Settings)?;
+            (generation, options) = (now, options.with_tls(tls));
+        }
+        let mut connection = self.client.lock().await;
+        if let Some(Connection { client, .. }) =
+            connection.as_ref().filter(|connection| connection.generation == generation)
+        {
             return Ok(client.clone());
         }
-        let made = Client::connect([&self.url], Some(self.options.clone())).await?;
-        Ok(client.insert(made).clone())
+        let client = Client::connect([&self.url], Some(options)).await?;
+        *connection = Some(Connection { client: client.clone(), generation });
+        Ok(client)
     }
 
     /// The next call gets a new connection: this one may come from an address that this host has no more, and nobody would
@@ -212,11 +249,8 @@ impl Endpoint {
     /// The cause with its endpoint. A server that wants a certificate and gets none says so after the handshake of TLS 1.3,
     /// in an alert that may be lost with the connection.
     fn told(&self, cause: &str) -> String {
-        let hint = match self.anonymous && REJECTED.iter().any(|rejected| cause.contains(rejected)) {
-            true => " (if it asks for client certificates, give --etcd-certfile and --etcd-keyfile)",
-            false => "",
-        };
-        format!("{}: {cause}{hint}", self.url)
+        let hint = self.tls.as_ref().and_then(|tls| tls.hint(cause));
+        format!("{}: {cause}{}", self.url, hint.map(|hint| format!(" ({hint})")).unwrap_or_default())
     }
 }
 
@@ -242,80 +276,6 @@ fn elsewhere(error: &Error) -> bool {
     }
 }
 
-/// The innermost cause, in a few words.
-pub(super) fn cause(error: &Error) -> String {
-    let outer = match error {
-        Error::GRpcStatus(status) => {
-            let mut inner = status.source();
-            while let Some(next) = inner.and_then(std::error::Error::source) {
-                inner = Some(next);
-            }
-            return inner.map_or_else(|| status.message().to_owned(), ToString::to_string);
-        }
-        Error::TransportError(error) => error.source(),
-        _ => None,
-    };
-    let mut inner = outer;
-    while let Some(next) = inner.and_then(std::error::Error::source) {
-        inner = Some(next);
-    }
-    inner.map_or_else(|| error.to_string(), ToString::to_string)
-}
-
-/// Certificates. An authority alone is enough; our own certificate needs its key.
-fn tls(settings: &EtcdSettings) -> Result<Option<TlsOptions>, StoreError> {
-    let EtcdSettings { cafile, certfile, keyfile, endpoints, .. } = settings;
-    let mut tls = TlsOptions::new();
-    let secure = endpoints.iter().any(|url| url.starts_with("https://"));
-    if let Some(path) = cafile {
-        tls = tls.ca_certificate(Certificate::from_pem(read("etcd-cafile", path)?));
-    } else if secure {
-        let roots = system_roots(std::env::var_os("SSL_CERT_FILE").map(PathBuf::from))?;
-        tls = tls.ca_certificate(Certificate::from_pem(read("the system's authorities", &roots)?));
-    }
-    match (certfile, keyfile) {
-        (Some(cert), Some(key)) => {
-            tls = tls.identity(Identity::from_pem(read("etcd-certfile", cert)?, read("etcd-keyfile", key)?));
-        }
-        (None, None) => {}
-        (Some(_), None) | (None, Some(_)) => {
-            return Err(StoreError::Settings {
-                what: "etcd-certfile and etcd-keyfile".into(),
-                cause: "one is given without the other".into(),
-            });
-        }
-    }
-    Ok((cafile.is_some() || secure).then_some(tls))
-}
-
-/// Where distributions keep the authorities that they trust, in one file; as Go looks for them.
-const SYSTEM_ROOTS: [&str; 6] = [
-    "/etc/ssl/certs/ca-certificates.crt",
-    "/etc/pki/tls/certs/ca-bundle.crt",
-    "/etc/ssl/ca-bundle.pem",
-    "/etc/pki/tls/cacert.pem",
-    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
-    "/etc/ssl/cert.pem",
-];
-
-/// The file with the system's authorities; `named` (SSL_CERT_FILE) outweighs the usual places.
-fn system_roots(named: Option<PathBuf>) -> Result<PathBuf, StoreError> {
-    let usual = || SYSTEM_ROOTS.iter().map(PathBuf::from).find(|path| path.exists());
-    named.or_else(usual).ok_or_else(|| StoreError::Settings {
-        what: "etcd endpoints".into(),
-        cause: "https without --etcd-cafile needs the system's authorities, and there are none (on Debian: package \
-                ca-certificates)"
-            .into(),
-    })
-}
-
-fn read(flag: &str, path: &Path) -> Result<Vec<u8>, StoreError> {
-    std::fs::read(path).map_err(|source| StoreError::Settings {
-        what: format!("{flag} {}", PathBuf::from(path).display()),
-        cause: source.to_string(),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -332,7 +292,6 @@ mod tests {
         assert!(refused(with("unix:///x")).contains("http://"));
         let userinfo = refused(with("https://root:hunter2@a:1"));
         assert!(userinfo.contains("--etcd-username") && !userinfo.contains("hunter2"), "{userinfo}");
-        assert_eq!(system_roots(Some("/x/ca.pem".into())).unwrap(), PathBuf::from("/x/ca.pem"));
         let missing = EtcdSettings { cafile: Some("/nowhere/ca.pem".into()), ..with("https://a:1") };
         assert!(refused(missing).starts_with("etcd-cafile /nowhere/ca.pem: "));
         assert!(

@@ -3,13 +3,15 @@
 use std::time::Duration;
 
 use etcd_client::{
-    Client, Error, EventType, GetOptions, Txn, TxnOp, WatchOptions, WatchResponse, WatchStream,
+    Client, Error, EventType, GetOptions, KeyValue, Txn, TxnOp, WatchOptions, WatchResponse, WatchStream,
 };
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::cause::cause;
 use super::{EtcdStore, Keys, all_found, client, revision, text};
 use crate::run::store::shelf::{Shelf, publish_down};
+use crate::run::store::sign::Sign;
 use crate::run::store::{Backoff, Snapshot, StoreError};
 use crate::words::name::NetworkName;
 
@@ -97,7 +99,7 @@ impl EtcdStore {
             let mut seen = match stream.message().await {
                 Ok(Some(message)) => message,
                 Ok(None) => return Ok(Ended::Broken("the server closed it".into())),
-                Err(error) => return Ok(Ended::Broken(client::cause(&error))),
+                Err(error) => return Ok(Ended::Broken(cause(&error))),
             };
             let gathered = Instant::now();
             let pause = if gathered - told > GATHER_MAX { Duration::ZERO } else { GATHER };
@@ -134,8 +136,8 @@ impl EtcdStore {
         let txn = Txn::new().and_then([TxnOp::get(config, None), TxnOp::get(subnets, all)]);
         let answer = self.txn("read the network", txn).await?;
         let mut shelf = Shelf::new();
-        for kv in all_found(&answer) {
-            put(keys, &mut shelf, kv.key(), kv.value());
+        for kv in &all_found(&answer) {
+            put(keys, &mut shelf, kv);
         }
         Ok((shelf, revision(&answer)))
     }
@@ -158,11 +160,11 @@ impl EtcdStore {
     }
 }
 
-fn put(keys: &Keys, shelf: &mut Shelf, key: &[u8], value: &[u8]) {
-    let key = text(key);
+fn put(keys: &Keys, shelf: &mut Shelf, kv: &KeyValue) {
+    let key = text(kv.key());
     match key.strip_prefix(&keys.subnets) {
-        Some(lease) => shelf.put(lease, value),
-        None if key == keys.config => shelf.config(Some(value)),
+        Some(lease) => shelf.put(lease, kv.value(), Sign::of(kv.lease())),
+        None if key == keys.config => shelf.config(Some(kv.value())),
         None => {}
     }
 }
@@ -177,7 +179,7 @@ fn apply(keys: &Keys, shelf: &mut Shelf, message: &WatchResponse) -> i64 {
             last = last.max(kv.mod_revision());
         }
         match event.event_type() {
-            EventType::Put => put(keys, shelf, kv.key(), kv.value()),
+            EventType::Put => put(keys, shelf, kv),
             EventType::Delete => {
                 let key = text(kv.key());
                 match key.strip_prefix(&keys.subnets) {
