@@ -272,6 +272,7 @@ pub(crate) fn vni_of(config: &NetworkConfig) -> Option<Vni> {
         BackendConfig::Alloc
         | BackendConfig::HostGw
         | BackendConfig::Udp(_)
+        | BackendConfig::Ipsec(_)
         | BackendConfig::Extension(_) => None,
     }
 }

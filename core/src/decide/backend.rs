@@ -6,6 +6,7 @@
 mod alloc;
 mod extension;
 mod host_gw;
+mod ipsec;
 mod udp;
 mod vxlan;
 
@@ -41,6 +42,7 @@ pub fn of(config: &BackendConfig) -> Box<dyn Backend> {
         BackendConfig::Alloc => Box::new(alloc::Alloc),
         BackendConfig::Extension(options) => Box::new(extension::Extension::new(options.clone())),
         BackendConfig::HostGw => Box::new(host_gw::HostGw),
+        BackendConfig::Ipsec(options) => Box::new(ipsec::Ipsec::new(options.clone())),
         BackendConfig::Udp(options) => Box::new(udp::Udp::new(options.clone())),
         BackendConfig::Vxlan(options) => Box::new(vxlan::Vxlan::new(options.clone())),
     }

@@ -8,6 +8,7 @@
 mod backend;
 mod document;
 mod extension;
+mod ipsec;
 
 use std::net::IpAddr;
 
@@ -134,8 +135,9 @@ impl NetworkConfig {
             nftables: document.get("EnableNFTables").map(|v| v.bool()).transpose()?.unwrap_or(false),
             backend: backend::read(&document, &mut findings)?,
         };
-        if config.v4.is_none() && matches!(config.backend, BackendConfig::Udp(_)) {
-            return Err(ConfigError::Missing { key: "Network", cause: "backend udp carries IPv4 only" });
+        if config.v4.is_none() && matches!(config.backend, BackendConfig::Udp(_) | BackendConfig::Ipsec(_)) {
+            let cause = "the backend carries IPv4 only";
+            return Err(ConfigError::Missing { key: "Network", cause });
         }
         Ok(Parsed { config, findings })
     }

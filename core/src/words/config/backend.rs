@@ -3,9 +3,10 @@
 use serde_json::json;
 
 use super::document::Document;
-use super::{ConfigError, extension};
+use super::{ConfigError, extension, ipsec};
 use crate::words::code::Code;
 use crate::words::extension::ExtensionConfig;
+use crate::words::ipsec::IpsecConfig;
 use crate::words::report::Finding;
 use crate::words::units::{Mtu, Port, Vni};
 
@@ -20,6 +21,8 @@ pub enum BackendConfig {
     Vxlan(VxlanConfig),
     /// Whole packets in UDP, carried by this program itself.
     Udp(UdpConfig),
+    /// Encrypted by the kernel, with keys that charon agrees on.
+    Ipsec(IpsecConfig),
     /// By commands of the operator's.
     Extension(ExtensionConfig),
 }
@@ -32,6 +35,7 @@ impl BackendConfig {
             Self::HostGw => "host-gw",
             Self::Vxlan(_) => "vxlan",
             Self::Udp(_) => "udp",
+            Self::Ipsec(_) => "ipsec",
             Self::Extension(_) => "extension",
         }
     }
@@ -83,9 +87,9 @@ impl Default for VxlanConfig {
 const VXLAN_KEYS: &[&str] = &["Type", "VNI", "Port", "GBP", "Learning", "DirectRouting", "MTU"];
 const UDP_KEYS: &[&str] = &["Type", "Port"];
 /// The types there are, as errors list them.
-const BUILT: &str = "alloc, extension, host-gw, udp, vxlan";
+const BUILT: &str = "alloc, extension, host-gw, ipsec, udp, vxlan";
 /// Upstream's types that this software does not have yet.
-const NOT_BUILT: &[&str] = &["ipip", "wireguard", "ipsec", "tencent-vpc"];
+const NOT_BUILT: &[&str] = &["ipip", "wireguard", "tencent-vpc"];
 
 pub(super) fn read(
     document: &Document<'_>,
@@ -113,6 +117,7 @@ pub(super) fn read(
             findings.extend(options.unknown_keys(UDP_KEYS));
             udp(&options).map(BackendConfig::Udp)
         }
+        "ipsec" => ipsec::read(&options, findings).map(BackendConfig::Ipsec),
         "extension" => extension::read(&options, findings).map(BackendConfig::Extension),
         name if NOT_BUILT.contains(&name) => {
             Err(kind.error(format!("backend {name} is not built yet; this version has {BUILT}")))
@@ -160,6 +165,7 @@ pub(super) fn write(config: &BackendConfig) -> serde_json::Map<String, serde_jso
                 backend.extend(commands);
             }
         }
+        BackendConfig::Ipsec(ipsec) => ipsec::write(ipsec, &mut backend),
         BackendConfig::Udp(udp) => put_port(&mut backend, udp.port, Port::UDP_BACKEND),
         BackendConfig::Vxlan(vxlan) => put_vxlan(&mut backend, vxlan),
     }
