@@ -150,6 +150,7 @@ impl FakeWorld {
                 self.link(*link).ok_or(libc::ENOENT)?;
             }
             Fact::Sysctl(_)
+            | Fact::SharedChain(_)
             | Fact::Table(_)
             | Fact::Accept(_)
             | Fact::Guard(_)
@@ -396,6 +397,10 @@ impl FakeWorld {
                 Fact::Route(route) => territory.holds_route(&ours, route),
                 Fact::Policy(policy) => territory.holds_policy(policy),
                 Fact::Table(table) => territory.holds_table(&table.name),
+                Fact::SharedChain(chain) => {
+                    let ours = |one| territory.cidrs.iter().any(|cidr| cidr.overlaps(&one));
+                    territory.shared_chains && chain.cidrs().any(ours)
+                }
                 Fact::Blackhole(blackhole) => {
                     territory.holds_blackhole(&blackhole.destination, RouteProtocol::FLANNEL)
                 }

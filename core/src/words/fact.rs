@@ -9,6 +9,7 @@ mod link;
 mod policy;
 mod port;
 mod route;
+pub mod shared_chain;
 
 use std::net::IpAddr;
 
@@ -21,6 +22,7 @@ pub use link::{Ipip, Link, LinkKind, LinkModes, VethPeer, Vxlan};
 pub use policy::{Policy, PolicyDirection};
 pub use port::{BridgePort, Guard, PortVlans, VlanMember};
 pub use route::{Blackhole, Route, RouteExtras, RouteProtocol, RouteScope, RouteTable};
+use shared_chain::{ChainName, SharedChain};
 
 /// One thing that is true of a kernel, or should be. Holds only fields that we set; a `None` in a desired fact means
 /// that any value will do.
@@ -42,6 +44,8 @@ pub enum Fact {
     Neighbor(Neighbor),
     /// A forwarding database entry of a VXLAN device.
     Forward(Forward),
+    /// Our rules in one of upstream's chains.
+    SharedChain(Box<SharedChain>),
     /// An nftables table of ours.
     Table(Box<Table>),
     /// Traffic from and to a network is accepted by the FORWARD chain that iptables keeps, through our chain
@@ -78,6 +82,8 @@ pub enum Key {
     Neighbor(LinkName, IpAddr),
     /// A MAC behind a VXLAN device.
     Forward(LinkName, Mac),
+    /// A chain of upstream's. Before the tables: whoever moves from one to the other is never without rules.
+    SharedChain(ChainName),
     /// A table.
     Table(TableName),
     /// A network in the FORWARD chain.
@@ -159,6 +165,7 @@ impl Fact {
             Self::Address(address) => Key::Address(address.link, address.address),
             Self::Neighbor(neighbor) => Key::Neighbor(neighbor.link, neighbor.ip),
             Self::Forward(forward) => Key::Forward(forward.link, forward.mac),
+            Self::SharedChain(chain) => Key::SharedChain(chain.name),
             Self::Table(table) => Key::Table(table.name.clone()),
             Self::Accept(accept) => Key::Accept(accept.cidr),
             Self::Policy(policy) => Key::Policy(policy.direction, policy.source, policy.destination),
@@ -181,7 +188,7 @@ impl Fact {
             Self::Neighbor(neighbor) => Some(neighbor.link),
             Self::Forward(forward) => Some(forward.link),
             Self::Route(route) => Some(route.link),
-            Self::Table(_) | Self::Accept(_) | Self::Policy(_) | Self::Blackhole(_) => None,
+            Self::SharedChain(_) | Self::Table(_) | Self::Accept(_) | Self::Policy(_) | Self::Blackhole(_) => None,
         }
     }
 
@@ -196,6 +203,7 @@ impl Fact {
             Self::Address(_) => "address",
             Self::Neighbor(_) => "neighbor",
             Self::Forward(_) => "forward",
+            Self::SharedChain(_) => "chain",
             Self::Table(_) => "table",
             Self::Accept(_) => "accept",
             Self::Policy(_) => "policy",

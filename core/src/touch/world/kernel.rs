@@ -339,7 +339,8 @@ impl World for Kernel {
         self.observe_routes(territory, &ours, &mut facts)?;
         self.observe_policies(territory, &mut facts)?;
         self.observe_vlans(territory, &ours, &mut facts)?;
-        if !territory.tables.is_empty() || territory.accepts || !territory.guards.is_empty() {
+        let filtered = !territory.tables.is_empty() || territory.accepts || territory.shared_chains;
+        if filtered || !territory.guards.is_empty() {
             self.netfilter()?.observe(territory, &mut facts)?;
         }
         Ok(facts)
@@ -384,7 +385,7 @@ impl Part {
     fn of(change: &Change<'_>) -> Self {
         match change.fact() {
             Fact::Sysctl(_) => Self::Settings,
-            Fact::Table(_) | Fact::Accept(_) | Fact::Guard(_) => Self::Netfilter,
+            Fact::SharedChain(_) | Fact::Table(_) | Fact::Accept(_) | Fact::Guard(_) => Self::Netfilter,
             Fact::Policy(_) => Self::Xfrm,
             Fact::Link(_)
             | Fact::BridgePort(_)
