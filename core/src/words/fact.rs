@@ -188,7 +188,11 @@ impl Fact {
             Self::Neighbor(neighbor) => Some(neighbor.link),
             Self::Forward(forward) => Some(forward.link),
             Self::Route(route) => Some(route.link),
-            Self::SharedChain(_) | Self::Table(_) | Self::Accept(_) | Self::Policy(_) | Self::Blackhole(_) => None,
+            Self::SharedChain(_)
+            | Self::Table(_)
+            | Self::Accept(_)
+            | Self::Policy(_)
+            | Self::Blackhole(_) => None,
         }
     }
 

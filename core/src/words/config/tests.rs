@@ -217,6 +217,7 @@ proptest::proptest! {
             proptest::prop_assert!(parsed.config.cidrs().count() > 0, "{text}");
         }
     }
+}
 
 /// As short as a key may be.
 fn psk() -> String {
@@ -258,5 +259,5 @@ fn ipsec_has_upstreams_keys_and_shows_none() {
         r#"{{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{{"Type":"ipsec","PSK":"{}"}}}}"#,
         psk()
     );
-    assert_eq!(error(&only_v6), "Network is missing: backend udp carries IPv4 only");
+    assert_eq!(error(&only_v6), "Network is missing: backend ipsec carries IPv4 only");
 }
