@@ -1,8 +1,6 @@
 //! Upstream's chains on a host, from the outside: as `iptables -S` and `nft list` show them, after whoever flushes them, from one mode
 //! to the other, and between Go flanneld and this one.
 
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
-
 use anyhow::{Result, ensure};
 use flannel_tests::flanneld::{Flanneld, SubnetEnv, put_config};
 use flannel_tests::{Host, Lab, eventually, in_lab, secs};
