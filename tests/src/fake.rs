@@ -149,7 +149,12 @@ impl FakeWorld {
             Fact::Sysctl(Sysctl { link: Some(link), .. }) => {
                 self.link(*link).ok_or(libc::ENOENT)?;
             }
-            Fact::Sysctl(_) | Fact::Table(_) | Fact::Accept(_) | Fact::Guard(_) | Fact::Blackhole(_) => {}
+            Fact::Sysctl(_)
+            | Fact::SharedChain(_)
+            | Fact::Table(_)
+            | Fact::Accept(_)
+            | Fact::Guard(_)
+            | Fact::Blackhole(_) => {}
         }
         self.facts.set(fact.clone());
         Ok(())
@@ -390,6 +395,10 @@ impl FakeWorld {
                 Fact::Forward(forward) => ours.contains(&forward.link),
                 Fact::Route(route) => territory.holds_route(&ours, route),
                 Fact::Table(table) => territory.holds_table(&table.name),
+                Fact::SharedChain(chain) => {
+                    let ours = |one| territory.cidrs.iter().any(|cidr| cidr.overlaps(&one));
+                    territory.shared_chains && chain.cidrs().any(ours)
+                }
                 Fact::Blackhole(blackhole) => {
                     territory.holds_blackhole(&blackhole.destination, RouteProtocol::FLANNEL)
                 }

@@ -221,6 +221,7 @@ const CONFINED: &[Confined] = &[
         within: PRODUCT,
         allowed: &[
             "core/src/touch/world/kernel/iptables.rs",
+            "core/src/touch/world/kernel/iptables/which.rs",
             "core/src/run/extension/command.rs",
             "cni/src/delegate.rs",
         ],

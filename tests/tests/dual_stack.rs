@@ -227,7 +227,7 @@ fn a_peer_without_ipv6_is_served_by_ipv4(lab: &Lab, nodes: &[Node<'_>]) -> Resul
 /// What somebody takes away of IPv6 is put back.
 fn repairs_ipv6(nodes: &[Node<'_>], pods: &[Pod<'_>]) -> Result<()> {
     let host = nodes[0].host;
-    host.sh("ip link delete flannel-v6.1; ip -6 route flush dev eth0 proto 70; nft delete table inet flannel || true")?;
+    host.sh("ip link delete flannel-v6.1; ip -6 route flush dev eth0 proto 70; nft delete table ip nat; nft delete table ip6 nat; true")?;
     ping_within(FOLLOW, &pods[0], pods[1].v6())?;
     eventually("the tunnel is as before", FOLLOW, || nodes[0].shows_v6_tunnel(&nodes[1]))
 }

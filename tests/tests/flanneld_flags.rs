@@ -213,12 +213,12 @@ fn rules_come_back_after_whoever_flushes_them() {
                 eventually(format!("back after {variant} {flush}"), patience, || complete(variant))?;
             }
         }
-        let table = || host.out(&["nft", "list", "table", "inet", "flannel"]);
-        let before = table()?;
-        ensure!(before.matches("masquerade fully-random").count() == 2, "{before}");
+        let nat = || host.out(&["iptables", "-t", "nat", "-S"]);
+        let before = nat()?;
+        ensure!(before.matches("MASQUERADE --random-fully").count() == 2, "{before}");
         host.sh("nft flush ruleset")?;
-        eventually("our table is back", secs(5), || {
-            ensure!(table()? == before, "{}", table()?);
+        eventually("our chain is back", secs(5), || {
+            ensure!(nat()? == before, "{}", nat()?);
             Ok(())
         })?;
         host.sh("iptables-nft -P FORWARD DROP")?;
@@ -229,9 +229,9 @@ fn rules_come_back_after_whoever_flushes_them() {
             ["--iface=eth0", "--ip-masq", "--ip-masq-fully-random-disable", "--iptables-forward-rules=false"];
         Flanneld::start_with(lab, host, &flags)?.ready()?;
         eventually("source ports are kept and nothing is accepted", secs(5), || {
-            let (table, rules) = (table()?, host.out(&["iptables-nft", "-S"])?);
-            ensure!(table.contains("masquerade") && !table.contains("fully-random"), "{table}");
-            ensure!(!table.contains("chain forward") && !rules.contains("FLANNEL-FWD"), "{table}\n{rules}");
+            let (nat, rules) = (nat()?, host.sh("iptables-nft -S; iptables-legacy -S")?);
+            ensure!(nat.contains("MASQUERADE") && !nat.contains("random"), "{nat}");
+            ensure!(!rules.contains("FLANNEL-FWD"), "{rules}");
             Ok(())
         })
     });

@@ -11,6 +11,7 @@ use flannel_core::decide::plan::{Inputs, Plan, PlanError, overlap, plan, remains
 use flannel_core::words::addr::{Family, Prefix};
 use flannel_core::words::config::NetworkConfig;
 use flannel_core::words::exposure::{Exposure, PublishedPort, Transport};
+use flannel_core::words::fact::shared_chain::Home;
 use flannel_core::words::fact::{Fact, RouteProtocol};
 use flannel_core::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
 use flannel_core::words::name::{LinkName, NetworkName};
@@ -55,6 +56,7 @@ fn node() -> Node {
             route("fd00:100::/64", None),
         ],
         forward_chains: Default::default(),
+        iptables: Default::default(),
         ipv6: true,
         ra_at_risk: false,
         ports: Default::default(),
@@ -330,6 +332,7 @@ fn a_node_with_everything() {
     case.bridge = Some(case.network.bridge());
     case.node.ports = BTreeSet::from([LinkName::new("veth0123456789a").unwrap()]);
     case.node.forward_chains = BTreeSet::from([Family::V4]);
+    case.node.iptables.written.insert(Family::V4, Home::IptablesNft);
     (case.masquerade, case.forward) = (true, true);
     case.isolated_from = BTreeSet::from(["10.200.0.0/16".parse().unwrap()]);
     golden("everything", &case);
@@ -533,7 +536,9 @@ fn a_plan_may_touch_what_is_left_of_its_network_and_what_it_wants() {
     let case = Case { exposure: Some(Exposure::default()), ..case };
     assert_eq!(case.plan().territory.tables, left.tables);
     assert_eq!(planned.links.iter().map(|link| link.as_str()).collect::<Vec<_>>(), ["flannel.1"]);
-    assert!(left.links.is_empty() && left.accepts && planned.accepts);
+    assert!(left.links.is_empty() && left.shared_chains && planned.shared_chains && !planned.accepts);
+    let named = remains(&NetworkName::new("web").unwrap(), case.config.cidrs());
+    assert!(named.accepts && !named.shared_chains, "upstream's chains are the default network's");
 }
 
 #[test]

@@ -4,12 +4,18 @@
 //! The same for one peer and for thousands, and nothing for a container: rules speak of the network and of our own subnet.
 //! A packet between a container here and one elsewhere passes `forward` (accepted, unless a network we are isolated from is
 //! at its other end) and returns from `postrtg` with its source kept; one to the outside is masqueraded there.
+//!
+//! The default network's rules are in upstream's chains, as upstream writes them: of iptables, or with `EnableNFTables` of
+//! nftables. A host without the command `iptables` has them in our own table, where those of every other network are, and
+//! isolation always.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::words::addr::{Family, Prefix};
+use crate::words::fact::shared_chain::{ChainName, Home, Job, SharedChain};
 use crate::words::fact::{Accept, Conflict, Fact, Facts};
 use crate::words::name::NetworkName;
+use crate::words::node::Iptables;
 use crate::words::rule::{
     Base, Chain, ChainKind, Hook, Match, Rule, Set, Side, Table, TableFamily, TableName, Verdict,
 };
@@ -40,6 +46,29 @@ pub struct FirewallScene<'a> {
     pub isolated_from: &'a BTreeSet<Prefix>,
     /// Families whose packets pass a FORWARD chain of iptables here ([`crate::words::node::Node::forward_chains`]).
     pub forward_chains: &'a BTreeSet<Family>,
+    /// The iptables of this host.
+    pub iptables: &'a Iptables,
+    /// The operator wants nftables rather than iptables (`EnableNFTables`).
+    pub nftables: bool,
+}
+
+impl FirewallScene<'_> {
+    /// Where upstream's chains of a family are; none if the rules are in our own table.
+    fn home(&self, family: Family) -> Option<Home> {
+        match (self.network.is_default(), self.nftables) {
+            (false, _) => None,
+            (true, true) => Some(Home::Nftables),
+            (true, false) => self.iptables.written.get(&family).copied(),
+        }
+    }
+
+    /// Where forwarded packets have to be accepted in upstream's chains: also wherever they might be dropped, because no
+    /// accept outweighs a drop in another table.
+    fn accepting(&self, family: Family) -> BTreeSet<Home> {
+        let dropping =
+            self.iptables.dropping.iter().filter(|(of, _)| *of == family && self.network.is_default());
+        self.home(family).into_iter().chain(dropping.map(|(_, home)| *home)).collect()
+    }
 }
 
 /// Mark of packets that Kubernetes masquerades itself (kube-proxy `--iptables-masquerade-bit` 14).
@@ -56,23 +85,50 @@ pub fn table_name(network: &NetworkName) -> TableName {
 pub fn plan(scene: &FirewallScene<'_>) -> Result<Facts, Conflict> {
     let mut facts = Facts::default();
     let mut table = Table::new(table_name(scene.network));
-    if scene.masquerade {
-        let base = Base { kind: ChainKind::Nat, hook: Hook::Postrouting, priority: SRCNAT };
-        table.chains.insert("postrtg".to_owned(), Chain { base: Some(base), rules: masquerade(scene) });
-    }
-    let mut rules = isolation(scene, &mut table.sets);
-    if scene.forward {
-        for range in scene.ranges {
-            let ends = [Side::Source, Side::Destination];
-            rules.extend(ends.map(|side| rule(vec![is(side, range.cidr)], Verdict::Accept)));
-            if scene.forward_chains.contains(&range.cidr.family()) {
+    let mut forward = isolation(scene, &mut table.sets);
+    let mut postrtg = Vec::new();
+    for range in scene.ranges {
+        let family = range.cidr.family();
+        let home = scene.home(family);
+        let chain = |home, job, rules| {
+            let name = ChainName { home, family, job };
+            Fact::SharedChain(Box::new(SharedChain { name, rules, faults: Vec::new() }))
+        };
+        if scene.masquerade {
+            let knows_random = home != Some(Home::IptablesLegacy) || scene.iptables.fully_random;
+            let rules = masquerade(range, scene.fully_random && knows_random);
+            match home {
+                Some(home) => {
+                    let all = std::iter::once(spare_marked()).chain(rules).collect();
+                    facts.add(chain(home, Job::Masquerade, all))?;
+                }
+                None => postrtg.extend(rules),
+            }
+        }
+        if scene.forward {
+            let rules = || {
+                [Side::Source, Side::Destination]
+                    .map(|side| rule(vec![is(side, range.cidr)], Verdict::Accept))
+            };
+            for home in scene.accepting(family) {
+                facts.add(chain(home, Job::Forward, rules().into()))?;
+            }
+            if home.is_none() {
+                forward.extend(rules());
+            }
+            if !scene.network.is_default() && scene.forward_chains.contains(&family) {
                 facts.add(Fact::Accept(Accept { cidr: range.cidr }))?;
             }
         }
     }
-    if !rules.is_empty() {
+    if !postrtg.is_empty() {
+        let base = Base { kind: ChainKind::Nat, hook: Hook::Postrouting, priority: SRCNAT };
+        postrtg.insert(0, spare_marked());
+        table.chains.insert("postrtg".to_owned(), Chain { base: Some(base), rules: postrtg });
+    }
+    if !forward.is_empty() {
         let base = Base { kind: ChainKind::Filter, hook: Hook::Forward, priority: FILTER };
-        table.chains.insert("forward".to_owned(), Chain { base: Some(base), rules });
+        table.chains.insert("forward".to_owned(), Chain { base: Some(base), rules: forward });
     }
     if !table.chains.is_empty() {
         facts.add(Fact::Table(Box::new(table)))?;
@@ -80,27 +136,29 @@ pub fn plan(scene: &FirewallScene<'_>) -> Result<Facts, Conflict> {
     Ok(facts)
 }
 
-/// Upstream's rules in upstream's order (pkg/trafficmngr/iptables/iptables.go `masqRules`).
+/// What Kubernetes masquerades itself is not ours to masquerade.
+fn spare_marked() -> Rule {
+    rule(vec![Match::Mark { mask: KUBE_MARK, value: KUBE_MARK }], Verdict::Return)
+}
+
+/// Upstream's rules of one family in upstream's order (pkg/trafficmngr/iptables/iptables.go `masqRules`), behind
+/// [`spare_marked`].
 ///
-/// The fourth is iptables', not that of upstream's nftables.go: there it says `saddr != SUBNET daddr CIDR return`, after
+/// The third is iptables', not that of upstream's nftables.go: there it says `saddr != SUBNET daddr CIDR return`, after
 /// which the last rule can never match, and what the host sends to a container elsewhere keeps a source that the
 /// other node cannot answer.
-fn masquerade(scene: &FirewallScene<'_>) -> Vec<Rule> {
+fn masquerade(range: &Range, fully_random: bool) -> [Rule; 5] {
     use Side::{Destination, Source};
-    let masquerade = Verdict::Masquerade { fully_random: scene.fully_random };
-    let marked = Match::Mark { mask: KUBE_MARK, value: KUBE_MARK };
-    let mut rules = vec![rule(vec![marked], Verdict::Return)];
-    for Range { cidr, subnet } in scene.ranges.iter().copied() {
-        let multicast = Prefix::multicast(cidr.family());
-        rules.extend([
-            rule(vec![is(Source, subnet), is(Destination, cidr)], Verdict::Return),
-            rule(vec![is(Source, cidr), is(Destination, subnet)], Verdict::Return),
-            rule(vec![is_not(Source, cidr), is(Destination, subnet)], Verdict::Return),
-            rule(vec![is(Source, cidr), is_not(Destination, multicast)], masquerade.clone()),
-            rule(vec![is_not(Source, cidr), is(Destination, cidr)], masquerade.clone()),
-        ]);
-    }
-    rules
+    let masquerade = Verdict::Masquerade { fully_random };
+    let Range { cidr, subnet } = *range;
+    let multicast = Prefix::multicast(cidr.family());
+    [
+        rule(vec![is(Source, subnet), is(Destination, cidr)], Verdict::Return),
+        rule(vec![is(Source, cidr), is(Destination, subnet)], Verdict::Return),
+        rule(vec![is_not(Source, cidr), is(Destination, subnet)], Verdict::Return),
+        rule(vec![is(Source, cidr), is_not(Destination, multicast)], masquerade.clone()),
+        rule(vec![is_not(Source, cidr), is(Destination, cidr)], masquerade),
+    ]
 }
 
 /// Drops before any accept, counted so that whoever wonders can see them. A network that overlaps ours is not
@@ -158,6 +216,7 @@ mod tests {
     fn planned(
         network: &str,
         ranges: &[(&str, &str)],
+        iptables: &Iptables,
         change: impl for<'a> FnOnce(&mut FirewallScene<'a>, &'a BTreeSet<Prefix>),
     ) -> String {
         let network = NetworkName::new(network).unwrap();
@@ -176,16 +235,99 @@ mod tests {
             forward: true,
             isolated_from: &alone,
             forward_chains: &chains,
+            iptables,
+            nftables: false,
         };
         change(&mut scene, &others);
         plan(&scene).unwrap().to_string()
+    }
+
+    /// A host whose commands write those tables.
+    fn iptables(home: Home) -> Iptables {
+        let written = [(Family::V4, home), (Family::V6, home)].into();
+        Iptables { written, fully_random: true, ..Iptables::default() }
     }
 
     const V4: (&str, &str) = ("10.100.0.0/16", "10.100.5.0/24");
     const V6: (&str, &str) = ("fd00:100::/48", "fd00:100:0:5::/64");
 
     #[test]
-    fn a_network_alone_on_its_node() {
+    fn as_upstream_writes_it_with_iptables() {
+        let expected = "\
+iptables-nft-restore --noflush '*nat
+-A POSTROUTING -m comment --comment \"flanneld masq\" -j FLANNEL-POSTRTG
+-A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment \"flanneld masq\" -j RETURN
+-A FLANNEL-POSTRTG -s 10.100.5.0/24 -d 10.100.0.0/16 -m comment --comment \"flanneld masq\" -j RETURN
+-A FLANNEL-POSTRTG -s 10.100.0.0/16 -d 10.100.5.0/24 -m comment --comment \"flanneld masq\" -j RETURN
+-A FLANNEL-POSTRTG ! -s 10.100.0.0/16 -d 10.100.5.0/24 -m comment --comment \"flanneld masq\" -j RETURN
+-A FLANNEL-POSTRTG -s 10.100.0.0/16 ! -d 224.0.0.0/4 -m comment --comment \"flanneld masq\" -j MASQUERADE --random-fully
+-A FLANNEL-POSTRTG ! -s 10.100.0.0/16 -d 10.100.0.0/16 -m comment --comment \"flanneld masq\" -j MASQUERADE --random-fully
+COMMIT'
+iptables-nft-restore --noflush '*filter
+-A FORWARD -m comment --comment \"flanneld forward\" -j FLANNEL-FWD
+-A FLANNEL-FWD -s 10.100.0.0/16 -m comment --comment \"flanneld forward\" -j ACCEPT
+-A FLANNEL-FWD -d 10.100.0.0/16 -m comment --comment \"flanneld forward\" -j ACCEPT
+COMMIT'
+";
+        assert_eq!(planned("default", &[V4], &iptables(Home::IptablesNft), |_, _| {}), expected);
+        let legacy = expected.replace("iptables-nft", "iptables-legacy");
+        let mut host = iptables(Home::IptablesLegacy);
+        assert_eq!(planned("default", &[V4], &host, |_, _| {}), legacy);
+        host.fully_random = false;
+        assert_eq!(planned("default", &[V4], &host, |_, _| {}), legacy.replace(" --random-fully", ""));
+        // Docker came up with the other variant.
+        host.dropping = [(Family::V4, Home::IptablesNft), (Family::V6, Home::IptablesNft)].into();
+        let both = planned("default", &[V4], &host, |scene, _| scene.masquerade = false);
+        assert_eq!(both.matches("--noflush '*filter\n").count(), 2, "{both}");
+    }
+
+    #[test]
+    fn as_upstream_writes_it_with_nftables() {
+        let expected = "\
+nft 'table ip flannel-ipv4 {
+	chain postrtg {
+		type nat hook postrouting priority srcnat; policy accept;
+		meta mark & 0x00004000 == 0x00004000 return
+		ip saddr 10.100.5.0/24 ip daddr 10.100.0.0/16 return
+		ip saddr 10.100.0.0/16 ip daddr 10.100.5.0/24 return
+		ip saddr != 10.100.0.0/16 ip daddr 10.100.5.0/24 return
+		ip saddr 10.100.0.0/16 ip daddr != 224.0.0.0/4 masquerade fully-random
+		ip saddr != 10.100.0.0/16 ip daddr 10.100.0.0/16 masquerade fully-random
+	}
+}'
+nft 'table ip flannel-ipv4 {
+	chain forward {
+		type filter hook forward priority filter; policy accept;
+		ip saddr 10.100.0.0/16 accept
+		ip daddr 10.100.0.0/16 accept
+	}
+}'
+nft 'table ip6 flannel-ipv6 {
+	chain postrtg {
+		type nat hook postrouting priority srcnat; policy accept;
+		meta mark & 0x00004000 == 0x00004000 return
+		ip6 saddr fd00:100:0:5::/64 ip6 daddr fd00:100::/48 return
+		ip6 saddr fd00:100::/48 ip6 daddr fd00:100:0:5::/64 return
+		ip6 saddr != fd00:100::/48 ip6 daddr fd00:100:0:5::/64 return
+		ip6 saddr fd00:100::/48 ip6 daddr != ff00::/8 masquerade fully-random
+		ip6 saddr != fd00:100::/48 ip6 daddr fd00:100::/48 masquerade fully-random
+	}
+}'
+nft 'table ip6 flannel-ipv6 {
+	chain forward {
+		type filter hook forward priority filter; policy accept;
+		ip6 saddr fd00:100::/48 accept
+		ip6 daddr fd00:100::/48 accept
+	}
+}'
+";
+        let text =
+            planned("default", &[V4, V6], &iptables(Home::IptablesNft), |scene, _| scene.nftables = true);
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn a_host_without_iptables() {
         let expected = "\
 nft 'table inet flannel {
 	chain forward {
@@ -203,9 +345,8 @@ nft 'table inet flannel {
 		ip saddr != 10.100.0.0/16 ip daddr 10.100.0.0/16 masquerade fully-random
 	}
 }'
-iptables -A FLANNEL-FWD -s 10.100.0.0/16 -j ACCEPT; iptables -A FLANNEL-FWD -d 10.100.0.0/16 -j ACCEPT
 ";
-        assert_eq!(planned("default", &[V4], |_, _| {}), expected);
+        assert_eq!(planned("default", &[V4], &Iptables::default(), |_, _| {}), expected);
     }
 
     #[test]
@@ -243,7 +384,7 @@ nft 'table inet flannel-web {
 }'
 iptables -A FLANNEL-FWD -s 10.100.0.0/16 -j ACCEPT; iptables -A FLANNEL-FWD -d 10.100.0.0/16 -j ACCEPT
 ";
-        let text = planned("web", &[V4, V6], |scene, others| {
+        let text = planned("web", &[V4, V6], &iptables(Home::IptablesNft), |scene, others| {
             scene.isolated_from = others;
             scene.fully_random = false;
         });
@@ -252,7 +393,7 @@ iptables -A FLANNEL-FWD -s 10.100.0.0/16 -j ACCEPT; iptables -A FLANNEL-FWD -d 1
 
     #[test]
     fn isolation_does_not_wait_for_forward_rules() {
-        let text = planned("web", &[V4], |scene, others| {
+        let text = planned("web", &[V4], &iptables(Home::IptablesNft), |scene, others| {
             (scene.masquerade, scene.forward, scene.isolated_from) = (false, false, others);
         });
         assert!(
@@ -266,7 +407,9 @@ iptables -A FLANNEL-FWD -s 10.100.0.0/16 -j ACCEPT; iptables -A FLANNEL-FWD -d 1
 
     #[test]
     fn nothing_asked_for_is_no_table() {
-        let text = planned("web", &[V4], |scene, _| (scene.masquerade, scene.forward) = (false, false));
+        let text = planned("web", &[V4], &iptables(Home::IptablesNft), |scene, _| {
+            (scene.masquerade, scene.forward) = (false, false)
+        });
         assert_eq!(text, "");
     }
 

@@ -135,6 +135,8 @@ fn plan_firewall(inputs: &Inputs<'_>, ranges: &[Range], draft: &mut Draft) {
         forward: inputs.forward,
         isolated_from: inputs.isolated_from,
         forward_chains: &inputs.node.forward_chains,
+        iptables: &inputs.node.iptables,
+        nftables: inputs.config.nftables,
     }));
     if let Some(exposure) = inputs.exposure {
         let bridge = inputs.bridge;
@@ -199,7 +201,8 @@ pub fn remains(network: &NetworkName, cidrs: impl IntoIterator<Item = Prefix>) -
         alias: Some(Territory::alias_of(network)),
         cidrs: cidrs.into_iter().collect(),
         tables: BTreeSet::from([firewall::table_name(network), publish::table_name(network)]),
-        accepts: true,
+        accepts: !network.is_default(),
+        shared_chains: network.is_default(),
         ..Territory::default()
     }
 }

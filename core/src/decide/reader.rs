@@ -15,6 +15,7 @@ use crate::words::addr::{Family, InterfaceAddress, Prefix};
 use crate::words::exposure::Exposure;
 use crate::words::fact::{Conflict, Fact, Facts, Key};
 use crate::words::name::{LinkName, NetworkName};
+use crate::words::node::Iptables;
 use crate::words::rule::{Table, TableFamily, TableName};
 use crate::words::territory::Territory;
 use crate::words::units::Mtu;
@@ -88,6 +89,8 @@ fn table(scene: &ReaderScene<'_>, ranges: &[Range]) -> Result<Option<Table>, Con
         forward: false,
         isolated_from: scene.isolated_from,
         forward_chains: &BTreeSet::new(),
+        iptables: &Iptables::default(),
+        nftables: false,
     })?;
     let mut table = take_table(&mut facts, firewall::table_name(scene.network))
         .unwrap_or_else(|| Table::new(table_name(scene.network)));

@@ -115,8 +115,12 @@ fn told(verb: &'static str, reason: Reason) -> &'static str {
     }
 }
 
-/// A table is told by its name: it may have thousands of elements, and `nft list table` shows them.
+/// A table is told by its name: it may have thousands of elements, and `nft list table` shows them. Of a chain of iptables the
+/// line is told that lists it.
 fn one_line(text: &str) -> String {
+    if let Some((program, rest)) = text.split_once("-restore --noflush '*") {
+        return format!("{program} -t {} -S", rest.lines().next().unwrap_or_default());
+    }
     let text = match text.split_once('{') {
         Some((head, _)) if text.starts_with("nft") => {
             head.trim_end().trim_end_matches('\'').replace('\'', "")

@@ -24,9 +24,9 @@ use super::settings::AgentSettings;
 use super::survey::Public;
 use super::udp::{Carrier, UdpError};
 use crate::act::pass::{chain, converge};
-use crate::decide::bridge;
 use crate::decide::plan::{self, Plan, PlanError, plan, remains};
 use crate::decide::reader::{self, ReaderScene};
+use crate::decide::{bridge, firewall};
 use crate::touch::ledger::{Ledger, ledger_marker};
 use crate::touch::marker;
 use crate::touch::memory;
@@ -256,6 +256,8 @@ struct Thread {
     own_writes: Arc<OwnWrites>,
     /// Carries the packets of the udp backend.
     carrier: Carrier,
+    /// Whether it was said that there is no iptables.
+    told_of_no_iptables: bool,
     done: watch::Sender<Outcome>,
 }
 
@@ -281,7 +283,19 @@ impl Thread {
         let journal = Journal::new(&place.network, counters);
         let carrier = Carrier::new(place.udp_offload);
         let own_writes = Arc::new(OwnWrites::default());
-        (Self { journal, place, endpoints, kernel: None, known: None, own_writes, carrier, done }, outcome)
+        let told_of_no_iptables = false;
+        let thread = Self {
+            journal,
+            place,
+            endpoints,
+            kernel: None,
+            known: None,
+            own_writes,
+            carrier,
+            told_of_no_iptables,
+            done,
+        };
+        (thread, outcome)
     }
 
     fn run(mut self, todo: &Receiver<Work>) {
@@ -422,6 +436,7 @@ impl Thread {
 
     fn plan(&mut self, inputs: &Inputs, ports: &BTreeSet<LinkName>) -> Result<(Plan, Node), PassError> {
         let node = self.node(inputs, ports)?;
+        self.tell_of_iptables(inputs, &node);
         Ok((self.plan_for(inputs, &node)?, node))
     }
 
@@ -442,6 +457,22 @@ impl Thread {
         })?;
         plan.territory.cidrs.extend(&inputs.former);
         Ok(plan)
+    }
+
+    fn tell_of_iptables(&mut self, inputs: &Inputs, node: &Node) {
+        let chains = self.place.network.is_default() && (self.place.masquerade || self.place.forward);
+        let missing = |family| !node.iptables.written.contains_key(family);
+        if chains
+            && !inputs.config.nftables
+            && inputs.config.families().iter().any(missing)
+            && !self.told_of_no_iptables
+        {
+            self.told_of_no_iptables = true;
+            let table = firewall::table_name(&self.place.network);
+            tracing::info!(
+                "there is no iptables on this host that could be written: the rules are in table {table} of nftables"
+            );
+        }
     }
 
     fn plan_reader(&self, inputs: &ReaderInputs, ports: &BTreeSet<LinkName>) -> Plan {
@@ -471,6 +502,7 @@ impl Thread {
             identity: inputs.identity.clone(),
             routes: kernel.routes_of_others(&remains(&place.network, inputs.config.cidrs()))?,
             forward_chains: kernel.netfilter()?.forward_chains()?,
+            iptables: kernel.netfilter()?.iptables()?,
             ipv6: kernel.has_ipv6(),
             ra_at_risk: inputs.config.v6.is_some() && kernel.loses_router_advertisements(inputs.uplink)?,
             ports: ports.clone(),

@@ -166,6 +166,7 @@ pub(super) fn take(
         identity,
         routes,
         forward_chains: Default::default(),
+        iptables: Default::default(),
         ipv6: kernel.has_ipv6(),
         ra_at_risk: false,
         ports: Default::default(),

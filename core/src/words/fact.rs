@@ -8,6 +8,7 @@ mod facts;
 mod link;
 mod port;
 mod route;
+pub mod shared_chain;
 
 use std::net::IpAddr;
 
@@ -19,6 +20,7 @@ pub use facts::{Change, Conflict, Facts, diff};
 pub use link::{Ipip, Link, LinkKind, LinkModes, VethPeer, Vxlan};
 pub use port::{BridgePort, Guard, PortVlans, VlanMember};
 pub use route::{Blackhole, Route, RouteExtras, RouteProtocol, RouteScope, RouteTable};
+use shared_chain::{ChainName, SharedChain};
 
 /// One thing that is true of a kernel, or should be. Holds only fields that we set; a `None` in a desired fact means
 /// that any value will do.
@@ -40,6 +42,8 @@ pub enum Fact {
     Neighbor(Neighbor),
     /// A forwarding database entry of a VXLAN device.
     Forward(Forward),
+    /// Our rules in one of upstream's chains.
+    SharedChain(Box<SharedChain>),
     /// An nftables table of ours.
     Table(Box<Table>),
     /// Traffic from and to a network is accepted by the FORWARD chain that iptables keeps, through our chain
@@ -74,6 +78,8 @@ pub enum Key {
     Neighbor(LinkName, IpAddr),
     /// A MAC behind a VXLAN device.
     Forward(LinkName, Mac),
+    /// A chain of upstream's. Before the tables: whoever moves from one to the other is never without rules.
+    SharedChain(ChainName),
     /// A table.
     Table(TableName),
     /// A network in the FORWARD chain.
@@ -153,6 +159,7 @@ impl Fact {
             Self::Address(address) => Key::Address(address.link, address.address),
             Self::Neighbor(neighbor) => Key::Neighbor(neighbor.link, neighbor.ip),
             Self::Forward(forward) => Key::Forward(forward.link, forward.mac),
+            Self::SharedChain(chain) => Key::SharedChain(chain.name),
             Self::Table(table) => Key::Table(table.name.clone()),
             Self::Accept(accept) => Key::Accept(accept.cidr),
             Self::Route(route) => {
@@ -174,7 +181,7 @@ impl Fact {
             Self::Neighbor(neighbor) => Some(neighbor.link),
             Self::Forward(forward) => Some(forward.link),
             Self::Route(route) => Some(route.link),
-            Self::Table(_) | Self::Accept(_) | Self::Blackhole(_) => None,
+            Self::SharedChain(_) | Self::Table(_) | Self::Accept(_) | Self::Blackhole(_) => None,
         }
     }
 
@@ -189,6 +196,7 @@ impl Fact {
             Self::Address(_) => "address",
             Self::Neighbor(_) => "neighbor",
             Self::Forward(_) => "forward",
+            Self::SharedChain(_) => "chain",
             Self::Table(_) => "table",
             Self::Accept(_) => "accept",
             Self::Route(_) => "route",

@@ -1,10 +1,11 @@
 //! This host as the planners see it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::addr::{Family, InterfaceAddress, Mac, Prefix};
 use super::fact::RouteProtocol;
+use super::fact::shared_chain::Home;
 use super::name::LinkName;
 use super::units::Mtu;
 
@@ -58,6 +59,17 @@ pub struct HostRoute {
     pub scope_link: bool,
 }
 
+/// The iptables of this host.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Iptables {
+    /// Which tables the commands `iptables` and `ip6tables` write; nothing where there is no such command.
+    pub written: BTreeMap<Family, Home>,
+    /// Whose chain FORWARD may drop what it does not know: by its policy, or by a rule of somebody else's.
+    pub dropping: BTreeSet<(Family, Home)>,
+    /// Whether they know `--random-fully` (1.6.2).
+    pub fully_random: bool,
+}
+
 /// This host.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Node {
@@ -73,6 +85,8 @@ pub struct Node {
     pub routes: Vec<HostRoute>,
     /// The families whose packets pass a FORWARD chain of iptables: where it drops, no accept of ours elsewhere helps.
     pub forward_chains: BTreeSet<Family>,
+    /// Its iptables.
+    pub iptables: Iptables,
     /// Whether the kernel has IPv6 at all (`/proc/sys/net/ipv6/conf` exists: it does not after `ipv6.disable=1`).
     pub ipv6: bool,
     /// Whether the uplink follows router advertisements and would stop doing so when the host begins to forward IPv6.

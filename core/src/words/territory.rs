@@ -30,6 +30,8 @@ pub struct Territory {
     pub sysctls: BTreeSet<(Option<LinkName>, String)>,
     /// Whether the FORWARD chain of iptables-nft is looked at for `cidrs`.
     pub accepts: bool,
+    /// Whether upstream's chains are looked at for `cidrs`: rules about these in them are ours.
+    pub shared_chains: bool,
     /// Interfaces whose VLANs are looked at.
     pub vlans: BTreeSet<LinkName>,
     /// Interfaces whose guard is looked at.
@@ -96,6 +98,10 @@ impl Territory {
                     if matches!(link.kind, LinkKind::Ipip(_)) {
                         territory.ipip.insert(link.name);
                     }
+                }
+                Fact::SharedChain(chain) => {
+                    territory.shared_chains = true;
+                    territory.cidrs.extend(chain.cidrs());
                 }
                 Fact::Table(table) => {
                     territory.tables.insert(table.name.clone());

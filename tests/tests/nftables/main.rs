@@ -8,6 +8,7 @@ mod hostports;
 mod iptables;
 mod packets;
 mod published;
+mod shared;
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -15,7 +16,7 @@ use std::io::Write;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use flannel_core::decide::firewall::{FirewallScene, Range, plan};
+use flannel_core::decide::firewall::{FirewallScene, Range, plan, table_name};
 use flannel_core::touch::world::WorldError;
 use flannel_core::touch::world::kernel::nftables::Netfilter;
 use flannel_core::words::addr::{Family, Prefix};

@@ -108,13 +108,16 @@ fn a_planned_firewall_masquerades_and_isolates() {
             forward: true,
             isolated_from: &alone,
             forward_chains: &netfilter.forward_chains().unwrap(),
+            iptables: &netfilter.iptables().unwrap(),
+            nftables: false,
         };
         let from_host =
             || sh("ping -qc1 -W1 -I 192.0.2.1 10.100.9.2 >/dev/null && echo yes || echo no") == "yes\n";
         assert!(!pod.pings("192.0.2.2"), "the outside knows no way back to a container");
         assert!(!from_host(), "nor does another node to an address outside the network");
 
-        let (territory, desired) = facts(plan(&scene).unwrap().iter().cloned());
+        let (mut territory, desired) = facts(plan(&scene).unwrap().iter().cloned());
+        territory.tables.insert(table_name(&network));
         settle(netfilter, &territory, &desired);
         assert_eq!(settle(netfilter, &territory, &desired), 0);
         assert!(pod.pings("192.0.2.2"), "masqueraded to the outside");

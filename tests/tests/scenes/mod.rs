@@ -12,7 +12,7 @@ use flannel_core::words::addr::{Family, InterfaceAddress, Mac, Prefix};
 use flannel_core::words::config::NetworkConfig;
 use flannel_core::words::fact::{
     Address, Change, Fact, Facts, Forward, Key, Link, LinkKind, LinkModes, Neighbor, Route, RouteExtras,
-    RouteProtocol, RouteScope, VethPeer, Vxlan,
+    RouteProtocol, RouteScope, VethPeer, Vxlan, shared_chain::Home,
 };
 use flannel_core::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
 use flannel_core::words::name::{LinkName, NetworkName};
@@ -187,6 +187,7 @@ impl Wish {
         }
         if keeps.chains {
             node.forward_chains.extend([Family::V4, Family::V6]);
+            node.iptables.dropping.insert((Family::V6, Home::IptablesLegacy));
         }
         let isolated_from = BTreeSet::from(["10.222.0.0/16".parse().unwrap()]);
         plan(&Inputs {
@@ -591,6 +592,7 @@ fn node() -> Node {
             route("fd00:100::/64", None),
         ],
         forward_chains: Default::default(),
+        iptables: Default::default(),
         ipv6: true,
         ra_at_risk: false,
         ports: Default::default(),

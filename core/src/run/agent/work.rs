@@ -111,6 +111,9 @@ impl Work {
         let (offer, offered) = watch::channel(None);
         let snapshots = settings.store.watch();
         let tenure = Tenure::spawn(settings.store.clone(), snapshots.clone(), offered, settings.renew_margin);
+        // Whoever served here last, another version or another program, may have served another Network.
+        let former = SubnetEnv::read(&settings.subnet_file).map(|env| env.networks).unwrap_or_default();
+        let former = former.into_iter().collect();
         Ok(Self {
             extension: commands::spawn(&settings),
             errands: None,
@@ -138,7 +141,7 @@ impl Work {
             env: None,
             file: None,
             file_due: false,
-            former: BTreeSet::new(),
+            former,
             failures: 0,
             next_look: Instant::now() + WAIT,
             pending: None,

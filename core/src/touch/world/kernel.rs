@@ -310,7 +310,8 @@ impl World for Kernel {
         self.name_outsiders(territory, &mut ours)?;
         self.observe_routes(territory, &ours, &mut facts)?;
         self.observe_vlans(territory, &ours, &mut facts)?;
-        if !territory.tables.is_empty() || territory.accepts || !territory.guards.is_empty() {
+        let filtered = !territory.tables.is_empty() || territory.accepts || territory.shared_chains;
+        if filtered || !territory.guards.is_empty() {
             self.netfilter()?.observe(territory, &mut facts)?;
         }
         Ok(facts)
@@ -353,7 +354,7 @@ impl Part {
     fn of(change: &Change<'_>) -> Self {
         match change.fact() {
             Fact::Sysctl(_) => Self::Settings,
-            Fact::Table(_) | Fact::Accept(_) | Fact::Guard(_) => Self::Netfilter,
+            Fact::SharedChain(_) | Fact::Table(_) | Fact::Accept(_) | Fact::Guard(_) => Self::Netfilter,
             Fact::Link(_)
             | Fact::BridgePort(_)
             | Fact::PortVlans(_)

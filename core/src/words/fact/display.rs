@@ -56,6 +56,7 @@ impl fmt::Display for Fact {
             Self::Forward(e) => {
                 write!(f, "bridge fdb replace {} dev {} dst {} self permanent", e.mac, e.link, e.remote)
             }
+            Self::SharedChain(chain) => write!(f, "{chain}"),
             Self::Table(table) => write!(f, "nft '{table}'"),
             Self::Accept(a) => {
                 let iptables = if a.cidr.base().is_ipv4() { "iptables" } else { "ip6tables" };

@@ -1,11 +1,15 @@
 //! The older iptables (x_tables), which are not nftables: a host may have both, and packets pass both. The only exec for
 //! the packet filter; where the tables are not in use, nothing is ever executed.
 
-use std::collections::BTreeSet;
+mod entries;
+mod shared;
+mod which;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, Write};
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use crate::touch::world::WorldError;
@@ -14,19 +18,27 @@ use crate::words::addr::{Family, Prefix};
 pub(super) const CHAIN: &str = "FLANNEL-FWD";
 pub(super) const COMMENT: &str = "flanneld forward";
 
+pub(super) use self::which::Commands;
+use self::which::{legacy as command, legacy_name as program};
+
 /// The x_tables of the namespace this was made in.
 pub(super) struct Legacy {
     /// The namespace, to be sure that a command would run in it.
     namespace: PathBuf,
+    /// What a command said last of a table, and what the kernel had then.
+    read: BTreeMap<(Family, &'static str), Reading>,
 }
 
-/// Where distributions keep it; PATH of a daemon may have none of them.
-const DIRECTORIES: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/local/sbin", "/usr/bin"];
+/// What the kernel has of a table, and what a command says that is.
+struct Reading {
+    entries: Vec<u8>,
+    rules: String,
+}
 
 impl Legacy {
     /// Those of the calling thread's namespace.
     pub(super) fn here() -> Result<Self, WorldError> {
-        Ok(Self { namespace: namespace()? })
+        Ok(Self { namespace: namespace()?, read: BTreeMap::new() })
     }
 
     /// Whether a filter table is in use here, and there is a command to write it with.
@@ -61,7 +73,7 @@ impl Legacy {
 
     /// Those of `cidrs` that our chain accepts; none if the table is not in use or cannot be written.
     pub(super) fn accepted(
-        &self,
+        &mut self,
         family: Family,
         cidrs: &BTreeSet<Prefix>,
     ) -> Result<Option<BTreeSet<Prefix>>, WorldError> {
@@ -77,7 +89,12 @@ impl Legacy {
     }
 
     /// Adds and removes networks with one exec.
-    pub(super) fn change(&self, family: Family, add: &[Prefix], remove: &[Prefix]) -> Result<(), WorldError> {
+    pub(super) fn change(
+        &mut self,
+        family: Family,
+        add: &[Prefix],
+        remove: &[Prefix],
+    ) -> Result<(), WorldError> {
         let rules = self.rules(family)?;
         let has = |rule: &str| rules.lines().any(|line| line == rule);
         let mut text = String::from("*filter\n");
@@ -112,11 +129,11 @@ impl Legacy {
 
     /// Deletes a chain of table `nat` and the rules that jump there; false if there is none. Two commands at most, and none
     /// where the table is not in use.
-    pub(super) fn remove_nat_chain(&self, family: Family, chain: &str) -> Result<bool, WorldError> {
+    pub(super) fn remove_nat_chain(&mut self, family: Family, chain: &str) -> Result<bool, WorldError> {
         if !self.in_use(family, "nat") || command(family, "").is_none() {
             return Ok(false);
         }
-        let rules = run(family, "", &["--wait", "5", "-t", "nat", "-S"], "")?;
+        let rules = self.table(family, "nat")?;
         if !rules.lines().any(|line| line == format!("-N {chain}")) {
             return Ok(false);
         }
@@ -132,7 +149,7 @@ impl Legacy {
     }
 
     /// Deletes the rules of a chain of table `filter` that name this address alone, and says how many; as above.
-    pub(super) fn remove_rules_about(&self, chain: &str, address: IpAddr) -> Result<usize, WorldError> {
+    pub(super) fn remove_rules_about(&mut self, chain: &str, address: IpAddr) -> Result<usize, WorldError> {
         let family = Family::of(address);
         if !self.is_writable(family) {
             return Ok(0);
@@ -149,8 +166,37 @@ impl Legacy {
         Ok(meant.len())
     }
 
-    fn rules(&self, family: Family) -> Result<String, WorldError> {
-        run(family, "", &["--wait", "5", "-S"], "")
+    fn rules(&mut self, family: Family) -> Result<String, WorldError> {
+        self.table(family, "filter")
+    }
+
+    /// The rules of a table as `iptables-legacy -S` prints them. The command runs only if the kernel has other entries than when
+    /// it ran last.
+    fn table(&mut self, family: Family, table: &'static str) -> Result<String, WorldError> {
+        let now = entries::read(family, table);
+        if let (Some(now), Some(last)) = (&now, self.read.get(&(family, table)))
+            && last.entries == *now
+        {
+            return Ok(last.rules.clone());
+        }
+        let rules = run(family, "", &["--wait", "5", "-t", table, "-S"], "")?;
+        // If somebody wrote meanwhile, these entries are older than the rules, and the next look runs it again.
+        if let Some(entries) = now {
+            self.read.insert((family, table), Reading { entries, rules: rules.clone() });
+        }
+        Ok(rules)
+    }
+
+    /// Whether FORWARD may drop what it does not know.
+    pub(super) fn may_drop(&mut self, family: Family) -> Result<bool, WorldError> {
+        if !self.is_writable(family) {
+            return Ok(false);
+        }
+        let rules = self.rules(family)?;
+        let of_others = |line: &str| line.starts_with("-A FORWARD ") && line != jump("-A FORWARD");
+        Ok(rules
+            .lines()
+            .any(|line| line.starts_with("-P FORWARD ") && !line.ends_with(" ACCEPT") || of_others(line)))
     }
 }
 
@@ -163,18 +209,6 @@ fn jump(verb: &str) -> String {
     format!("{verb} -m comment --comment \"{COMMENT}\" -j {CHAIN}")
 }
 
-const fn program(family: Family) -> &'static str {
-    match family {
-        Family::V4 => "iptables-legacy",
-        Family::V6 => "ip6tables-legacy",
-    }
-}
-
-fn command(family: Family, suffix: &str) -> Option<PathBuf> {
-    let name = format!("{}{suffix}", program(family));
-    DIRECTORIES.iter().map(|directory| Path::new(directory).join(&name)).find(|path| path.exists())
-}
-
 fn namespace() -> Result<PathBuf, WorldError> {
     let path = "/proc/thread-self/ns/net";
     fs::read_link(path).map_err(|source| WorldError::Io { action: format!("read {path}"), source })
@@ -184,7 +218,7 @@ fn run(family: Family, suffix: &str, arguments: &[&str], input: &str) -> Result<
     let action = format!("run {}{suffix}", program(family));
     let path = command(family, suffix).ok_or_else(|| WorldError::Unsupported {
         action: action.clone(),
-        what: format!("it is in none of {}", DIRECTORIES.join(", ")),
+        what: format!("it is in none of {}", which::DIRECTORIES.join(", ")),
     })?;
     let talk = || -> io::Result<std::process::Output> {
         let mut child = Command::new(path)

@@ -10,22 +10,26 @@ mod encode;
 mod expression;
 mod foreign;
 mod forward_chain;
+mod iptables_rule;
 mod mac_guard;
 mod packet;
 mod port_map;
 mod revise;
+mod shared_chain;
 mod wire;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 pub use self::element::Amended;
 use self::wire::{Socket, error_code};
-use super::iptables::Legacy;
+use super::iptables::{Commands, Legacy};
 use crate::touch::world::WorldError;
 use crate::words::addr::{Family, Prefix};
+use crate::words::fact::shared_chain::{ChainName, Home, Job};
 use crate::words::fact::{Accept, Change, Fact, Facts};
 use crate::words::name::LinkName;
+use crate::words::node::Iptables;
 use crate::words::rule::{Table, TableName};
 use crate::words::territory::Territory;
 
@@ -37,6 +41,7 @@ const LOOKS_MAX: usize = 4;
 pub struct Netfilter {
     socket: Socket,
     legacy: Legacy,
+    commands: Commands,
     /// To connection tracking; opened when it is first asked for.
     connections: Option<Socket>,
 }
@@ -47,7 +52,12 @@ impl Netfilter {
     /// # Errors
     /// `Io` if the kernel has no netfilter sockets.
     pub fn open() -> Result<Self, WorldError> {
-        Ok(Self { socket: Socket::open()?, legacy: Legacy::here()?, connections: None })
+        Ok(Self {
+            socket: Socket::open()?,
+            legacy: Legacy::here()?,
+            commands: Commands::default(),
+            connections: None,
+        })
     }
 
     /// Adds the tables of the territory that exist, and the accepts that FORWARD has for its networks.
@@ -56,7 +66,14 @@ impl Netfilter {
     /// `Refused` if the kernel does not let us look.
     pub fn observe(&mut self, territory: &Territory, facts: &mut Facts) -> Result<(), WorldError> {
         let asked = !territory.tables.is_empty() || territory.accepts || !territory.guards.is_empty();
-        if !asked || self.is_absent()? {
+        if !asked && !territory.shared_chains {
+            return Ok(());
+        }
+        let absent = self.is_absent()?;
+        if territory.shared_chains {
+            self.observe_shared_chains(territory, absent, facts)?;
+        }
+        if absent {
             return Ok(());
         }
         if !territory.guards.is_empty() {
@@ -133,6 +150,49 @@ impl Netfilter {
             }
         }
         Ok(families)
+    }
+
+    fn observe_shared_chains(
+        &mut self,
+        territory: &Territory,
+        absent: bool,
+        facts: &mut Facts,
+    ) -> Result<(), WorldError> {
+        for name in chains() {
+            let chain = match name.home {
+                Home::IptablesLegacy => self.legacy.observe_shared(name, &territory.cidrs)?,
+                _ if absent => None,
+                Home::IptablesNft | Home::Nftables => {
+                    shared_chain::observe(&mut self.socket, name, &territory.cidrs)?
+                }
+            };
+            chain.into_iter().for_each(|chain| facts.set(Fact::SharedChain(Box::new(chain))));
+        }
+        Ok(())
+    }
+
+    /// The iptables of this host, and what its FORWARD chains may do.
+    ///
+    /// # Errors
+    /// `Refused` if the kernel does not let us look.
+    pub fn iptables(&mut self) -> Result<Iptables, WorldError> {
+        let mut found = Iptables { fully_random: true, ..Iptables::default() };
+        let absent = self.is_absent()?;
+        for family in [Family::V4, Family::V6] {
+            if let Some(kind) =
+                self.commands.kind(family).filter(|kind| !absent || kind.home == Home::IptablesLegacy)
+            {
+                found.written.insert(family, kind.home);
+                found.fully_random &= kind.fully_random;
+            }
+            if !absent && shared_chain::may_drop(&mut self.socket, family)? {
+                found.dropping.insert((family, Home::IptablesNft));
+            }
+            if self.legacy.may_drop(family)? {
+                found.dropping.insert((family, Home::IptablesLegacy));
+            }
+        }
+        Ok(found)
     }
 
     /// Forgets the connections that a change of published ports makes wrong, and says how many; in the namespace of the thread
@@ -212,8 +272,18 @@ impl Netfilter {
     /// Makes the changes about tables, guards and accepts, one transaction for each table and one for all accepts of a family.
     /// The answer has one entry per change.
     pub fn apply(&mut self, changes: &[Change<'_>]) -> Vec<Result<(), WorldError>> {
-        let mut results: Vec<Result<(), WorldError>> =
-            changes.iter().map(|change| self.apply_alone(change)).collect();
+        let mut results: Vec<Result<(), WorldError>> = changes.iter().map(|_| Ok(())).collect();
+        // What comes before what goes: rules that move between a chain of upstream's and a table of ours are never missing.
+        let leaving = |(_, wanted): &Group<'_>| wanted.iter().all(|(_, wanted, _)| wanted.is_none());
+        let (last, first): (Vec<_>, Vec<_>) =
+            shared_changes(changes).into_iter().partition(|(_, group)| leaving(group));
+        self.apply_shared_chains(first, &mut results);
+        for (change, result) in changes.iter().zip(&mut results) {
+            if !matches!(change.fact(), Fact::SharedChain(_)) {
+                *result = self.apply_alone(change);
+            }
+        }
+        self.apply_shared_chains(last, &mut results);
         for family in [Family::V4, Family::V6] {
             let (mut add, mut remove) = (Vec::new(), Vec::new());
             let mut places = Vec::new();
@@ -236,6 +306,22 @@ impl Netfilter {
             }
         }
         results
+    }
+
+    fn apply_shared_chains(
+        &mut self,
+        groups: Vec<(Option<Family>, Group<'_>)>,
+        results: &mut [Result<(), WorldError>],
+    ) {
+        for (group, (places, wanted)) in groups {
+            let result = match group {
+                None => shared_chain::change(&mut self.socket, &wanted),
+                Some(family) => self.legacy.change_shared(family, &wanted),
+            };
+            if let Err(error) = result {
+                share(&error, &places, results);
+            }
+        }
     }
 
     fn apply_alone(&mut self, change: &Change<'_>) -> Result<(), WorldError> {
@@ -274,6 +360,40 @@ impl Netfilter {
         }
         if legacy { self.legacy.change(family, add, remove) } else { Ok(()) }
     }
+}
+
+/// Changes that are made together: their places in the list, and what they ask for.
+type Group<'a> = (Vec<usize>, Vec<shared_chain::Wanted<'a>>);
+
+/// Changes of upstream's chains, with their places in the list: those in nftables are one transaction (none), those of the older
+/// tables one for each family.
+fn shared_changes<'a>(changes: &[Change<'a>]) -> BTreeMap<Option<Family>, Group<'a>> {
+    let mut groups: BTreeMap<Option<Family>, Group<'a>> = BTreeMap::new();
+    for (place, change) in changes.iter().enumerate() {
+        let (wanted, old) = match change {
+            Change::Create(Fact::SharedChain(new)) => (Some(&**new), None),
+            Change::Replace { old: Fact::SharedChain(old), new: Fact::SharedChain(new) } => {
+                (Some(&**new), Some(&**old))
+            }
+            Change::Delete(Fact::SharedChain(old)) => (None, Some(&**old)),
+            _ => continue,
+        };
+        let both = || wanted.into_iter().chain(old);
+        let Some(name) = both().map(|chain| chain.name).next() else { continue };
+        let cidrs: BTreeSet<Prefix> = both().flat_map(|chain| chain.cidrs()).collect();
+        let group = (name.home == Home::IptablesLegacy).then_some(name.family);
+        let (places, chains) = groups.entry(group).or_default();
+        places.push(place);
+        chains.push((name, wanted, cidrs));
+    }
+    groups
+}
+
+fn chains() -> impl Iterator<Item = ChainName> {
+    let families = [Family::V4, Family::V6];
+    Home::ALL.into_iter().flat_map(move |home| {
+        families.into_iter().flat_map(move |family| Job::ALL.map(|job| ChainName { home, family, job }))
+    })
 }
 
 /// One transaction failed: every change in it did.

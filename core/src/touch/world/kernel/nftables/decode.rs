@@ -96,7 +96,7 @@ fn add_chain(table: &mut Table, found: &[u8]) {
     table.chains.insert(name.to_owned(), Chain { base: base.flatten(), rules: Vec::new() });
 }
 
-fn read_base(chain: &[u8], hook: &[u8]) -> Option<Base> {
+pub(super) fn read_base(chain: &[u8], hook: &[u8]) -> Option<Base> {
     const POLICY_ACCEPT: u32 = 1;
     let hooks = [Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Output, Hook::Postrouting];
     let number_of_hook = number(hook, 1)?;

@@ -277,7 +277,7 @@ impl Writer<'_> {
 }
 
 /// Hook, policy and type of a base chain.
-fn write_base(out: &mut Attributes, base: &Base) {
+pub(super) fn write_base(out: &mut Attributes, base: &Base) {
     const POLICY_ACCEPT: u32 = 1;
     out.nest(4, |out| {
         out.number(1, hook_number(base.hook)).number(2, base.priority as u32);

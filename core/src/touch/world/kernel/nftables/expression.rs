@@ -48,7 +48,9 @@ pub(super) enum Expression {
     /// Rewrite source or destination with the address that was loaded, and the port if its register is named.
     Nat { kind: NatKind, family: Family, port: Option<u32> },
     /// A test by an iptables extension (`nft_compat`), with its own binary argument.
-    Extension { name: String, argument: Vec<u8> },
+    Extension { name: String, revision: u32, argument: Vec<u8> },
+    /// What an iptables extension does with the packet, likewise.
+    Target { name: String, revision: u32, argument: Vec<u8> },
 }
 
 /// What is known about a packet besides its bytes (`nft_meta_keys`).
@@ -172,6 +174,7 @@ impl Expression {
             Self::Connection(_) => "ct",
             Self::Nat { .. } => "nat",
             Self::Extension { .. } => "match",
+            Self::Target { .. } => "target",
         }
     }
 
@@ -241,8 +244,9 @@ impl Expression {
                     out.number(5, *port);
                 }
             }
-            Self::Extension { name, argument } => {
-                out.text(1, name).number(2, 0).bytes(3, argument);
+            // NFTA_MATCH_* and NFTA_TARGET_* have the same numbers.
+            Self::Extension { name, revision, argument } | Self::Target { name, revision, argument } => {
+                out.text(1, name).number(2, *revision).bytes(3, argument);
             }
         }
     }
@@ -303,6 +307,12 @@ impl Expression {
             }
             "match" => Some(Self::Extension {
                 name: text(arguments, 1)?.to_owned(),
+                revision: number(arguments, 2)?,
+                argument: attribute(arguments, 3)?.to_vec(),
+            }),
+            "target" => Some(Self::Target {
+                name: text(arguments, 1)?.to_owned(),
+                revision: number(arguments, 2)?,
                 argument: attribute(arguments, 3)?.to_vec(),
             }),
             _ => None,

@@ -15,6 +15,7 @@ use super::super::iptables::{CHAIN, COMMENT};
 use super::decode::raise;
 use super::encode::{prefix_test, write_expressions};
 use super::expression::Expression;
+use super::iptables_rule;
 use super::packet::number_of;
 use super::wire::{APPEND, Attributes, Batch, CREATE, Socket, attribute, error_code, kind, long, text};
 use crate::touch::world::WorldError;
@@ -232,7 +233,7 @@ impl Writer {
     /// A rule as iptables 1.8 composes it: tests, comment, counter, verdict.
     fn rule(&self, batch: &mut Batch, chain: &str, flags: u16, tests: Vec<Expression>, verdict: Expression) {
         let mut program = tests;
-        program.push(comment());
+        program.push(iptables_rule::comment(COMMENT));
         program.push(Expression::Counter);
         program.push(verdict);
         let step = format!("write a rule into chain {chain} of table {} {TABLE}", table_family(self.family));
@@ -245,12 +246,4 @@ impl Writer {
             });
         });
     }
-}
-
-/// `-m comment --comment "flanneld forward"` (uapi/linux/netfilter/xt_comment.h: 256 bytes, NUL-terminated).
-fn comment() -> Expression {
-    const XT_MAX_COMMENT_LEN: usize = 256;
-    let mut argument = COMMENT.as_bytes().to_vec();
-    argument.resize(XT_MAX_COMMENT_LEN, 0);
-    Expression::Extension { name: "comment".to_owned(), argument }
 }
