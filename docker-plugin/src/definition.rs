@@ -273,6 +273,7 @@ pub(crate) fn vni_of(config: &NetworkConfig) -> Option<Vni> {
         | BackendConfig::HostGw
         | BackendConfig::Ipip(_)
         | BackendConfig::Udp(_)
+        | BackendConfig::Ipsec(_)
         | BackendConfig::Extension(_) => None,
     }
 }

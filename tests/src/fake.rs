@@ -149,7 +149,12 @@ impl FakeWorld {
             Fact::Sysctl(Sysctl { link: Some(link), .. }) => {
                 self.link(*link).ok_or(libc::ENOENT)?;
             }
-            Fact::Sysctl(_) | Fact::Table(_) | Fact::Accept(_) | Fact::Guard(_) | Fact::Blackhole(_) => {}
+            Fact::Sysctl(_)
+            | Fact::Table(_)
+            | Fact::Accept(_)
+            | Fact::Guard(_)
+            | Fact::Policy(_)
+            | Fact::Blackhole(_) => {}
         }
         self.facts.set(fact.clone());
         Ok(())
@@ -389,6 +394,7 @@ impl FakeWorld {
                 Fact::Neighbor(neighbor) => ours.contains(&neighbor.link),
                 Fact::Forward(forward) => ours.contains(&forward.link),
                 Fact::Route(route) => territory.holds_route(&ours, route),
+                Fact::Policy(policy) => territory.holds_policy(policy),
                 Fact::Table(table) => territory.holds_table(&table.name),
                 Fact::Blackhole(blackhole) => {
                     territory.holds_blackhole(&blackhole.destination, RouteProtocol::FLANNEL)

@@ -222,6 +222,7 @@ const CONFINED: &[Confined] = &[
         allowed: &[
             "core/src/touch/world/kernel/iptables.rs",
             "core/src/run/extension/command.rs",
+            "core/src/run/ipsec/charon.rs",
             "cni/src/delegate.rs",
         ],
         why: "a program costs milliseconds and has an environment",

@@ -3,6 +3,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should panic where it stands")]
 
+#[path = "plan/ipsec.rs"]
+mod ipsec;
+
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -155,8 +158,10 @@ fn host_gw_peer(public: &str) -> String {
 #[track_caller]
 fn golden(name: &str, case: &Case) {
     let plan = case.plan();
-    let mut text = format!("# {}\n# MTU {}\n{}", case.config.to_json(), plan.mtu, plan.facts);
+    let config = case.config.to_json().replace(ipsec::PSK, "PSK");
+    let mut text = format!("# {config}\n# MTU {}\n{}", plan.mtu, plan.facts);
     text.extend(plan.tunnel.iter().map(ToString::to_string));
+    text.extend(plan.associations.iter().map(ToString::to_string));
     text.extend(plan.errands.iter().map(ToString::to_string));
     for finding in &plan.findings {
         text.push_str(&format!("# {} {}: {}\n", finding.code, finding.code.title(), finding.text));

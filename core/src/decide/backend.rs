@@ -7,6 +7,7 @@ mod alloc;
 mod extension;
 mod host_gw;
 mod ipip;
+mod ipsec;
 mod udp;
 mod vxlan;
 
@@ -44,6 +45,7 @@ pub fn of(config: &BackendConfig) -> Box<dyn Backend> {
         BackendConfig::Extension(options) => Box::new(extension::Extension::new(options.clone())),
         BackendConfig::HostGw => Box::new(host_gw::HostGw),
         BackendConfig::Ipip(options) => Box::new(ipip::Ipip::new(*options)),
+        BackendConfig::Ipsec(options) => Box::new(ipsec::Ipsec::new(options.clone())),
         BackendConfig::Udp(options) => Box::new(udp::Udp::new(options.clone())),
         BackendConfig::Vxlan(options) => Box::new(vxlan::Vxlan::new(options.clone())),
     }

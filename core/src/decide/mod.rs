@@ -1,6 +1,7 @@
 //! Pure functions from words to words: what should be true. No I/O, no clock, no randomness.
 
 pub mod allocate;
+pub mod associations;
 pub mod backend;
 pub mod bridge;
 pub mod endpoint;

@@ -12,6 +12,7 @@ use crate::words::config::{BackendConfig, NetworkConfig};
 use crate::words::exposure::Exposure;
 use crate::words::extension::Errands;
 use crate::words::fact::{Blackhole, BridgePort, Fact, Facts, Link, LinkKind, LinkModes, Sysctl};
+use crate::words::ipsec::Associations;
 use crate::words::lease::{LeaseSet, OwnLease};
 use crate::words::name::{LinkName, NetworkName};
 use crate::words::node::{HostRoute, Node};
@@ -56,6 +57,8 @@ pub struct Plan {
     pub facts: Facts,
     /// The tunnel that this program itself should carry, before the facts can be true.
     pub tunnel: Option<Tunnel>,
+    /// What charon should hold, beside the facts.
+    pub associations: Option<Associations>,
     /// What the operator's commands should be told, once the facts are true.
     pub errands: Option<Errands>,
     /// What may be looked at and deleted.
@@ -112,9 +115,9 @@ pub fn plan(inputs: &Inputs<'_>) -> Result<Plan, PlanError> {
         }
     }
 
-    let Draft { facts, findings, tunnel, errands } = draft;
+    let Draft { facts, findings, tunnel, associations, errands } = draft;
     let territory = territory(inputs, &facts);
-    Ok(Plan { facts, tunnel, errands, territory, findings, mtu, ranges })
+    Ok(Plan { facts, tunnel, associations, errands, territory, findings, mtu, ranges })
 }
 
 /// A host that forwards does not follow router advertisements any more, unless it is told to: 2 instead of 1
@@ -200,6 +203,7 @@ pub fn remains(network: &NetworkName, cidrs: impl IntoIterator<Item = Prefix>) -
         cidrs: cidrs.into_iter().collect(),
         tables: BTreeSet::from([firewall::table_name(network), publish::table_name(network)]),
         accepts: true,
+        policies: true,
         ..Territory::default()
     }
 }
@@ -222,6 +226,11 @@ fn territory(inputs: &Inputs<'_>, facts: &Facts) -> Territory {
 pub fn overlap(config: &NetworkConfig, routes: &[HostRoute]) -> Option<Finding> {
     // Its commands make routes of any kind there, which a restart finds.
     let commands = matches!(config.backend, BackendConfig::Extension(_));
+    // A packet must have a route before a policy takes it.
+    let routed = |route: &HostRoute| {
+        matches!(config.backend, BackendConfig::Ipsec(_))
+            && config.cidrs().any(|cidr| cidr == route.destination)
+    };
     let ranges = || config.v4.iter().chain(config.v6.iter());
     let (route, range) = routes.iter().flat_map(|route| ranges().map(move |range| (route, range))).find(
         |(route, range)| {
@@ -230,7 +239,11 @@ pub fn overlap(config: &NetworkConfig, routes: &[HostRoute]) -> Option<Finding> 
                 && (route.bridge || route.via.is_some());
             let part = part || (commands && range.cidr.covers(&route.destination));
             let flannels = route.link.is_some_and(|link| link.as_str().starts_with("flannel"));
-            range.cidr.overlaps(&route.destination) && !route.destination.is_default() && !flannels && !part
+            range.cidr.overlaps(&route.destination)
+                && !route.destination.is_default()
+                && !flannels
+                && !part
+                && !routed(route)
         },
     )?;
     let link = route.link.map(|link| format!(" dev {link}")).unwrap_or_default();

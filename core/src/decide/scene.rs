@@ -10,6 +10,7 @@ use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
 use crate::words::extension::Errands;
 use crate::words::fact::{Conflict, Fact, Facts};
+use crate::words::ipsec::Associations;
 use crate::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
 use crate::words::name::NetworkName;
 use crate::words::node::Node;
@@ -60,6 +61,8 @@ pub struct Draft {
     pub findings: Vec<Finding>,
     /// The tunnel that this program itself should carry.
     pub tunnel: Option<Tunnel>,
+    /// What charon should hold.
+    pub associations: Option<Associations>,
     /// What the operator's commands should be told.
     pub errands: Option<Errands>,
 }

@@ -1,7 +1,7 @@
 //! The last good state of a network on disk: a start without the store plans from it.
 //!
 //! **Shape** — `<state dir>/<network>/last.json`: `{"config": document, "own": key or null, "leases": {key: value}}`,
-//! with keys and values as the store holds them.
+//! with keys and values as the store holds them. Only its owner reads it: the document may hold a key.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -88,7 +88,7 @@ pub fn read(state_dir: &Path, network: &NetworkName) -> Option<LastGood> {
 pub fn write(state_dir: &Path, network: &NetworkName, last: &LastGood) -> io::Result<()> {
     let own = last.own.as_ref().map(|own| own.subnets.key());
     let text = serde_json::to_string(&Written { config: &last.config, own, leases: Leases(last) })?;
-    whole_file::write(&file(state_dir, network), text.as_bytes(), 0o644)
+    whole_file::write(&file(state_dir, network), text.as_bytes(), 0o600)
 }
 
 #[cfg(test)]

@@ -226,7 +226,7 @@ fn holding(subnets: &Subnets, address: IpAddr) -> Option<Prefix> {
     subnets.of(Family::of(address)).filter(|subnet| subnet.contains(address))
 }
 
-/// What is there for a peer's subnet: its route, and the neighbor and the forwarding entry that belong to that.
+/// What is there for a peer's subnet: its route, and the neighbor and the forwarding entry that belong to that; or its policies.
 fn about(facts: &Facts, subnet: Prefix) -> Vec<Fact> {
     let mac = facts.iter().find_map(|fact| match fact {
         Fact::Neighbor(neighbor) if neighbor.ip == subnet.base() => Some(neighbor.mac),
@@ -236,6 +236,7 @@ fn about(facts: &Facts, subnet: Prefix) -> Vec<Fact> {
         Fact::Route(route) => route.destination == subnet,
         Fact::Neighbor(neighbor) => neighbor.ip == subnet.base(),
         Fact::Forward(entry) => Some(entry.mac) == mac,
+        Fact::Policy(policy) => policy.source == subnet || policy.destination == subnet,
         _ => false,
     };
     facts.iter().filter(concerned).cloned().collect()

@@ -33,9 +33,13 @@ const ROOM: usize = 8 << 20;
 /// Bytes of a notice that are read. One that is longer is not understood, and so of interest.
 const NOTICE_MAX: usize = 16 * 1024;
 
+/// NETLINK_XFRM and its XFRMNLGRP_POLICY (uapi/linux/netlink.h, uapi/linux/xfrm.h), the latter as a bit mask.
+const NETLINK_XFRM: isize = 6;
+const POLICY_GROUP: u32 = 1 << 3;
+
 /// Wakes `wake` whenever a notice of interest arrives, until dropped. Call inside a tokio runtime.
 pub struct KernelEvents {
-    tasks: [tokio::task::JoinHandle<()>; 2],
+    tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
 impl KernelEvents {
@@ -46,12 +50,15 @@ impl KernelEvents {
         let _ = setsockopt(route.socket_ref(), sockopt::RcvBufForce, &ROOM);
         own.listen(route.socket_ref().as_fd().try_clone_to_owned()?);
         let nftables = open(protocols::NETLINK_NETFILTER, NFTABLES_GROUP)?;
-        Ok(Self {
-            tasks: [
-                tokio::spawn(listen(route, wake.clone(), move |datagram: &[u8]| of_interest(datagram, &own))),
-                tokio::spawn(listen(nftables, wake, |_: &[u8]| true)),
-            ],
-        })
+        let mut tasks = vec![
+            tokio::spawn(listen(route, wake.clone(), move |datagram: &[u8]| of_interest(datagram, &own))),
+            tokio::spawn(listen(nftables, wake.clone(), |_: &[u8]| true)),
+        ];
+        // Not every kernel has IPsec.
+        if let Ok(policies) = open(NETLINK_XFRM, POLICY_GROUP) {
+            tasks.push(tokio::spawn(listen(policies, wake, |_: &[u8]| true)));
+        }
+        Ok(Self { tasks })
     }
 }
 

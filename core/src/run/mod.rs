@@ -8,6 +8,7 @@ pub mod errands;
 mod extension;
 pub mod health;
 pub mod hold;
+mod ipsec;
 mod journal;
 pub mod kernel_events;
 mod reconcile;

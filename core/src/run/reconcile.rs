@@ -40,6 +40,7 @@ use crate::words::config::NetworkConfig;
 use crate::words::exposure::Exposure;
 use crate::words::extension::Errands;
 use crate::words::fact::{Fact, Facts, diff};
+use crate::words::ipsec::Associations;
 use crate::words::lease::{LeaseSet, OwnLease};
 use crate::words::name::{Attachment, LinkName, NetworkName};
 use crate::words::node::{Identity, Node};
@@ -161,6 +162,8 @@ pub(super) struct Outcome {
     pub(super) mtu: Option<Mtu>,
     /// What the operator's commands should be told.
     pub(super) errands: Option<Arc<Errands>>,
+    /// What charon should hold.
+    pub(super) associations: Option<Arc<Associations>>,
     /// How peers reach us, as the uplink is now.
     pub(super) public: Public,
 }
@@ -323,6 +326,7 @@ impl Thread {
                 outcome.clean = report.clean;
                 outcome.mtu = Some(plan.mtu);
                 outcome.public = public;
+                outcome.associations = plan.associations.map(Arc::new);
                 outcome.errands = plan.errands.map(Arc::new);
                 outcome.own = sight.own().cloned();
             }

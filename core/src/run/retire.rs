@@ -11,7 +11,7 @@ use super::cli::CommonFlags;
 use super::extension::{self, Extension};
 use super::health::Counters;
 use super::store::NetworkStore;
-use super::{cache, hold, setup};
+use super::{cache, hold, ipsec, setup};
 use crate::act::pass::converge;
 use crate::decide::bridge::masquerade_table;
 use crate::decide::{self, plan, publish};
@@ -43,7 +43,8 @@ pub async fn everything(flags: &CommonFlags, store: NetworkStore) -> anyhow::Res
     let written = SubnetEnv::read(&subnet_file).map(|env| env.networks).unwrap_or_default();
     let cidrs: BTreeSet<Prefix> = configured.chain(written).collect();
     let bridge = bridge(&subnet_file, &network);
-    kernel(&network, cidrs, bridge)?;
+    kernel(&network, cidrs.clone(), bridge)?;
+    ipsec::retire(&network, cidrs).await;
     commands(flags, &network).await;
     if let Some(own) = last.own
         && let Err(error) = store.release(&own.subnets, &own.value).await

@@ -54,7 +54,7 @@ catalogue! {
         "start it or correct the endpoints; the data path stays as it is meanwhile";
     UPLINK_ABSENT = 113, "no interface to reach the peers by",
         "give one with --iface, or add a default route";
-    PUBLIC_IP_FOREIGN = 114, "host-gw needs the public address on the uplink itself",
+    PUBLIC_IP_FOREIGN = 114, "the backend needs the public address on the uplink itself",
         "choose another backend, or drop --public-ip";
     CHANGE_FAILED = 115, "the kernel refused a change",
         "see the reason; it is tried again";
@@ -82,6 +82,14 @@ catalogue! {
         "whoever can write the store would run commands here as root: if that is meant, start flanneld with --allow-extension; else choose another backend";
     EXTENSION_FAILED = 127, "a command of the extension backend failed",
         "see what it said; it is run again, later and later";
+    CHARON_ABSENT = 130, "there is no strongSwan to agree on keys with the peers",
+        "install it, on Debian: apt-get install --no-install-recommends strongswan-charon libstrongswan-standard-plugins";
+    CHARON_FAILED = 131, "strongSwan's charon does not serve",
+        "see the reason, and its own words: journalctl -t charon; it is tried again";
+    TUNNEL_ABSENT = 132, "there is no IPsec tunnel to a peer",
+        "see the reason; it is tried again, and packets to that peer wait until then";
+    ROUTE_ABSENT = 133, "packets to peers have no route, and without one they never reach the encryption",
+        "add a default route: which way it leads does not matter";
     ATTACHMENT_DRIFT = 140, "a container's place on the network is not as it was made",
         "start the container anew; the details name what is missing as the commands that would make it";
     ATTACHMENT_EXISTS = 141, "the container's interface is attached already",

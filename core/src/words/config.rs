@@ -8,6 +8,7 @@
 mod backend;
 mod document;
 mod extension;
+mod ipsec;
 
 use std::net::IpAddr;
 
@@ -138,6 +139,7 @@ impl NetworkConfig {
             let cause = match config.backend {
                 BackendConfig::Udp(_) => Some("backend udp carries IPv4 only"),
                 BackendConfig::Ipip(_) => Some("backend ipip carries IPv4 only"),
+                BackendConfig::Ipsec(_) => Some("backend ipsec carries IPv4 only"),
                 _ => None,
             };
             if let Some(cause) = cause {

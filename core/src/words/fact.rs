@@ -6,6 +6,7 @@
 mod display;
 mod facts;
 mod link;
+mod policy;
 mod port;
 mod route;
 
@@ -17,6 +18,7 @@ use super::rule::{Table, TableName};
 
 pub use facts::{Change, Conflict, Facts, diff};
 pub use link::{Ipip, Link, LinkKind, LinkModes, VethPeer, Vxlan};
+pub use policy::{Policy, PolicyDirection};
 pub use port::{BridgePort, Guard, PortVlans, VlanMember};
 pub use route::{Blackhole, Route, RouteExtras, RouteProtocol, RouteScope, RouteTable};
 
@@ -45,6 +47,8 @@ pub enum Fact {
     /// Traffic from and to a network is accepted by the FORWARD chain that iptables keeps, through our chain
     /// FLANNEL-FWD in it: another table's accept does not outweigh a drop there.
     Accept(Accept),
+    /// A policy of the kernel's IPsec.
+    Policy(Policy),
     /// A route.
     Route(Route),
     /// Packets to a destination go nowhere, unless a better route takes them.
@@ -78,6 +82,8 @@ pub enum Key {
     Table(TableName),
     /// A network in the FORWARD chain.
     Accept(Prefix),
+    /// Packets of a direction, from a subnet to another.
+    Policy(PolicyDirection, Prefix, Prefix),
     /// A route: the kernel tells routes apart by table, destination and metric. Connected routes (false) come before
     /// those through a gateway (true).
     Route(bool, RouteTable, Prefix, u32),
@@ -155,6 +161,7 @@ impl Fact {
             Self::Forward(forward) => Key::Forward(forward.link, forward.mac),
             Self::Table(table) => Key::Table(table.name.clone()),
             Self::Accept(accept) => Key::Accept(accept.cidr),
+            Self::Policy(policy) => Key::Policy(policy.direction, policy.source, policy.destination),
             Self::Route(route) => {
                 Key::Route(route.via.is_some(), route.extras.table, route.destination, route.metric)
             }
@@ -174,7 +181,7 @@ impl Fact {
             Self::Neighbor(neighbor) => Some(neighbor.link),
             Self::Forward(forward) => Some(forward.link),
             Self::Route(route) => Some(route.link),
-            Self::Table(_) | Self::Accept(_) | Self::Blackhole(_) => None,
+            Self::Table(_) | Self::Accept(_) | Self::Policy(_) | Self::Blackhole(_) => None,
         }
     }
 
@@ -191,6 +198,7 @@ impl Fact {
             Self::Forward(_) => "forward",
             Self::Table(_) => "table",
             Self::Accept(_) => "accept",
+            Self::Policy(_) => "policy",
             Self::Route(_) => "route",
             Self::Blackhole(_) => "blackhole",
         }

@@ -8,6 +8,7 @@ pub mod exposure;
 pub mod extension;
 pub mod fact;
 pub mod hostport;
+pub mod ipsec;
 pub mod lease;
 pub mod name;
 pub mod node;

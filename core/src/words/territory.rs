@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use super::addr::Prefix;
-use super::fact::{Address, Fact, Link, LinkKind, Route, RouteProtocol, RouteTable, Sysctl};
+use super::fact::{Address, Fact, Link, LinkKind, Policy, Route, RouteProtocol, RouteTable, Sysctl};
 use super::name::{LinkName, NetworkName};
 use super::rule::TableName;
 
@@ -30,6 +30,8 @@ pub struct Territory {
     pub sysctls: BTreeSet<(Option<LinkName>, String)>,
     /// Whether the FORWARD chain of iptables-nft is looked at for `cidrs`.
     pub accepts: bool,
+    /// Whether policies of IPsec between subnets of `cidrs` are looked at.
+    pub policies: bool,
     /// Interfaces whose VLANs are looked at.
     pub vlans: BTreeSet<LinkName>,
     /// Interfaces whose guard is looked at.
@@ -78,6 +80,12 @@ impl Territory {
         protocol == RouteProtocol::FLANNEL && self.cidrs.iter().any(|cidr| cidr.covers(destination))
     }
 
+    /// Whether a policy of IPsec is ours: with our mark, between two subnets of one network.
+    pub fn holds_policy(&self, policy: &Policy) -> bool {
+        let inside = |cidr: &Prefix| cidr.covers(&policy.source) && cidr.covers(&policy.destination);
+        self.policies && self.cidrs.iter().any(inside)
+    }
+
     /// Whether a table is ours.
     pub fn holds_table(&self, name: &TableName) -> bool {
         self.tables.contains(name)
@@ -117,6 +125,10 @@ impl Territory {
                 }
                 Fact::Blackhole(blackhole) => {
                     territory.cidrs.insert(blackhole.destination);
+                }
+                Fact::Policy(policy) => {
+                    territory.policies = true;
+                    territory.cidrs.extend([policy.source, policy.destination]);
                 }
                 Fact::BridgePort(_) | Fact::Address(_) | Fact::Neighbor(_) | Fact::Forward(_) => {}
             }

@@ -77,6 +77,11 @@ impl Overhead {
     pub const IPIP: Self = Self(20);
     /// UDP 8 (RFC 768), outer IPv4 20 (RFC 791).
     pub const UDP_OVER_V4: Self = Self(8 + 20);
+    /// ESP in tunnel mode at its largest, as upstream counts it: outer IPv4 20 (RFC 791), SPI and sequence number 8, IV of AES-CBC 16,
+    /// padding 15, its length and the next header 2 (RFC 4303), ICV of SHA-256 16 (RFC 4868).
+    pub const ESP: Self = Self(20 + 8 + 16 + 15 + 2 + 16);
+    /// As above in UDP 8 (RFC 3948).
+    pub const ESP_IN_UDP: Self = Self(Self::ESP.0 + 8);
     /// Inner Ethernet 14 (IEEE 802.3), VXLAN 8 (RFC 7348), UDP 8 (RFC 768), outer IPv4 20 (RFC 791).
     pub const VXLAN_OVER_V4: Self = Self(14 + 8 + 8 + 20);
     /// As above with an outer IPv6 header of 40 (RFC 8200).

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 mod facts;
+mod policies;
 mod ports;
 mod scale;
 

@@ -3,6 +3,7 @@
 //! Emulated, they take minutes: `make vm`, or `FLANNEL_TESTS_LONG=1`, runs them, the ordinary run does not.
 
 mod ipip;
+mod ipsec;
 mod vxlan;
 
 use std::env;

@@ -1,6 +1,7 @@
 //! An agent at work: it follows the newest values and decides when the kernel is looked at.
 
 mod commands;
+mod tunnels;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,6 +18,7 @@ use super::{Command, Leased, Status, WAIT, gateway};
 use crate::decide::firewall;
 use crate::run::extension::Extension;
 use crate::run::hold::{self, Hold};
+use crate::run::ipsec::Ipsec;
 use crate::run::kernel_events::KernelEvents;
 use crate::run::reconcile::{Inputs, Look, Outcome, Place, Reconciler, backoff};
 use crate::run::retire;
@@ -87,6 +89,8 @@ pub(super) struct Work {
     last_notice: Instant,
     /// Runs the commands of the extension backend, where they are allowed.
     extension: Option<Extension>,
+    /// Tells charon what the ipsec backend wants of it.
+    ipsec: Ipsec,
     /// What they should be told, by the newest pass.
     errands: Option<Arc<Errands>>,
     /// What `PreStartupCommand` said when we last looked.
@@ -113,6 +117,7 @@ impl Work {
         let tenure = Tenure::spawn(settings.store.clone(), snapshots.clone(), offered, settings.renew_margin);
         Ok(Self {
             extension: commands::spawn(&settings),
+            ipsec: Ipsec::spawn(&settings.network),
             errands: None,
             printed: None,
             _events: KernelEvents::subscribe(kernel_notice.clone(), reconciler.own_writes.clone())?,
@@ -163,6 +168,7 @@ impl Work {
                 changed = self.snapshots.changed() => if changed.is_err() { return End::Over },
                 changed = self.tenure.changed() => if changed.is_err() { return End::Over },
                 () = commands::changed(self.extension.as_mut()) => self.commands_ran(),
+                () = tunnels::changed(&mut self.ipsec) => self.look(Reason::Retry, Duration::ZERO),
                 Ok(()) = self.settings.isolated_from.changed() => self.look(Reason::Config, Duration::ZERO),
                 Ok(()) = self.reconciler.outcome.changed() => self.passed(),
                 () = self.kernel_notice.notified() => self.noticed(),
@@ -383,6 +389,7 @@ impl Work {
             .config_trouble
             .clone()
             .or_else(|| self.survey_trouble.clone())
+            .or_else(|| self.ipsec.state.borrow().trouble.clone())
             .or_else(|| snapshot.down.clone())
             .or_else(|| self.tenure.borrow().waiting.clone());
         // Whoever looks into the log later must find it, too.
@@ -480,9 +487,10 @@ impl Work {
         // The uplink is gone, or has another address: what we advertise must follow.
         let moved = self.survey.as_ref().is_some_and(|survey| survey.public() != outcome.public);
         self.survey_due |= moved;
+        self.tell_charon(&outcome);
         self.errands = outcome.errands;
         self.tell_commands();
-        if outcome.own.is_some() && outcome.own == self.own && self.commands_serve() {
+        if outcome.own.is_some() && outcome.own == self.own && self.commands_serve() && self.charon_serves() {
             self.ready = self.write_subnet_file(outcome.mtu) && (outcome.clean || self.ready);
         }
     }
@@ -526,8 +534,10 @@ impl Work {
     /// Takes everything of the network away from this host.
     async fn retire(self) -> Result<(), String> {
         let known = self.config.iter().flat_map(|config| config.cidrs());
-        let cidrs = known.chain(self.env.iter().flat_map(|env| env.networks.iter().copied())).collect();
-        let report = self.reconciler.retire(cidrs).await?;
+        let cidrs: BTreeSet<Prefix> =
+            known.chain(self.env.iter().flat_map(|env| env.networks.iter().copied())).collect();
+        let report = self.reconciler.retire(cidrs.clone()).await?;
+        self.ipsec.retire(cidrs).await;
         if let Some(extension) = self.extension {
             extension.retire().await;
         }

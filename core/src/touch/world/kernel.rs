@@ -15,6 +15,7 @@ mod neighbor;
 mod netlink;
 mod netns;
 pub mod nftables;
+mod policy;
 mod port_vlan;
 mod read;
 mod route;
@@ -30,7 +31,7 @@ use std::path::Path;
 
 pub use self::behind::Outlet;
 pub use self::device::{Device, Turn};
-use self::netlink::{Refusal, Socket};
+use self::netlink::{Protocol, Refusal, Socket};
 pub use self::netns::Namespace;
 pub use self::nftables::Netfilter;
 pub use self::read::{DefaultRoute, HostAddress, Interface, Way};
@@ -51,6 +52,8 @@ pub struct Kernel {
     socket: Socket,
     /// Opened when the first fact asks for it, and kept: closing it waits for the kernel to clear what was deleted.
     netfilter: Option<Netfilter>,
+    /// NETLINK_XFRM, opened when policies are looked at; none inside where the kernel has no such thing.
+    xfrm: Option<Option<Socket>>,
     /// None: the namespace of the threads of this process.
     namespace: Option<Namespace>,
     /// Where veth peers are born that belong into the container.
@@ -60,8 +63,8 @@ pub struct Kernel {
 impl Kernel {
     /// The kernel as the calling thread sees it.
     pub fn open() -> Result<Self, WorldError> {
-        let socket = Socket::open(None).map_err(|e| io_error("open a netlink socket", e))?;
-        Ok(Self { socket, netfilter: None, namespace: None, sandbox: None })
+        let socket = Socket::open(Protocol::Route, None).map_err(|e| io_error("open a netlink socket", e))?;
+        Ok(Self { socket, netfilter: None, xfrm: None, namespace: None, sandbox: None })
     }
 
     /// The kernel of another namespace, given by path.
@@ -76,8 +79,8 @@ impl Kernel {
     }
 
     fn inside(namespace: Namespace) -> io::Result<Self> {
-        let socket = Socket::open(Some(&namespace))?;
-        Ok(Self { socket, netfilter: None, namespace: Some(namespace), sandbox: None })
+        let socket = Socket::open(Protocol::Route, Some(&namespace))?;
+        Ok(Self { socket, netfilter: None, xfrm: None, namespace: Some(namespace), sandbox: None })
     }
 
     /// Says where the peers of veth pairs are born that belong into the container.
@@ -270,6 +273,31 @@ impl Kernel {
         Ok(())
     }
 
+    /// Without the kernel's IPsec there are no policies to see.
+    fn observe_policies(&mut self, t: &Territory, facts: &mut Facts) -> Result<(), WorldError> {
+        if !t.policies || t.cidrs.is_empty() {
+            return Ok(());
+        }
+        let namespace = self.namespace.as_ref();
+        let socket = self.xfrm.get_or_insert_with(|| Socket::open(Protocol::Xfrm, namespace).ok());
+        let Some(socket) = socket else { return Ok(()) };
+        let found = settled("look at the policies of IPsec", policy::dump(socket))?;
+        found.into_iter().filter(|policy| t.holds_policy(policy)).for_each(|p| facts.set(Fact::Policy(p)));
+        Ok(())
+    }
+
+    fn write_policies(&mut self, changes: &[Change<'_>]) -> Vec<Result<(), WorldError>> {
+        if let Some(Some(socket)) = &mut self.xfrm {
+            return policy::apply(socket, changes);
+        }
+        let what = "this kernel has no IPsec (CONFIG_XFRM_USER): modprobe xfrm_user esp4";
+        let unsupported =
+            |change| Err(WorldError::Unsupported { action: action(change), what: what.to_owned() });
+        // It may have come meanwhile.
+        self.xfrm = None;
+        changes.iter().map(unsupported).collect()
+    }
+
     /// Names of the interfaces that routes with our mark leave by, when they are not ours.
     fn name_outsiders(&mut self, t: &Territory, ours: &mut Ours) -> Result<(), WorldError> {
         if t.alias.is_some() || t.cidrs.is_empty() {
@@ -309,6 +337,7 @@ impl World for Kernel {
         self.observe_neighbors(&ours, &mut facts)?;
         self.name_outsiders(territory, &mut ours)?;
         self.observe_routes(territory, &ours, &mut facts)?;
+        self.observe_policies(territory, &mut facts)?;
         self.observe_vlans(territory, &ours, &mut facts)?;
         if !territory.tables.is_empty() || territory.accepts || !territory.guards.is_empty() {
             self.netfilter()?.observe(territory, &mut facts)?;
@@ -325,6 +354,7 @@ impl World for Kernel {
                     let sandbox = self.sandbox.as_ref().map(AsRawFd::as_raw_fd);
                     results.extend(Writer::new(&mut self.socket, run, sandbox).write());
                 }
+                Some(Part::Xfrm) => results.extend(self.write_policies(run)),
                 Some(Part::Netfilter) => results.extend(self.filter(run)),
                 Some(Part::Settings) => {
                     let write = || run.iter().map(write_setting).collect::<Vec<_>>();
@@ -346,6 +376,7 @@ impl World for Kernel {
 enum Part {
     Rtnetlink,
     Netfilter,
+    Xfrm,
     Settings,
 }
 
@@ -354,6 +385,7 @@ impl Part {
         match change.fact() {
             Fact::Sysctl(_) => Self::Settings,
             Fact::Table(_) | Fact::Accept(_) | Fact::Guard(_) => Self::Netfilter,
+            Fact::Policy(_) => Self::Xfrm,
             Fact::Link(_)
             | Fact::BridgePort(_)
             | Fact::PortVlans(_)

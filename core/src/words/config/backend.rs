@@ -3,9 +3,10 @@
 use serde_json::json;
 
 use super::document::Document;
-use super::{ConfigError, extension};
+use super::{ConfigError, extension, ipsec};
 use crate::words::code::Code;
 use crate::words::extension::ExtensionConfig;
+use crate::words::ipsec::IpsecConfig;
 use crate::words::report::Finding;
 use crate::words::units::{Mtu, Port, Vni};
 
@@ -22,6 +23,8 @@ pub enum BackendConfig {
     Vxlan(VxlanConfig),
     /// Whole packets in UDP, carried by this program itself.
     Udp(UdpConfig),
+    /// Encrypted by the kernel, with keys that charon agrees on.
+    Ipsec(IpsecConfig),
     /// By commands of the operator's.
     Extension(ExtensionConfig),
 }
@@ -35,6 +38,7 @@ impl BackendConfig {
             Self::Ipip(_) => "ipip",
             Self::Vxlan(_) => "vxlan",
             Self::Udp(_) => "udp",
+            Self::Ipsec(_) => "ipsec",
             Self::Extension(_) => "extension",
         }
     }
@@ -94,9 +98,9 @@ const VXLAN_KEYS: &[&str] = &["Type", "VNI", "Port", "GBP", "Learning", "DirectR
 const IPIP_KEYS: &[&str] = &["Type", "DirectRouting"];
 const UDP_KEYS: &[&str] = &["Type", "Port"];
 /// The types there are, as errors list them.
-const BUILT: &str = "alloc, extension, host-gw, ipip, udp, vxlan";
+const BUILT: &str = "alloc, extension, host-gw, ipip, ipsec, udp, vxlan";
 /// Upstream's types that this software does not have yet.
-const NOT_BUILT: &[&str] = &["wireguard", "ipsec", "tencent-vpc"];
+const NOT_BUILT: &[&str] = &["wireguard", "tencent-vpc"];
 
 pub(super) fn read(
     document: &Document<'_>,
@@ -130,6 +134,7 @@ pub(super) fn read(
             findings.extend(options.unknown_keys(UDP_KEYS));
             udp(&options).map(BackendConfig::Udp)
         }
+        "ipsec" => ipsec::read(&options, findings).map(BackendConfig::Ipsec),
         "extension" => extension::read(&options, findings).map(BackendConfig::Extension),
         name if NOT_BUILT.contains(&name) => {
             Err(kind.error(format!("backend {name} is not built yet; this version has {BUILT}")))
@@ -182,6 +187,7 @@ pub(super) fn write(config: &BackendConfig) -> serde_json::Map<String, serde_jso
                 backend.insert("DirectRouting".into(), json!(true));
             }
         }
+        BackendConfig::Ipsec(ipsec) => ipsec::write(ipsec, &mut backend),
         BackendConfig::Udp(udp) => put_port(&mut backend, udp.port, Port::UDP_BACKEND),
         BackendConfig::Vxlan(vxlan) => put_vxlan(&mut backend, vxlan),
     }

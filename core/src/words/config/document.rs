@@ -101,7 +101,10 @@ impl<'a> Value<'a> {
 
     pub(super) fn error(&self, cause: impl ToString) -> ConfigError {
         let (line, column) = self.position();
+        // Part of an object may be a key of the operator's, and this ends up in the log.
+        let secret = self.raw.to_ascii_lowercase().contains("psk") || self.key.ends_with("PSK");
         let found = match self.raw.char_indices().nth(60) {
+            _ if secret => "[redacted]".to_owned(),
             Some((end, _)) => format!("{}...", &self.raw[..end]),
             None => self.raw.to_owned(),
         };

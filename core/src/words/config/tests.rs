@@ -111,8 +111,8 @@ fn errors_say_what_where_and_why() {
             "Backend.CommandTimeout at line 1, column 75 is 0: seconds from 1 to 3600 were wanted",
         ),
         (
-            r#"{"Network":"10.100.0.0/16","Backend":{"Type":"ipsec"}}"#,
-            "Backend.Type at line 1, column 46 is \"ipsec\": backend ipsec is not built yet; this version has alloc, extension, host-gw, ipip, udp, vxlan",
+            r#"{"Network":"10.100.0.0/16","Backend":{"Type":"wireguard"}}"#,
+            "Backend.Type at line 1, column 46 is \"wireguard\": backend wireguard is not built yet; this version has alloc, extension, host-gw, ipip, ipsec, udp, vxlan",
         ),
         (
             r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"Type":"udp"}}"#,
@@ -128,7 +128,7 @@ fn errors_say_what_where_and_why() {
         ),
         (
             r#"{"Network":"10.100.0.0/16","Backend":{}}"#,
-            "Backend at line 1, column 38 is {}: Backend has no Type; say one of alloc, extension, host-gw, ipip, udp, vxlan",
+            "Backend at line 1, column 38 is {}: Backend has no Type; say one of alloc, extension, host-gw, ipip, ipsec, udp, vxlan",
         ),
         (
             r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan","VNI":16777216}}"#,
@@ -217,4 +217,47 @@ proptest::proptest! {
             proptest::prop_assert!(parsed.config.cidrs().count() > 0, "{text}");
         }
     }
+}
+
+/// As short as a key may be.
+fn psk() -> String {
+    "0123456789abcdef".repeat(6)
+}
+
+#[test]
+fn ipsec_has_upstreams_keys_and_shows_none() {
+    let ipsec =
+        |options: &str| format!(r#"{{"Network":"10.5.0.0/16","Backend":{{"Type":"ipsec"{options}}}}}"#);
+    let text = ipsec(&format!(r#","psk":"{}","udpencap":true,"EspProposal":"aes256-sha256""#, psk()));
+    let parsed = parsed(&text);
+    assert!(parsed.findings.is_empty() && !format!("{parsed:?}").contains("0123456789"));
+    let BackendConfig::Ipsec(config) = &parsed.config.backend else { panic!() };
+    assert!(config.udp_encap && config.esp_proposal == "aes256-sha256" && *config.psk.reveal() == psk());
+    assert_eq!(NetworkConfig::parse(&parsed.config.to_json()).unwrap().config, parsed.config);
+    let plain = NetworkConfig::parse(&ipsec(&format!(r#","PSK":"{}""#, psk()))).unwrap().config;
+    assert!(plain.to_json().contains(r#"{"PSK":"0123"#) && !plain.to_json().contains("ESPProposal"));
+
+    let errors = [
+        (String::new(), "Backend.PSK is missing: backend ipsec needs a key of at least 96 characters"),
+        (
+            format!(r#","PSK":"{}""#, &psk()[1..]),
+            "Backend.PSK at line 1, column 58 is [redacted]: password is too short: it has 95 characters, and at least 96",
+        ),
+        (
+            format!(r#","PSK":"{}","ESPProposal":"aes128, aes256""#, psk()),
+            "is \"aes128, aes256\": one proposal as strongSwan writes it was wanted",
+        ),
+        (format!(r#","PSK":"{}","UDPEncap":"yes""#, psk()), "is \"yes\": true or false was wanted"),
+    ];
+    for (options, wanted) in errors {
+        let said = error(&ipsec(&options));
+        assert!(said.contains(wanted) && !said.contains("0123456789"), "{said}");
+    }
+    let without_type = format!(r#"{{"Network":"10.5.0.0/16","Backend":{{"PSK":"{}"}}}}"#, psk());
+    assert!(!error(&without_type).contains("0123456789"));
+    let only_v6 = format!(
+        r#"{{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{{"Type":"ipsec","PSK":"{}"}}}}"#,
+        psk()
+    );
+    assert_eq!(error(&only_v6), "Network is missing: backend ipsec carries IPv4 only");
 }

@@ -65,6 +65,7 @@ impl fmt::Display for Fact {
                     a.cidr
                 )
             }
+            Self::Policy(policy) => write!(f, "{policy}"),
             Self::Route(route) => write!(f, "{route}"),
             Self::Blackhole(b) => {
                 let (metric, protocol) = (Blackhole::METRIC, RouteProtocol::FLANNEL.0);

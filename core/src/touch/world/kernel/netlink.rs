@@ -1,4 +1,4 @@
-//! A blocking NETLINK_ROUTE socket: one question at a time, dumps that are repeated when the kernel says that they are
+//! A blocking netlink socket: one question at a time, dumps that are repeated when the kernel says that they are
 //! inconsistent, and many changes in one send.
 //!
 //! The kernel works on rtnetlink requests inside `send` (net/netlink/af_netlink.c `netlink_rcv_skb`), so every answer is
@@ -6,7 +6,7 @@
 //! the last message asks for an acknowledgement: a message that failed is answered anyway, with its sequence number.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use netlink_packet_core::{
@@ -55,6 +55,15 @@ pub(super) struct Refusal {
     pub(super) detail: Option<String>,
 }
 
+/// Which part of the kernel a socket talks to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Protocol {
+    /// Interfaces, addresses, routes.
+    Route,
+    /// IPsec.
+    Xfrm,
+}
+
 /// The socket. Bound for life to the namespace it was opened in.
 pub(super) struct Socket {
     fd: OwnedFd,
@@ -66,10 +75,16 @@ pub(super) struct Socket {
 
 impl Socket {
     /// Opens a socket in this namespace, or in that of the calling thread.
-    pub(super) fn open(namespace: Option<&Namespace>) -> io::Result<Self> {
+    pub(super) fn open(protocol: Protocol, namespace: Option<&Namespace>) -> io::Result<Self> {
         let make = || {
             let (family, kind) = (AddressFamily::Netlink, SockType::Raw);
-            nix::sys::socket::socket(family, kind, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)
+            match protocol {
+                Protocol::Route => {
+                    nix::sys::socket::socket(family, kind, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)
+                        .map_err(io::Error::from)
+                }
+                Protocol::Xfrm => xfrm(),
+            }
         };
         // Only the socket is made inside; all else about it can be done from outside.
         let fd = namespace.map_or_else(|| Ok(make()), |namespace| namespace.run(make))??;
@@ -89,7 +104,7 @@ impl Socket {
     /// Asks for everything that matches the request. `take` is shown the type and the body of each message.
     pub(super) fn dump<T>(
         &mut self,
-        request: &RouteNetlinkMessage,
+        request: &impl NetlinkSerializable,
         mut take: impl FnMut(u16, &[u8]) -> Option<T>,
     ) -> io::Result<Result<Vec<T>, Refusal>> {
         let mut found = Vec::new();
@@ -288,6 +303,18 @@ impl Socket {
     }
 }
 
+#[expect(unsafe_code, reason = "nix has no name for this protocol")]
+fn xfrm() -> io::Result<OwnedFd> {
+    // SAFETY: the call takes three numbers and no memory of ours.
+    let fd =
+        unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_XFRM) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made it, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 #[expect(unsafe_code, reason = "nix has no names for the netlink options")]
 fn set(fd: &OwnedFd, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
     let len = size_of::<libc::c_int>() as libc::socklen_t;
@@ -306,7 +333,7 @@ pub(super) struct Batch {
 
 impl Batch {
     /// Appends a request; `flags` beside NLM_F_REQUEST.
-    pub(super) fn push(&mut self, message: &RouteNetlinkMessage, flags: u16) {
+    pub(super) fn push(&mut self, message: &impl NetlinkSerializable, flags: u16) {
         let body = message.buffer_len();
         let start = self.bytes.len();
         self.starts.push(start);

@@ -166,7 +166,7 @@ impl<'a> Writer<'a> {
                 self.push(place, &request, pardon);
             }
             // Not rtnetlink's: the kernel's other parts answer for these.
-            Fact::Sysctl(_) | Fact::Table(_) | Fact::Accept(_) | Fact::Guard(_) => {}
+            Fact::Sysctl(_) | Fact::Table(_) | Fact::Accept(_) | Fact::Guard(_) | Fact::Policy(_) => {}
         }
         Ok(())
     }
