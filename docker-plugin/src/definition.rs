@@ -273,6 +273,7 @@ pub(crate) fn vni_of(config: &NetworkConfig) -> Option<Vni> {
         | BackendConfig::HostGw
         | BackendConfig::Ipip(_)
         | BackendConfig::Udp(_)
+        | BackendConfig::Wireguard(_)
         | BackendConfig::Extension(_) => None,
     }
 }

@@ -9,6 +9,7 @@ mod host_gw;
 mod ipip;
 mod udp;
 mod vxlan;
+mod wireguard;
 
 use crate::words::addr::{Family, Prefix};
 use crate::words::config::{BackendConfig, NetworkConfig};
@@ -46,6 +47,7 @@ pub fn of(config: &BackendConfig) -> Box<dyn Backend> {
         BackendConfig::Ipip(options) => Box::new(ipip::Ipip::new(*options)),
         BackendConfig::Udp(options) => Box::new(udp::Udp::new(options.clone())),
         BackendConfig::Vxlan(options) => Box::new(vxlan::Vxlan::new(options.clone())),
+        BackendConfig::Wireguard(options) => Box::new(wireguard::Wireguard::new(options.clone())),
     }
 }
 

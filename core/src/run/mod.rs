@@ -18,3 +18,4 @@ pub mod store;
 mod survey;
 pub mod tenure;
 mod udp;
+mod wireguard;

@@ -82,6 +82,12 @@ catalogue! {
         "whoever can write the store would run commands here as root: if that is meant, start flanneld with --allow-extension; else choose another backend";
     EXTENSION_FAILED = 127, "a command of the extension backend failed",
         "see what it said; it is run again, later and later";
+    WIREGUARD_KEY_SHARED = 130, "two hosts have the same WireGuard key",
+        "one was cloned from the other: stop its flanneld, delete wireguard.key in its state directory and /run/flannel/wgkey, and start it";
+    WIREGUARD_KEY_BROKEN = 131, "this host's WireGuard key cannot be read",
+        "put a key as `wg genkey` prints it into the file, or delete the file: a new key is made, and the peers learn it";
+    PEER_SILENT = 132, "a WireGuard peer does not answer",
+        "see that both hosts have the same PSK, that no firewall drops UDP to the port, and that the peer's flanneld runs";
     ATTACHMENT_DRIFT = 140, "a container's place on the network is not as it was made",
         "start the container anew; the details name what is missing as the commands that would make it";
     ATTACHMENT_EXISTS = 141, "the container's interface is attached already",

@@ -14,6 +14,7 @@ use std::net::IpAddr;
 use super::addr::{InterfaceAddress, Mac, Prefix};
 use super::name::LinkName;
 use super::rule::{Table, TableName};
+use super::wireguard::{PublicKey, WireguardDevice, WireguardPeer};
 
 pub use facts::{Change, Conflict, Facts, diff};
 pub use link::{Ipip, Link, LinkKind, LinkModes, VethPeer, Vxlan};
@@ -40,6 +41,10 @@ pub enum Fact {
     Neighbor(Neighbor),
     /// A forwarding database entry of a VXLAN device.
     Forward(Forward),
+    /// What a WireGuard device is told about itself.
+    WireguardDevice(WireguardDevice),
+    /// A peer of a WireGuard device.
+    WireguardPeer(Box<WireguardPeer>),
     /// An nftables table of ours.
     Table(Box<Table>),
     /// Traffic from and to a network is accepted by the FORWARD chain that iptables keeps, through our chain
@@ -74,6 +79,10 @@ pub enum Key {
     Neighbor(LinkName, IpAddr),
     /// A MAC behind a VXLAN device.
     Forward(LinkName, Mac),
+    /// Key and port of a WireGuard device.
+    WireguardDevice(LinkName),
+    /// A peer of a WireGuard device.
+    WireguardPeer(LinkName, PublicKey),
     /// A table.
     Table(TableName),
     /// A network in the FORWARD chain.
@@ -153,6 +162,8 @@ impl Fact {
             Self::Address(address) => Key::Address(address.link, address.address),
             Self::Neighbor(neighbor) => Key::Neighbor(neighbor.link, neighbor.ip),
             Self::Forward(forward) => Key::Forward(forward.link, forward.mac),
+            Self::WireguardDevice(device) => Key::WireguardDevice(device.link),
+            Self::WireguardPeer(peer) => Key::WireguardPeer(peer.link, peer.key),
             Self::Table(table) => Key::Table(table.name.clone()),
             Self::Accept(accept) => Key::Accept(accept.cidr),
             Self::Route(route) => {
@@ -173,6 +184,8 @@ impl Fact {
             Self::Address(address) => Some(address.link),
             Self::Neighbor(neighbor) => Some(neighbor.link),
             Self::Forward(forward) => Some(forward.link),
+            Self::WireguardDevice(device) => Some(device.link),
+            Self::WireguardPeer(peer) => Some(peer.link),
             Self::Route(route) => Some(route.link),
             Self::Table(_) | Self::Accept(_) | Self::Blackhole(_) => None,
         }
@@ -189,6 +202,8 @@ impl Fact {
             Self::Address(_) => "address",
             Self::Neighbor(_) => "neighbor",
             Self::Forward(_) => "forward",
+            Self::WireguardDevice(_) => "wireguard_device",
+            Self::WireguardPeer(_) => "wireguard_peer",
             Self::Table(_) => "table",
             Self::Accept(_) => "accept",
             Self::Route(_) => "route",
@@ -206,6 +221,7 @@ impl Fact {
             (Self::BridgePort(want), Self::BridgePort(have)) => want.satisfied_by(have),
             (Self::PortVlans(want), Self::PortVlans(have)) => want.satisfied_by(have),
             (Self::Route(want), Self::Route(have)) => want.satisfied_by(have),
+            (Self::WireguardPeer(want), Self::WireguardPeer(have)) => want.satisfied_by(have),
             (want, have) => want == have,
         }
     }

@@ -118,7 +118,12 @@ impl Territory {
                 Fact::Blackhole(blackhole) => {
                     territory.cidrs.insert(blackhole.destination);
                 }
-                Fact::BridgePort(_) | Fact::Address(_) | Fact::Neighbor(_) | Fact::Forward(_) => {}
+                Fact::BridgePort(_)
+                | Fact::Address(_)
+                | Fact::Neighbor(_)
+                | Fact::Forward(_)
+                | Fact::WireguardDevice(_)
+                | Fact::WireguardPeer(_) => {}
             }
         }
         territory

@@ -4,6 +4,7 @@
 
 mod ipip;
 mod vxlan;
+mod wireguard;
 
 use std::env;
 

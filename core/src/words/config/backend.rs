@@ -3,11 +3,13 @@
 use serde_json::json;
 
 use super::document::Document;
+use super::wireguard::WireguardConfig;
 use super::{ConfigError, extension};
 use crate::words::code::Code;
 use crate::words::extension::ExtensionConfig;
 use crate::words::report::Finding;
 use crate::words::units::{Mtu, Port, Vni};
+use crate::words::wireguard::key_text;
 
 /// How packets travel.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -22,6 +24,8 @@ pub enum BackendConfig {
     Vxlan(VxlanConfig),
     /// Whole packets in UDP, carried by this program itself.
     Udp(UdpConfig),
+    /// WireGuard.
+    Wireguard(WireguardConfig),
     /// By commands of the operator's.
     Extension(ExtensionConfig),
 }
@@ -35,7 +39,16 @@ impl BackendConfig {
             Self::Ipip(_) => "ipip",
             Self::Vxlan(_) => "vxlan",
             Self::Udp(_) => "udp",
+            Self::Wireguard(_) => "wireguard",
             Self::Extension(_) => "extension",
+        }
+    }
+
+    /// What of it nobody may see, as it stands in a document.
+    pub(super) fn secret(&self) -> Option<String> {
+        match self {
+            Self::Wireguard(wireguard) => wireguard.shared.as_ref().map(|shared| key_text(shared.reveal())),
+            _ => None,
         }
     }
 }
@@ -94,9 +107,9 @@ const VXLAN_KEYS: &[&str] = &["Type", "VNI", "Port", "GBP", "Learning", "DirectR
 const IPIP_KEYS: &[&str] = &["Type", "DirectRouting"];
 const UDP_KEYS: &[&str] = &["Type", "Port"];
 /// The types there are, as errors list them.
-const BUILT: &str = "alloc, extension, host-gw, ipip, udp, vxlan";
+const BUILT: &str = "alloc, extension, host-gw, ipip, udp, vxlan, wireguard";
 /// Upstream's types that this software does not have yet.
-const NOT_BUILT: &[&str] = &["wireguard", "ipsec", "tencent-vpc"];
+const NOT_BUILT: &[&str] = &["ipsec", "tencent-vpc"];
 
 pub(super) fn read(
     document: &Document<'_>,
@@ -130,6 +143,7 @@ pub(super) fn read(
             findings.extend(options.unknown_keys(UDP_KEYS));
             udp(&options).map(BackendConfig::Udp)
         }
+        "wireguard" => WireguardConfig::read(&options, findings).map(BackendConfig::Wireguard),
         "extension" => extension::read(&options, findings).map(BackendConfig::Extension),
         name if NOT_BUILT.contains(&name) => {
             Err(kind.error(format!("backend {name} is not built yet; this version has {BUILT}")))
@@ -184,6 +198,7 @@ pub(super) fn write(config: &BackendConfig) -> serde_json::Map<String, serde_jso
         }
         BackendConfig::Udp(udp) => put_port(&mut backend, udp.port, Port::UDP_BACKEND),
         BackendConfig::Vxlan(vxlan) => put_vxlan(&mut backend, vxlan),
+        BackendConfig::Wireguard(wireguard) => wireguard.put(&mut backend),
     }
     backend
 }

@@ -13,7 +13,6 @@ use netlink_packet_core::{
     NLA_HEADER_SIZE, NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST,
     NetlinkSerializable, NlasIterator,
 };
-use netlink_packet_route::RouteNetlinkMessage;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, getsockname, recv, send,
     setsockopt, sockopt,
@@ -67,9 +66,14 @@ pub(super) struct Socket {
 impl Socket {
     /// Opens a socket in this namespace, or in that of the calling thread.
     pub(super) fn open(namespace: Option<&Namespace>) -> io::Result<Self> {
+        Self::open_for(SockProtocol::NetlinkRoute, namespace)
+    }
+
+    /// The same for another part of the kernel.
+    pub(super) fn open_for(protocol: SockProtocol, namespace: Option<&Namespace>) -> io::Result<Self> {
         let make = || {
             let (family, kind) = (AddressFamily::Netlink, SockType::Raw);
-            nix::sys::socket::socket(family, kind, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)
+            nix::sys::socket::socket(family, kind, SockFlag::SOCK_CLOEXEC, protocol)
         };
         // Only the socket is made inside; all else about it can be done from outside.
         let fd = namespace.map_or_else(|| Ok(make()), |namespace| namespace.run(make))??;
@@ -89,7 +93,7 @@ impl Socket {
     /// Asks for everything that matches the request. `take` is shown the type and the body of each message.
     pub(super) fn dump<T>(
         &mut self,
-        request: &RouteNetlinkMessage,
+        request: &impl NetlinkSerializable,
         mut take: impl FnMut(u16, &[u8]) -> Option<T>,
     ) -> io::Result<Result<Vec<T>, Refusal>> {
         let mut found = Vec::new();
@@ -116,7 +120,7 @@ impl Socket {
     /// Asks several questions that have one answer each: in order, what `take` made of the answer, or the refusal.
     pub(super) fn ask<T>(
         &mut self,
-        questions: &[RouteNetlinkMessage],
+        questions: &[impl NetlinkSerializable],
         take: impl FnMut(u16, &[u8]) -> Option<T>,
     ) -> io::Result<Vec<Result<Option<T>, Refusal>>> {
         self.ask_with(questions, 0, take)
@@ -125,7 +129,7 @@ impl Socket {
     /// The same, with these flags beside NLM_F_REQUEST.
     pub(super) fn ask_with<T>(
         &mut self,
-        questions: &[RouteNetlinkMessage],
+        questions: &[impl NetlinkSerializable],
         flags: u16,
         mut take: impl FnMut(u16, &[u8]) -> Option<T>,
     ) -> io::Result<Vec<Result<Option<T>, Refusal>>> {
@@ -306,7 +310,7 @@ pub(super) struct Batch {
 
 impl Batch {
     /// Appends a request; `flags` beside NLM_F_REQUEST.
-    pub(super) fn push(&mut self, message: &RouteNetlinkMessage, flags: u16) {
+    pub(super) fn push(&mut self, message: &impl NetlinkSerializable, flags: u16) {
         let body = message.buffer_len();
         let start = self.bytes.len();
         self.starts.push(start);

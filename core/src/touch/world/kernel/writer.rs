@@ -166,7 +166,12 @@ impl<'a> Writer<'a> {
                 self.push(place, &request, pardon);
             }
             // Not rtnetlink's: the kernel's other parts answer for these.
-            Fact::Sysctl(_) | Fact::Table(_) | Fact::Accept(_) | Fact::Guard(_) => {}
+            Fact::Sysctl(_)
+            | Fact::Table(_)
+            | Fact::Accept(_)
+            | Fact::Guard(_)
+            | Fact::WireguardDevice(_)
+            | Fact::WireguardPeer(_) => {}
         }
         Ok(())
     }
@@ -228,7 +233,7 @@ impl<'a> Writer<'a> {
                 return Err(unsupported(change, "no container namespace was given for its other end"));
             }
             LinkKind::Ipip(_) => self.refuse_taken_name(change, link)?,
-            LinkKind::Veth { .. } | LinkKind::Bridge => {}
+            LinkKind::Veth { .. } | LinkKind::Bridge | LinkKind::Wireguard => {}
             LinkKind::Vxlan(vxlan) => underlay = Some(self.index(change, vxlan.underlay)?),
         }
         self.push(place, &link::create(link, underlay, self.sandbox), pardon);
