@@ -20,7 +20,12 @@ use flannel_core::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
 use flannel_core::words::name::{LinkName, NetworkName};
 use flannel_core::words::node::{HostRoute, Identity, Node, Uplink};
 use flannel_core::words::rule::TableName;
+use flannel_core::words::secret::Secret;
 use flannel_core::words::units::Mtu;
+use flannel_core::words::wireguard::{KeyPair, PublicKey};
+
+#[path = "plan/wireguard.rs"]
+mod wireguard;
 
 const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
 const DIRECT: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"VxLAN","Directrouting":true}}"#;
@@ -51,6 +56,10 @@ fn node() -> Node {
         identity: Identity {
             vtep_mac: "02:00:00:00:04:01".parse().unwrap(),
             vtep_mac_v6: "02:00:00:00:06:01".parse().unwrap(),
+            wireguard: Some(Box::new(KeyPair {
+                secret: Secret::new([0x5e; 32]),
+                public: PublicKey([0x0a; 32]),
+            })),
         },
         routes: vec![
             route("0.0.0.0/0", Some("192.168.100.254")),
@@ -62,6 +71,7 @@ fn node() -> Node {
         iptables: Default::default(),
         ipv6: true,
         ra_at_risk: false,
+        wireguard: true,
         ports: Default::default(),
     }
 }
@@ -163,6 +173,7 @@ fn golden(name: &str, case: &Case) {
     let config = case.config.to_json().replace(ipsec::PSK, "PSK");
     let mut text = format!("# {config}\n# MTU {}\n{}", plan.mtu, plan.facts);
     text.extend(plan.tunnel.iter().map(ToString::to_string));
+    text.extend(plan.wireguard.iter().map(ToString::to_string));
     text.extend(plan.associations.iter().map(ToString::to_string));
     text.extend(plan.errands.iter().map(ToString::to_string));
     for finding in &plan.findings {

@@ -23,6 +23,7 @@ use super::kernel_events::OwnWrites;
 use super::settings::AgentSettings;
 use super::survey::Public;
 use super::udp::{Carrier, UdpError};
+use super::wireguard::{Wireguard, WireguardError};
 use crate::act::pass::{chain, converge};
 use crate::decide::plan::{self, Plan, PlanError, plan, remains};
 use crate::decide::reader::{self, ReaderScene};
@@ -247,6 +248,8 @@ enum PassError {
     Plan(#[from] PlanError),
     #[error(transparent)]
     Udp(#[from] UdpError),
+    #[error(transparent)]
+    Wireguard(#[from] WireguardError),
 }
 
 struct Thread {
@@ -261,6 +264,7 @@ struct Thread {
     carrier: Carrier,
     /// Whether it was said that there is no iptables.
     told_of_no_iptables: bool,
+    wireguard: Wireguard,
     done: watch::Sender<Outcome>,
 }
 
@@ -295,6 +299,7 @@ impl Thread {
             known: None,
             own_writes,
             carrier,
+            wireguard: Wireguard::default(),
             told_of_no_iptables,
             done,
         };
@@ -364,9 +369,11 @@ impl Thread {
         if let Some(tunnel) = &plan.tunnel {
             self.carrier.carry(tunnel).ok()?;
         }
+        self.wireguard.carry(&mut plan).ok()?;
         let own_writes = self.own_writes.clone();
         let kernel = open(&mut self.kernel).ok()?;
         let (known, report) = known.follow(&mut own_writes.signed(kernel), inputs, &mut plan)?;
+        self.wireguard.told(kernel, known.peers(), &mut plan);
         self.known = Some(known);
         Some((plan, report, public))
     }
@@ -412,6 +419,7 @@ impl Thread {
         if let Some(tunnel) = &plan.tunnel {
             self.carrier.carry(tunnel)?;
         }
+        self.wireguard.carry(&mut plan)?;
         let kernel = open(&mut self.kernel)?;
         self.endpoints.prepare(kernel, &mut plan.facts, &mut plan.territory)?;
         let report = converge(&mut self.own_writes.signed(kernel), &plan.territory, &plan.facts)?;
@@ -420,6 +428,7 @@ impl Thread {
         if plan.tunnel.is_none() {
             self.carrier.stop();
         }
+        self.wireguard.keep_only(&plan);
         let mut found = None;
         if self.place.forward
             && let Some(hint) = self.kernel()?.netfilter()?.hint()
@@ -428,6 +437,10 @@ impl Thread {
             plan.findings.extend(found.clone());
         }
         let facts = std::mem::take(&mut plan.facts);
+        if report.clean {
+            let kernel = open(&mut self.kernel)?;
+            self.wireguard.told(kernel, &facts, &mut plan);
+        }
         let many = facts.len() > MANY;
         if let Some((inputs, node)) = node.filter(|_| report.clean) {
             self.known = Some(Known::after(inputs, node, rest, facts, found));
@@ -497,7 +510,8 @@ impl Thread {
 
     fn node(&mut self, inputs: &Inputs, ports: &BTreeSet<LinkName>) -> Result<Node, PassError> {
         let place = self.place.clone();
-        let kernel = self.kernel()?;
+        let kernel = open(&mut self.kernel)?;
+        let wireguard = self.wireguard.is_in(kernel, &inputs.config)?;
         let uplink = uplink::read(kernel, inputs.uplink, &inputs.sought, &inputs.config.families())?;
         let public = Public::of(&inputs.sought, &uplink, &inputs.config);
         Ok(Node {
@@ -509,6 +523,7 @@ impl Thread {
             iptables: kernel.netfilter()?.iptables()?,
             ipv6: kernel.has_ipv6(),
             ra_at_risk: inputs.config.v6.is_some() && kernel.loses_router_advertisements(inputs.uplink)?,
+            wireguard,
             ports: ports.clone(),
             uplink,
         })
@@ -519,6 +534,7 @@ impl Thread {
         let territory = match going {
             Going::Network(cidrs) => {
                 self.carrier.stop();
+                self.wireguard.stop();
                 let mut territory = remains(&self.place.network, cidrs);
                 territory.links.extend(self.place.bridge);
                 territory.tables.extend(self.place.bridge.map(bridge::masquerade_table));

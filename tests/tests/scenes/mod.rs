@@ -575,6 +575,7 @@ fn node() -> Node {
         protocol: RouteProtocol::BOOT,
         scope_link: via.is_none(),
     };
+    let (vtep_mac, vtep_mac_v6) = (Mac([2, 0, 0, 4, 0, 1]), Mac([2, 0, 0, 6, 0, 1]));
     Node {
         uplink: Uplink {
             link: link_name("eth0"),
@@ -584,7 +585,7 @@ fn node() -> Node {
         },
         public_v4: "192.168.100.1".parse().ok(),
         public_v6: "fd00:100::1".parse().ok(),
-        identity: Identity { vtep_mac: Mac([2, 0, 0, 4, 0, 1]), vtep_mac_v6: Mac([2, 0, 0, 6, 0, 1]) },
+        identity: Identity { vtep_mac, vtep_mac_v6, wireguard: None },
         routes: vec![
             route("0.0.0.0/0", Some("192.168.100.254")),
             route("192.168.100.0/24", None),
@@ -595,6 +596,7 @@ fn node() -> Node {
         iptables: Default::default(),
         ipv6: true,
         ra_at_risk: false,
+        wireguard: true,
         ports: Default::default(),
     }
 }
