@@ -118,9 +118,9 @@ pub fn plan(inputs: &Inputs<'_>) -> Result<Plan, PlanError> {
         }
     }
 
-    let Draft { facts, findings, tunnel, wireguard, associations, errands } = draft;
+    let Draft { facts, findings, tunnel, associations, wireguard, errands } = draft;
     let territory = territory(inputs, &facts);
-    Ok(Plan { facts, tunnel, wireguard, associations, errands, territory, findings, mtu, ranges })
+    Ok(Plan { facts, tunnel, associations, wireguard, errands, territory, findings, mtu, ranges })
 }
 
 /// A host that forwards does not follow router advertisements any more, unless it is told to: 2 instead of 1

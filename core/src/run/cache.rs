@@ -88,7 +88,6 @@ pub fn read(state_dir: &Path, network: &NetworkName) -> Option<LastGood> {
 pub fn write(state_dir: &Path, network: &NetworkName, last: &LastGood) -> io::Result<()> {
     let own = last.own.as_ref().map(|own| own.subnets.key());
     let text = serde_json::to_string(&Written { config: &last.config, own, leases: Leases(last) })?;
-    // The config may hold a secret.
     whole_file::write(&file(state_dir, network), text.as_bytes(), 0o600)
 }
 

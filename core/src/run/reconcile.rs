@@ -5,10 +5,11 @@
 
 mod endpoints;
 mod known;
+mod ports;
 
 use std::collections::BTreeSet;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ use tokio::sync::watch;
 
 use self::endpoints::{Endpoints, Reply};
 use self::known::Known;
+use self::ports::ports;
 use super::health::Counters;
 use super::journal::Journal;
 use super::kernel_events::OwnWrites;
@@ -28,8 +30,6 @@ use crate::act::pass::{chain, converge};
 use crate::decide::plan::{self, Plan, PlanError, plan, remains};
 use crate::decide::reader::{self, ReaderScene};
 use crate::decide::{bridge, firewall};
-use crate::touch::ledger::{Ledger, ledger_marker};
-use crate::touch::marker;
 use crate::touch::memory;
 use crate::touch::subnet_env::SubnetEnv;
 use crate::touch::uplink::{self, Sought, UplinkError};
@@ -43,7 +43,7 @@ use crate::words::extension::Errands;
 use crate::words::fact::{Fact, Facts, diff};
 use crate::words::ipsec::Associations;
 use crate::words::lease::{LeaseSet, OwnLease};
-use crate::words::name::{Attachment, LinkName, NetworkName};
+use crate::words::name::{LinkName, NetworkName};
 use crate::words::node::{Identity, Node};
 use crate::words::report::{Finding, Reason, Report};
 use crate::words::rule::TableName;
@@ -555,30 +555,6 @@ fn open(kernel: &mut Option<Kernel>) -> Result<&mut Kernel, WorldError> {
         Some(kernel) => Ok(kernel),
         empty => Ok(empty.insert(Kernel::open()?)),
     }
-}
-
-/// The host's ends of this network's endpoints that exist now: whoever is in the ledger, by its derived name.
-fn ports(kernel: &mut Kernel, place: &Place) -> Result<BTreeSet<LinkName>, WorldError> {
-    // Whoever keeps no bridge has no ports to keep.
-    if place.bridge.is_none() {
-        return Ok(BTreeSet::new());
-    }
-    let existing = kernel.existing_links("veth")?;
-    if existing.is_empty() {
-        return Ok(existing);
-    }
-    let network = place.network.as_str();
-    let planned: BTreeSet<LinkName> =
-        holders(&place.subnet_file).iter().map(|owner| owner.host_link(network)).collect();
-    Ok(existing.intersection(&planned).copied().collect())
-}
-
-/// Who is in the ledger. A ledger that cannot be read now is read again at the next pass.
-fn holders(subnet_file: &Path) -> Vec<Attachment> {
-    let Ok(Some(dir)) = marker::read(&ledger_marker(subnet_file)) else { return Vec::new() };
-    // Not locked: a pass holds nobody up, and must not bring back a ledger that is just being removed.
-    let entries = Ledger::at(dir).look().unwrap_or_default();
-    entries.into_iter().map(|entry| entry.owner).collect()
 }
 
 /// What endpoints want comes first. Of the passes that are waiting only the newest inputs count, and the weightiest reason; one that

@@ -52,6 +52,7 @@ impl BackendConfig {
     pub(super) fn secret(&self) -> Option<String> {
         match self {
             Self::Wireguard(wireguard) => wireguard.shared.as_ref().map(|shared| key_text(shared.reveal())),
+            Self::Ipsec(ipsec) => Some(ipsec.psk.reveal().clone()),
             _ => None,
         }
     }

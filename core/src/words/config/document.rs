@@ -88,16 +88,6 @@ impl<'a> Value<'a> {
         serde_json::from_str(self.raw).map_err(|_| self.error("text in quotes was wanted"))
     }
 
-    /// A string that no error shows.
-    pub(super) fn secret(&self) -> Result<String, ConfigError> {
-        serde_json::from_str(self.raw).map_err(|_| self.secret_error("text in quotes was wanted"))
-    }
-
-    /// An error that does not show the value.
-    pub(super) fn secret_error(&self, cause: impl ToString) -> ConfigError {
-        Self { raw: "[redacted]", ..self.clone() }.error_at(self.position(), cause)
-    }
-
     /// Text, or a list of texts.
     pub(super) fn command(&self) -> Option<CommandLine> {
         serde_json::from_str(self.raw).ok()
@@ -110,15 +100,11 @@ impl<'a> Value<'a> {
     }
 
     pub(super) fn error(&self, cause: impl ToString) -> ConfigError {
-        // An object may hold a key of the operator's among other things, and this ends up in the log.
-        match self.raw.to_ascii_lowercase().contains("psk") || self.key.ends_with("PSK") {
-            true => self.secret_error(cause),
-            false => self.error_at(self.position(), cause),
-        }
-    }
-
-    fn error_at(&self, (line, column): (usize, usize), cause: impl ToString) -> ConfigError {
+        let (line, column) = self.position();
+        // Part of an object may be a key of the operator's, and this ends up in the log.
+        let secret = self.raw.to_ascii_lowercase().contains("psk") || self.key.ends_with("PSK");
         let found = match self.raw.char_indices().nth(60) {
+            _ if secret => "[redacted]".to_owned(),
             Some((end, _)) => format!("{}...", &self.raw[..end]),
             None => self.raw.to_owned(),
         };

@@ -124,11 +124,11 @@ impl WireguardConfig {
     }
 }
 
-/// As upstream, an empty one is none. What is wrong with it is said without showing it.
+/// As upstream, an empty one is none.
 fn shared(value: &Value<'_>) -> Result<Option<SecretKey>, ConfigError> {
-    match value.secret()? {
+    match value.string()? {
         text if text.is_empty() => Ok(None),
-        text => secret_key(&text).map(Some).map_err(|error| value.secret_error(error)),
+        text => secret_key(&text).map(Some).map_err(|error| value.error(error)),
     }
 }
 

@@ -59,7 +59,7 @@ pub(super) struct Refusal {
 pub(super) enum Protocol {
     /// Interfaces, addresses, routes.
     Route,
-    /// Parts that have a name instead of a number, WireGuard among them.
+    /// What comes in modules: WireGuard.
     Generic,
     /// IPsec.
     Xfrm,
@@ -79,13 +79,18 @@ impl Socket {
     pub(super) fn open(protocol: Protocol, namespace: Option<&Namespace>) -> io::Result<Self> {
         let make = || {
             let (family, kind) = (AddressFamily::Netlink, SockType::Raw);
-            let part = |protocol| {
-                nix::sys::socket::socket(family, kind, SockFlag::SOCK_CLOEXEC, protocol)
-                    .map_err(io::Error::from)
-            };
             match protocol {
-                Protocol::Route => part(SockProtocol::NetlinkRoute),
-                Protocol::Generic => part(SockProtocol::NetlinkGeneric),
+                Protocol::Route => {
+                    nix::sys::socket::socket(family, kind, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)
+                        .map_err(io::Error::from)
+                }
+                Protocol::Generic => nix::sys::socket::socket(
+                    family,
+                    kind,
+                    SockFlag::SOCK_CLOEXEC,
+                    SockProtocol::NetlinkGeneric,
+                )
+                .map_err(io::Error::from),
                 Protocol::Xfrm => xfrm(),
             }
         };
