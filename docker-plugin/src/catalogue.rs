@@ -257,7 +257,7 @@ fn agree(wish: &Wish, network: &NetworkName, document: &str) -> Result<(), Refus
         true => Ok(()),
         false => Err(Refusal(format!(
             "network {network} is already defined otherwise: the store has {}, asked for was {wish}; leave the options out to join it, or take another network",
-            stored.to_json()
+            stored.shown()
         ))),
     }
 }

@@ -274,6 +274,7 @@ pub(crate) fn vni_of(config: &NetworkConfig) -> Option<Vni> {
         | BackendConfig::Ipip(_)
         | BackendConfig::Udp(_)
         | BackendConfig::Ipsec(_)
+        | BackendConfig::Wireguard(_)
         | BackendConfig::Extension(_) => None,
     }
 }

@@ -140,6 +140,12 @@ impl FakeWorld {
             Fact::Neighbor(neighbor) => {
                 self.link(neighbor.link).ok_or(libc::ENODEV)?;
             }
+            Fact::WireguardDevice(_) | Fact::WireguardPeer(_) => {
+                let link = fact.link().and_then(|link| self.link(link)).ok_or(libc::ENODEV)?;
+                if link.kind != LinkKind::Wireguard {
+                    return Err(libc::EOPNOTSUPP);
+                }
+            }
             Fact::Forward(forward) => {
                 if !self.forwards(forward)? {
                     return Ok(());
@@ -394,6 +400,8 @@ impl FakeWorld {
                 Fact::Address(address) => territory.holds_address(&ours, address),
                 Fact::Neighbor(neighbor) => ours.contains(&neighbor.link),
                 Fact::Forward(forward) => ours.contains(&forward.link),
+                Fact::WireguardDevice(device) => ours.contains(&device.link),
+                Fact::WireguardPeer(peer) => ours.contains(&peer.link),
                 Fact::Route(route) => territory.holds_route(&ours, route),
                 Fact::Policy(policy) => territory.holds_policy(policy),
                 Fact::Table(table) => territory.holds_table(&table.name),

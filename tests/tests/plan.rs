@@ -20,7 +20,14 @@ use flannel_core::words::lease::{LeaseSet, LeaseValue, OwnLease, Subnets};
 use flannel_core::words::name::{LinkName, NetworkName};
 use flannel_core::words::node::{HostRoute, Identity, Node, Uplink};
 use flannel_core::words::rule::TableName;
+use flannel_core::words::secret::Secret;
 use flannel_core::words::units::Mtu;
+use flannel_core::words::wireguard::{KeyPair, PublicKey};
+
+#[path = "plan/udp.rs"]
+mod udp;
+#[path = "plan/wireguard.rs"]
+mod wireguard;
 
 const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
 const DIRECT: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"VxLAN","Directrouting":true}}"#;
@@ -51,6 +58,10 @@ fn node() -> Node {
         identity: Identity {
             vtep_mac: "02:00:00:00:04:01".parse().unwrap(),
             vtep_mac_v6: "02:00:00:00:06:01".parse().unwrap(),
+            wireguard: Some(Box::new(KeyPair {
+                secret: Secret::new([0x5e; 32]),
+                public: PublicKey([0x0a; 32]),
+            })),
         },
         routes: vec![
             route("0.0.0.0/0", Some("192.168.100.254")),
@@ -62,6 +73,7 @@ fn node() -> Node {
         iptables: Default::default(),
         ipv6: true,
         ra_at_risk: false,
+        wireguard: true,
         ports: Default::default(),
     }
 }
@@ -164,6 +176,7 @@ fn golden(name: &str, case: &Case) {
     let mut text = format!("# {config}\n# MTU {}\n{}", plan.mtu, plan.facts);
     text.extend(plan.tunnel.iter().map(ToString::to_string));
     text.extend(plan.associations.iter().map(ToString::to_string));
+    text.extend(plan.wireguard.iter().map(ToString::to_string));
     text.extend(plan.errands.iter().map(ToString::to_string));
     for finding in &plan.findings {
         text.push_str(&format!("# {} {}: {}\n", finding.code, finding.code.title(), finding.text));
@@ -285,28 +298,6 @@ fn ipip_says_that_it_carries_no_ipv6() {
         Case::new(config, "10.5.70.0-24&fd42:cafe:0:2::-64").peer("10.5.68.0-24&fd42:cafe:0:1::-64", both);
     assert_eq!(case.findings(), ["E125 ipip carries IPv4 only; the IPv6 subnet stays on this host"]);
     assert!(!case.plan().facts.to_string().contains("fd42:cafe:0:1::"), "{}", case.plan().facts);
-}
-
-#[test]
-fn udp() {
-    let peer = |n: u8| format!(r#"{{"PublicIP":"192.168.100.{n}","PublicIPv6":null}}"#);
-    let config = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"udp"}}"#;
-    let mut case = Case::new(config, "10.100.5.0-24")
-        .peer("10.100.9.0-24", &peer(2))
-        .peer("10.100.12.0-24", &peer(3))
-        .peer("10.100.13.0-24", &host_gw_peer("192.168.100.4"));
-    golden("udp", &case);
-    // Behind NAT datagrams leave from the address that this host has.
-    case.own.value.public_ip = "203.0.113.7".parse().unwrap();
-    assert_eq!(case.plan().tunnel.unwrap().local.to_string(), "192.168.100.1");
-}
-
-#[test]
-fn udp_says_that_it_carries_no_ipv6() {
-    let config = r#"{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd42:cafe::/48","Backend":{"Type":"udp","Port":8286}}"#;
-    let case = Case::new(config, "10.5.70.0-24&fd42:cafe:0:2::-64");
-    assert_eq!(case.findings(), ["E125 udp carries IPv4 only; the IPv6 subnet stays on this host"]);
-    assert_eq!(case.plan().tunnel.unwrap().port.number(), 8286);
 }
 
 #[test]

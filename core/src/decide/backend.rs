@@ -10,6 +10,7 @@ mod ipip;
 mod ipsec;
 mod udp;
 mod vxlan;
+mod wireguard;
 
 use crate::words::addr::{Family, Prefix};
 use crate::words::config::{BackendConfig, NetworkConfig};
@@ -48,6 +49,7 @@ pub fn of(config: &BackendConfig) -> Box<dyn Backend> {
         BackendConfig::Ipsec(options) => Box::new(ipsec::Ipsec::new(options.clone())),
         BackendConfig::Udp(options) => Box::new(udp::Udp::new(options.clone())),
         BackendConfig::Vxlan(options) => Box::new(vxlan::Vxlan::new(options.clone())),
+        BackendConfig::Wireguard(options) => Box::new(wireguard::Wireguard::new(options.clone())),
     }
 }
 

@@ -20,6 +20,7 @@ use crate::words::report::Finding;
 use crate::words::territory::Territory;
 use crate::words::tunnel::Tunnel;
 use crate::words::units::{Mtu, OutOfRange};
+use crate::words::wireguard::WireguardTunnel;
 
 /// What a plan is made from: whole values, at one moment.
 #[derive(Clone, Copy, Debug)]
@@ -59,6 +60,8 @@ pub struct Plan {
     pub tunnel: Option<Tunnel>,
     /// What charon should hold, beside the facts.
     pub associations: Option<Associations>,
+    /// The WireGuard devices that this program itself should be, before the facts can be true.
+    pub wireguard: Vec<WireguardTunnel>,
     /// What the operator's commands should be told, once the facts are true.
     pub errands: Option<Errands>,
     /// What may be looked at and deleted.
@@ -115,9 +118,9 @@ pub fn plan(inputs: &Inputs<'_>) -> Result<Plan, PlanError> {
         }
     }
 
-    let Draft { facts, findings, tunnel, associations, errands } = draft;
+    let Draft { facts, findings, tunnel, associations, wireguard, errands } = draft;
     let territory = territory(inputs, &facts);
-    Ok(Plan { facts, tunnel, associations, errands, territory, findings, mtu, ranges })
+    Ok(Plan { facts, tunnel, associations, wireguard, errands, territory, findings, mtu, ranges })
 }
 
 /// A host that forwards does not follow router advertisements any more, unless it is told to: 2 instead of 1

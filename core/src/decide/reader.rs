@@ -72,11 +72,11 @@ pub fn plan(scene: &ReaderScene<'_>) -> Plan {
         draft.join(publish::plan(&PublishScene { network, ranges: &ranges, exposure, bridge }));
         territory.tables.insert(publish::table_name(network));
     }
-    let Draft { facts, findings, tunnel, associations, errands } = draft;
+    let Draft { facts, findings, tunnel, associations, wireguard, errands } = draft;
     let planned = Territory::of(facts.iter());
     territory.links = planned.links;
     territory.sysctls = planned.sysctls;
-    Plan { facts, tunnel, associations, errands, territory, findings, mtu: scene.mtu, ranges }
+    Plan { facts, tunnel, associations, wireguard, errands, territory, findings, mtu: scene.mtu, ranges }
 }
 
 /// Isolation as everywhere, and masquerading as the CNI plugin does it under such an agent.

@@ -16,6 +16,7 @@ use crate::words::name::NetworkName;
 use crate::words::node::{HostRoute, Node};
 use crate::words::report::Finding;
 use crate::words::tunnel::Tunnel;
+use crate::words::wireguard::WireguardTunnel;
 
 /// One network as this node sees it at one moment.
 #[derive(Clone, Debug)]
@@ -63,6 +64,8 @@ pub struct Draft {
     pub tunnel: Option<Tunnel>,
     /// What charon should hold.
     pub associations: Option<Associations>,
+    /// The WireGuard devices that this program itself should be.
+    pub wireguard: Vec<WireguardTunnel>,
     /// What the operator's commands should be told.
     pub errands: Option<Errands>,
 }
@@ -159,6 +162,11 @@ impl<'a> Scene<'a> {
             }
         }
         places
+    }
+
+    /// A peer's public address of a family, if packets of this network can be sent to it.
+    pub fn reachable(&self, peer: &Peer<'_>, family: Family) -> Option<IpAddr> {
+        peer.value.public(family).filter(|public| self.usable(*public))
     }
 
     /// Whether an address can be the outer destination of a packet of this network.

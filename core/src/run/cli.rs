@@ -283,8 +283,9 @@ impl Refusal {
 /// Starts logging to stderr. `RUST_LOG` outweighs the level.
 pub fn start_logging(verbosity: u8) {
     let level = match verbosity {
-        0 => "info",
-        1..=3 => "flannel_core=debug,flanneld=debug,flannel_docker_plugin=debug,info",
+        // What boringtun calls errors are peers that are away; who is silent is told as a finding.
+        0 => "info,boringtun=off",
+        1..=3 => "flannel_core=debug,flanneld=debug,flannel_docker_plugin=debug,info,boringtun=off",
         _ => "flannel_core=trace,flanneld=trace,flannel_docker_plugin=trace,debug",
     };
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()

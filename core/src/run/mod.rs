@@ -19,3 +19,4 @@ pub mod store;
 mod survey;
 pub mod tenure;
 mod udp;
+mod wireguard;

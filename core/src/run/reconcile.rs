@@ -5,10 +5,11 @@
 
 mod endpoints;
 mod known;
+mod ports;
 
 use std::collections::BTreeSet;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
@@ -17,18 +18,18 @@ use tokio::sync::watch;
 
 use self::endpoints::{Endpoints, Reply};
 use self::known::Known;
+use self::ports::ports;
 use super::health::Counters;
 use super::journal::Journal;
 use super::kernel_events::OwnWrites;
 use super::settings::AgentSettings;
 use super::survey::Public;
 use super::udp::{Carrier, UdpError};
+use super::wireguard::{Wireguard, WireguardError};
 use crate::act::pass::{chain, converge};
 use crate::decide::plan::{self, Plan, PlanError, plan, remains};
 use crate::decide::reader::{self, ReaderScene};
 use crate::decide::{bridge, firewall};
-use crate::touch::ledger::{Ledger, ledger_marker};
-use crate::touch::marker;
 use crate::touch::memory;
 use crate::touch::subnet_env::SubnetEnv;
 use crate::touch::uplink::{self, Sought, UplinkError};
@@ -42,7 +43,7 @@ use crate::words::extension::Errands;
 use crate::words::fact::{Fact, Facts, diff};
 use crate::words::ipsec::Associations;
 use crate::words::lease::{LeaseSet, OwnLease};
-use crate::words::name::{Attachment, LinkName, NetworkName};
+use crate::words::name::{LinkName, NetworkName};
 use crate::words::node::{Identity, Node};
 use crate::words::report::{Finding, Reason, Report};
 use crate::words::rule::TableName;
@@ -247,6 +248,8 @@ enum PassError {
     Plan(#[from] PlanError),
     #[error(transparent)]
     Udp(#[from] UdpError),
+    #[error(transparent)]
+    Wireguard(#[from] WireguardError),
 }
 
 struct Thread {
@@ -261,6 +264,7 @@ struct Thread {
     carrier: Carrier,
     /// Whether it was said that there is no iptables.
     told_of_no_iptables: bool,
+    wireguard: Wireguard,
     done: watch::Sender<Outcome>,
 }
 
@@ -295,6 +299,7 @@ impl Thread {
             known: None,
             own_writes,
             carrier,
+            wireguard: Wireguard::default(),
             told_of_no_iptables,
             done,
         };
@@ -364,9 +369,11 @@ impl Thread {
         if let Some(tunnel) = &plan.tunnel {
             self.carrier.carry(tunnel).ok()?;
         }
+        self.wireguard.carry(&mut plan).ok()?;
         let own_writes = self.own_writes.clone();
         let kernel = open(&mut self.kernel).ok()?;
         let (known, report) = known.follow(&mut own_writes.signed(kernel), inputs, &mut plan)?;
+        self.wireguard.told(kernel, known.peers(), &mut plan);
         self.known = Some(known);
         Some((plan, report, public))
     }
@@ -412,6 +419,7 @@ impl Thread {
         if let Some(tunnel) = &plan.tunnel {
             self.carrier.carry(tunnel)?;
         }
+        self.wireguard.carry(&mut plan)?;
         let kernel = open(&mut self.kernel)?;
         self.endpoints.prepare(kernel, &mut plan.facts, &mut plan.territory)?;
         let report = converge(&mut self.own_writes.signed(kernel), &plan.territory, &plan.facts)?;
@@ -420,6 +428,7 @@ impl Thread {
         if plan.tunnel.is_none() {
             self.carrier.stop();
         }
+        self.wireguard.keep_only(&plan);
         let mut found = None;
         if self.place.forward
             && let Some(hint) = self.kernel()?.netfilter()?.hint()
@@ -428,6 +437,10 @@ impl Thread {
             plan.findings.extend(found.clone());
         }
         let facts = std::mem::take(&mut plan.facts);
+        if report.clean {
+            let kernel = open(&mut self.kernel)?;
+            self.wireguard.told(kernel, &facts, &mut plan);
+        }
         let many = facts.len() > MANY;
         if let Some((inputs, node)) = node.filter(|_| report.clean) {
             self.known = Some(Known::after(inputs, node, rest, facts, found));
@@ -497,7 +510,8 @@ impl Thread {
 
     fn node(&mut self, inputs: &Inputs, ports: &BTreeSet<LinkName>) -> Result<Node, PassError> {
         let place = self.place.clone();
-        let kernel = self.kernel()?;
+        let kernel = open(&mut self.kernel)?;
+        let wireguard = self.wireguard.is_in(kernel, &inputs.config)?;
         let uplink = uplink::read(kernel, inputs.uplink, &inputs.sought, &inputs.config.families())?;
         let public = Public::of(&inputs.sought, &uplink, &inputs.config);
         Ok(Node {
@@ -509,6 +523,7 @@ impl Thread {
             iptables: kernel.netfilter()?.iptables()?,
             ipv6: kernel.has_ipv6(),
             ra_at_risk: inputs.config.v6.is_some() && kernel.loses_router_advertisements(inputs.uplink)?,
+            wireguard,
             ports: ports.clone(),
             uplink,
         })
@@ -519,6 +534,7 @@ impl Thread {
         let territory = match going {
             Going::Network(cidrs) => {
                 self.carrier.stop();
+                self.wireguard.stop();
                 let mut territory = remains(&self.place.network, cidrs);
                 territory.links.extend(self.place.bridge);
                 territory.tables.extend(self.place.bridge.map(bridge::masquerade_table));
@@ -539,30 +555,6 @@ fn open(kernel: &mut Option<Kernel>) -> Result<&mut Kernel, WorldError> {
         Some(kernel) => Ok(kernel),
         empty => Ok(empty.insert(Kernel::open()?)),
     }
-}
-
-/// The host's ends of this network's endpoints that exist now: whoever is in the ledger, by its derived name.
-fn ports(kernel: &mut Kernel, place: &Place) -> Result<BTreeSet<LinkName>, WorldError> {
-    // Whoever keeps no bridge has no ports to keep.
-    if place.bridge.is_none() {
-        return Ok(BTreeSet::new());
-    }
-    let existing = kernel.existing_links("veth")?;
-    if existing.is_empty() {
-        return Ok(existing);
-    }
-    let network = place.network.as_str();
-    let planned: BTreeSet<LinkName> =
-        holders(&place.subnet_file).iter().map(|owner| owner.host_link(network)).collect();
-    Ok(existing.intersection(&planned).copied().collect())
-}
-
-/// Who is in the ledger. A ledger that cannot be read now is read again at the next pass.
-fn holders(subnet_file: &Path) -> Vec<Attachment> {
-    let Ok(Some(dir)) = marker::read(&ledger_marker(subnet_file)) else { return Vec::new() };
-    // Not locked: a pass holds nobody up, and must not bring back a ledger that is just being removed.
-    let entries = Ledger::at(dir).look().unwrap_or_default();
-    entries.into_iter().map(|entry| entry.owner).collect()
 }
 
 /// What endpoints want comes first. Of the passes that are waiting only the newest inputs count, and the weightiest reason; one that

@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use super::health::Counters;
 use super::store::NetworkStore;
 use crate::touch::uplink::Sought;
+use crate::touch::wireguard_key::KeyPlace;
 use crate::words::addr::Prefix;
 use crate::words::exposure::Exposure;
 use crate::words::name::{LinkName, NetworkName};
@@ -26,6 +27,8 @@ pub struct AgentSettings {
     pub subnet_file: PathBuf,
     /// What survives a restart.
     pub state_dir: PathBuf,
+    /// Where the key of WireGuard devices is.
+    pub wireguard_key: KeyPlace,
     /// Masquerade what leaves the network.
     pub masquerade: bool,
     /// Source ports of that are chosen at random.

@@ -12,6 +12,7 @@ use super::settings::AgentSettings;
 use super::store::etcd::split_endpoints;
 use super::store::{EtcdSettings, Store};
 use crate::touch::uplink::{Sought, UplinkChoice};
+use crate::touch::wireguard_key::KeyPlace;
 use crate::words::addr::Prefix;
 use crate::words::name::NetworkName;
 
@@ -50,6 +51,7 @@ pub fn agent(
         },
         subnet_file: subnet_file(flags, &network),
         state_dir: flags.state_dir.clone(),
+        wireguard_key: wireguard_key(flags, &network),
         masquerade: flags.ip_masq,
         fully_random: !flags.ip_masq_fully_random_disable,
         forward: flags.iptables_forward_rules,
@@ -65,6 +67,18 @@ pub fn agent(
         counters,
         network,
     })
+}
+
+/// Where a network's WireGuard key is: upstream's variable and upstream's place count for the default network, the only one it could
+/// serve.
+fn wireguard_key(flags: &CommonFlags, network: &NetworkName) -> KeyPlace {
+    if !network.is_default() {
+        return KeyPlace::Kept { upstream: None };
+    }
+    match std::env::var_os("WIREGUARD_KEY_FILE").filter(|path| !path.is_empty()) {
+        Some(path) => KeyPlace::Named(path.into()),
+        None => KeyPlace::Kept { upstream: Some(flags.subnet_file.with_file_name("wgkey")) },
+    }
 }
 
 /// The file that describes a network on this host: the flag's for the default network, `networks/NAME.env` beside it

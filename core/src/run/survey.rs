@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::settings::AgentSettings;
+use super::wireguard;
 use crate::act::pass::chain;
 use crate::decide::{backend, plan};
 use crate::touch::identity;
@@ -11,7 +12,7 @@ use crate::touch::uplink::{self, Pick, Sought};
 use crate::touch::world::kernel::Kernel;
 use crate::words::addr::{Family, InterfaceAddress, Prefix};
 use crate::words::code::Code;
-use crate::words::config::NetworkConfig;
+use crate::words::config::{BackendConfig, NetworkConfig};
 use crate::words::lease::LeaseValue;
 use crate::words::name::{LinkName, NetworkName};
 use crate::words::node::{Identity, Node, Uplink};
@@ -158,8 +159,11 @@ pub(super) fn take(
         return Err(finding);
     }
     let backend = backend::of(&config.backend);
-    let identity = identity::load(&mut kernel, &settings.state_dir, &settings.network, backend.device())
+    let mut identity = identity::load(&mut kernel, &settings.state_dir, &settings.network, backend.device())
         .map_err(|error| Finding::new(Code::CHANGE_FAILED, chain(&error)))?;
+    if matches!(config.backend, BackendConfig::Wireguard(_)) {
+        identity.wireguard = Some(Box::new(wireguard::keys(settings)?));
+    }
     let node = Node {
         public_v4: public.v4,
         public_v6: public.v6,
@@ -169,6 +173,8 @@ pub(super) fn take(
         iptables: Default::default(),
         ipv6: kernel.has_ipv6(),
         ra_at_risk: false,
+        // What is advertised does not depend on it.
+        wireguard: true,
         ports: Default::default(),
         uplink,
     };

@@ -77,7 +77,7 @@ pub fn load(
     if kept != Some(now) {
         write(&path, now).map_err(|source| IdentityError::Io { path, source })?;
     }
-    Ok(Identity { vtep_mac: now.vtep_mac, vtep_mac_v6: now.vtep_mac_v6 })
+    Ok(Identity { vtep_mac: now.vtep_mac, vtep_mac_v6: now.vtep_mac_v6, wireguard: None })
 }
 
 fn mac(kernel: &mut Kernel, device: LinkName) -> Result<Option<Mac>, WorldError> {

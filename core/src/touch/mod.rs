@@ -8,4 +8,5 @@ pub mod other_agents;
 pub mod subnet_env;
 pub mod uplink;
 pub mod whole_file;
+pub mod wireguard_key;
 pub mod world;

@@ -90,6 +90,12 @@ catalogue! {
         "see the reason; it is tried again, and packets to that peer wait until then";
     ROUTE_ABSENT = 133, "packets to peers have no route, and without one they never reach the encryption",
         "add a default route: which way it leads does not matter";
+    WIREGUARD_KEY_SHARED = 134, "two hosts have the same WireGuard key",
+        "one was cloned from the other: stop its flanneld, delete wireguard.key in its state directory and /run/flannel/wgkey, and start it";
+    WIREGUARD_KEY_BROKEN = 135, "this host's WireGuard key cannot be read",
+        "put a key as `wg genkey` prints it into the file, or delete the file: a new key is made, and the peers learn it";
+    PEER_SILENT = 136, "a WireGuard peer does not answer",
+        "see that both hosts have the same PSK, that no firewall drops UDP to the port, and that the peer's flanneld runs";
     LEASE_FENCED = 139, "a bridge of this host has the subnet of another host's lease",
         "start what is attached to it again, so that it gets addresses of this host's own subnet (Docker: write its options anew and restart it); or remove the lease, if that is the wrong one";
     ATTACHMENT_DRIFT = 140, "a container's place on the network is not as it was made",

@@ -9,6 +9,7 @@ mod backend;
 mod document;
 mod extension;
 mod ipsec;
+mod wireguard;
 
 use std::net::IpAddr;
 
@@ -19,6 +20,7 @@ use super::addr::{Family, Prefix};
 use super::report::Finding;
 
 pub use self::backend::{BackendConfig, IpipConfig, UdpConfig, VxlanConfig};
+pub use self::wireguard::{WireguardConfig, WireguardMode};
 
 /// Why a document cannot be used: what, where, and what to do.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -146,6 +148,9 @@ impl NetworkConfig {
                 return Err(ConfigError::Missing { key: "Network", cause });
             }
         }
+        if let BackendConfig::Wireguard(wireguard) = &config.backend {
+            wireguard.check(&config)?;
+        }
         Ok(Parsed { config, findings })
     }
 
@@ -184,6 +189,15 @@ impl NetworkConfig {
         }
         document.insert("Backend".into(), backend::write(&self.backend).into());
         serde_json::Value::from(document).to_string()
+    }
+
+    /// The same for people: no secret is in it.
+    pub fn shown(&self) -> String {
+        let document = self.to_json();
+        match self.backend.secret() {
+            Some(secret) => document.replace(&secret, "[redacted]"),
+            None => document,
+        }
     }
 }
 

@@ -16,6 +16,7 @@ use std::net::IpAddr;
 use super::addr::{InterfaceAddress, Mac, Prefix};
 use super::name::LinkName;
 use super::rule::{Table, TableName};
+use super::wireguard::{PublicKey, WireguardDevice, WireguardPeer};
 
 pub use facts::{Change, Conflict, Facts, diff};
 pub use link::{Ipip, Link, LinkKind, LinkModes, VethPeer, Vxlan};
@@ -46,6 +47,10 @@ pub enum Fact {
     Forward(Forward),
     /// Our rules in one of upstream's chains.
     SharedChain(Box<SharedChain>),
+    /// What a WireGuard device is told about itself.
+    WireguardDevice(WireguardDevice),
+    /// A peer of a WireGuard device.
+    WireguardPeer(Box<WireguardPeer>),
     /// An nftables table of ours.
     Table(Box<Table>),
     /// Traffic from and to a network is accepted by the FORWARD chain that iptables keeps, through our chain
@@ -84,6 +89,10 @@ pub enum Key {
     Forward(LinkName, Mac),
     /// A chain of upstream's. Before the tables: whoever moves from one to the other is never without rules.
     SharedChain(ChainName),
+    /// Key and port of a WireGuard device.
+    WireguardDevice(LinkName),
+    /// A peer of a WireGuard device.
+    WireguardPeer(LinkName, PublicKey),
     /// A table.
     Table(TableName),
     /// A network in the FORWARD chain.
@@ -166,6 +175,8 @@ impl Fact {
             Self::Neighbor(neighbor) => Key::Neighbor(neighbor.link, neighbor.ip),
             Self::Forward(forward) => Key::Forward(forward.link, forward.mac),
             Self::SharedChain(chain) => Key::SharedChain(chain.name),
+            Self::WireguardDevice(device) => Key::WireguardDevice(device.link),
+            Self::WireguardPeer(peer) => Key::WireguardPeer(peer.link, peer.key),
             Self::Table(table) => Key::Table(table.name.clone()),
             Self::Accept(accept) => Key::Accept(accept.cidr),
             Self::Policy(policy) => Key::Policy(policy.direction, policy.source, policy.destination),
@@ -187,6 +198,8 @@ impl Fact {
             Self::Address(address) => Some(address.link),
             Self::Neighbor(neighbor) => Some(neighbor.link),
             Self::Forward(forward) => Some(forward.link),
+            Self::WireguardDevice(device) => Some(device.link),
+            Self::WireguardPeer(peer) => Some(peer.link),
             Self::Route(route) => Some(route.link),
             Self::SharedChain(_)
             | Self::Table(_)
@@ -208,6 +221,8 @@ impl Fact {
             Self::Neighbor(_) => "neighbor",
             Self::Forward(_) => "forward",
             Self::SharedChain(_) => "chain",
+            Self::WireguardDevice(_) => "wireguard_device",
+            Self::WireguardPeer(_) => "wireguard_peer",
             Self::Table(_) => "table",
             Self::Accept(_) => "accept",
             Self::Policy(_) => "policy",
@@ -226,6 +241,7 @@ impl Fact {
             (Self::BridgePort(want), Self::BridgePort(have)) => want.satisfied_by(have),
             (Self::PortVlans(want), Self::PortVlans(have)) => want.satisfied_by(have),
             (Self::Route(want), Self::Route(have)) => want.satisfied_by(have),
+            (Self::WireguardPeer(want), Self::WireguardPeer(have)) => want.satisfied_by(have),
             (want, have) => want == have,
         }
     }

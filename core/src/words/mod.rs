@@ -19,3 +19,4 @@ pub mod shaping;
 pub mod territory;
 pub mod tunnel;
 pub mod units;
+pub mod wireguard;

@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::addr::Family;
+
 /// What is wrong with a name.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum NameError {
@@ -161,6 +163,18 @@ impl NetworkName {
         let name = match self.is_default() {
             true => "flannel.ipip".to_owned(),
             false => format!("flannel.{}", &fingerprint(self.0.as_bytes())[..7]),
+        };
+        LinkName::new(&name).unwrap_or(LinkName([b'f'; LINK_NAME_MAX + 1]))
+    }
+
+    /// The WireGuard device of a family, IPv4's where there is one for both: `flannel-wg` and `flannel-wg-v6` for the default network,
+    /// as every flannel node has them; with a hash of the name for another.
+    pub fn wireguard(&self, family: Family) -> LinkName {
+        let name = match (self.is_default(), family) {
+            (true, Family::V4) => "flannel-wg".to_owned(),
+            (true, Family::V6) => "flannel-wg-v6".to_owned(),
+            (false, Family::V4) => format!("fl-wg-{}", &fingerprint(self.0.as_bytes())[..7]),
+            (false, Family::V6) => format!("fl-wg6-{}", &fingerprint(self.0.as_bytes())[..7]),
         };
         LinkName::new(&name).unwrap_or(LinkName([b'f'; LINK_NAME_MAX + 1]))
     }

@@ -8,6 +8,7 @@ use super::fact::RouteProtocol;
 use super::fact::shared_chain::Home;
 use super::name::LinkName;
 use super::units::Mtu;
+use super::wireguard::KeyPair;
 
 /// The interface that carries us to our peers.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -40,6 +41,8 @@ pub struct Identity {
     pub vtep_mac: Mac,
     /// MAC of our IPv6 VXLAN device.
     pub vtep_mac_v6: Mac,
+    /// Keys of our WireGuard devices; only with that backend.
+    pub wireguard: Option<Box<KeyPair>>,
 }
 
 /// A route of the main table that is not ours.
@@ -91,6 +94,8 @@ pub struct Node {
     pub ipv6: bool,
     /// Whether the uplink follows router advertisements and would stop doing so when the host begins to forward IPv6.
     pub ra_at_risk: bool,
+    /// Whether the kernel has WireGuard. Where it has none, this program is the device.
+    pub wireguard: bool,
     /// Host ends of our endpoints of this network that exist now.
     pub ports: BTreeSet<LinkName>,
 }

@@ -136,7 +136,12 @@ impl Territory {
                     territory.policies = true;
                     territory.cidrs.extend([policy.source, policy.destination]);
                 }
-                Fact::BridgePort(_) | Fact::Address(_) | Fact::Neighbor(_) | Fact::Forward(_) => {}
+                Fact::BridgePort(_)
+                | Fact::Address(_)
+                | Fact::Neighbor(_)
+                | Fact::Forward(_)
+                | Fact::WireguardDevice(_)
+                | Fact::WireguardPeer(_) => {}
             }
         }
         territory

@@ -86,6 +86,8 @@ impl Overhead {
     pub const VXLAN_OVER_V4: Self = Self(14 + 8 + 8 + 20);
     /// As above with an outer IPv6 header of 40 (RFC 8200).
     pub const VXLAN_OVER_V6: Self = Self(14 + 8 + 8 + 40);
+    /// WireGuard's header and tag 32 (its paper, §5.4.6), UDP 8, outer IPv6 header 40.
+    pub const WIREGUARD: Self = Self(32 + 8 + 40);
 }
 
 /// A VXLAN network identifier: 24 bits (RFC 7348 §5).
@@ -136,6 +138,10 @@ impl Port {
     pub const VXLAN: Self = Self(8472);
     /// Upstream's port of the udp backend (pkg/backend/udp).
     pub const UDP_BACKEND: Self = Self(8285);
+    /// Upstream's port of the wireguard backend (pkg/backend/wireguard), and of its second device for IPv6.
+    pub const WIREGUARD: Self = Self(51_820);
+    /// The second one.
+    pub const WIREGUARD_V6: Self = Self(51_821);
 
     /// Checked.
     pub fn new(number: u64) -> Result<Self, OutOfRange> {

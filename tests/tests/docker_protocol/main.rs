@@ -348,7 +348,11 @@ fn wrong_use_is_refused_with_what_to_type() {
             (ask, pool_request("10.0.0.0/8", json!({})), "overlaps flannel network default"),
             (ask, pool_request("10.77.0.0/16", json!({})), "10.77.0.0/24"),
             (ask, pool_request("10.9.0.0/16", json!({"colour": "red"})), "colour: unknown"),
-            (ask, pool_request("10.9.0.0/16", json!({"backend": "wireguard"})), "wireguard is not built yet"),
+            (
+                ask,
+                pool_request("10.9.0.0/16", json!({"backend": "tencent-vpc"})),
+                "tencent-vpc is not built yet",
+            ),
             (ask, pool_request("10.9.0.0/16", json!({"vni": "1"})), "VNI 1 is network default's"),
             (ask, pool_request("10.100.0.0/16", json!({"backend": "host-gw"})), "already defined otherwise"),
             (ask, pool_request("", json!({"network": "nowhere"})), "define it with --subnet"),

@@ -53,7 +53,10 @@ fn a_wrong_config_is_refused_with_place_and_reason() {
         (r#"{"Network":"10.100.0.0/16","SubnetMin":"10.101.0.0"}"#, &["SubnetMin", "10.101.0.0", "range"]),
         (r#"{"Network":"10.100.0.0/16","SubnetMax":"10.100.9.128"}"#, &["SubnetMax", "boundary"]),
         (r#"{"Network":"10.100.0.0/16","Backend":{"Type":"wlan"}}"#, &["Type", "wlan", "vxlan"]),
-        (r#"{"Network":"10.100.0.0/16","Backend":{"Type":"wireguard"}}"#, &["wireguard", "not built yet"]),
+        (
+            r#"{"Network":"10.100.0.0/16","Backend":{"Type":"tencent-vpc"}}"#,
+            &["tencent-vpc", "not built yet"],
+        ),
         (r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan","VNI":16777216}}"#, &["VNI", "16777216"]),
     ];
     in_lab(Lab::new("wrong").hosts(1).etcd(), |lab| {

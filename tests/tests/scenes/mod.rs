@@ -575,16 +575,13 @@ fn node() -> Node {
         protocol: RouteProtocol::BOOT,
         scope_link: via.is_none(),
     };
+    let (v4, v6) = (Some(address("192.168.100.1/24")), Some(address("fd00:100::1/64")));
+    let (vtep_mac, vtep_mac_v6) = (Mac([2, 0, 0, 4, 0, 1]), Mac([2, 0, 0, 6, 0, 1]));
     Node {
-        uplink: Uplink {
-            link: link_name("eth0"),
-            mtu: Mtu::new(1500).unwrap(),
-            v4: Some(address("192.168.100.1/24")),
-            v6: Some(address("fd00:100::1/64")),
-        },
+        uplink: Uplink { link: link_name("eth0"), mtu: Mtu::ETHERNET, v4, v6 },
         public_v4: "192.168.100.1".parse().ok(),
         public_v6: "fd00:100::1".parse().ok(),
-        identity: Identity { vtep_mac: Mac([2, 0, 0, 4, 0, 1]), vtep_mac_v6: Mac([2, 0, 0, 6, 0, 1]) },
+        identity: Identity { vtep_mac, vtep_mac_v6, wireguard: None },
         routes: vec![
             route("0.0.0.0/0", Some("192.168.100.254")),
             route("192.168.100.0/24", None),
@@ -595,6 +592,7 @@ fn node() -> Node {
         iptables: Default::default(),
         ipv6: true,
         ra_at_risk: false,
+        wireguard: true,
         ports: Default::default(),
     }
 }

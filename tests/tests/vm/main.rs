@@ -5,6 +5,7 @@
 mod ipip;
 mod ipsec;
 mod vxlan;
+mod wireguard;
 
 use std::env;
 

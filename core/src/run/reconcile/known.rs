@@ -48,6 +48,11 @@ impl Known {
         (now == self.inputs).then_some(&self.node)
     }
 
+    /// What follows from the leases of peers, and is in the kernel.
+    pub(super) fn peers(&self) -> &Facts {
+        &self.peers
+    }
+
     /// Brings the kernel from the last plan to this one. None if more than peers is different, or if the kernel refused
     /// something: then it must be looked at.
     pub(super) fn follow(
@@ -72,5 +77,5 @@ impl Known {
 
 /// What the kernel takes one by one, and what nothing else depends on.
 fn is_about_peers(fact: &Fact) -> bool {
-    matches!(fact, Fact::Neighbor(_) | Fact::Forward(_) | Fact::Route(_))
+    matches!(fact, Fact::Neighbor(_) | Fact::Forward(_) | Fact::WireguardPeer(_) | Fact::Route(_))
 }

@@ -11,7 +11,7 @@ use super::offload::NOTHING;
 use crate::words::name::LinkName;
 
 /// Where TUN devices come from.
-pub(super) const CONTROL: &str = "/dev/net/tun";
+pub(in crate::run) const CONTROL: &str = "/dev/net/tun";
 
 const IFF_TUN: u16 = 0x0001;
 const IFF_MULTI_QUEUE: u16 = 0x0100;
@@ -38,9 +38,30 @@ struct Ifreq {
     rest: [u8; 22],
 }
 
+/// Why a device could not be opened.
+pub(in crate::run) enum Refused {
+    /// There is nothing that makes TUN devices.
+    Control,
+    /// The name is somebody else's.
+    Taken,
+    /// Anything else.
+    Other,
+}
+
+impl Refused {
+    pub(in crate::run) fn of(error: &io::Error) -> Self {
+        match error.raw_os_error() {
+            _ if !std::path::Path::new(CONTROL).exists() => Self::Control,
+            Some(libc::ENODEV | libc::ENXIO | libc::EACCES) => Self::Control,
+            Some(libc::EBUSY | libc::EEXIST) => Self::Taken,
+            _ => Self::Other,
+        }
+    }
+}
+
 /// What a device hands over uncut.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(super) enum Offload {
+pub(in crate::run) enum Offload {
     /// Nothing: every packet is whole and fits the MTU.
     Nothing,
     /// Checksums not written.
@@ -53,20 +74,20 @@ pub(super) enum Offload {
 
 /// A queue of a TUN device.
 #[derive(Debug)]
-pub(super) struct Queue {
+pub(in crate::run) struct Queue {
     file: File,
     /// Whether packets are preceded by a header that says what is left to do.
-    pub(super) headers: bool,
+    pub(in crate::run) headers: bool,
 }
 
 impl Queue {
     /// Makes the device, which must not exist yet, and opens its first queue.
-    pub(super) fn create(name: LinkName, several: bool, headers: bool) -> io::Result<Self> {
+    pub(in crate::run) fn create(name: LinkName, several: bool, headers: bool) -> io::Result<Self> {
         Self::open(name, IFF_TUN_EXCL | if several { IFF_MULTI_QUEUE } else { 0 }, headers)
     }
 
     /// Opens one more queue of a device that has several.
-    pub(super) fn another(name: LinkName, headers: bool) -> io::Result<Self> {
+    pub(in crate::run) fn another(name: LinkName, headers: bool) -> io::Result<Self> {
         Self::open(name, IFF_MULTI_QUEUE, headers)
     }
 
@@ -85,8 +106,8 @@ impl Queue {
         Ok(Self { file, headers })
     }
 
-    /// Asks for as much as the kernel can.
-    pub(super) fn offload(&self) -> Offload {
+    /// Asks for as much as the kernel can, up to what is wanted.
+    pub(in crate::run) fn offload(&self, most: Offload) -> Offload {
         let tcp = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO_ECN;
         let wishes = [
             (Offload::TcpAndUdp, tcp | TUN_F_USO4 | TUN_F_USO6),
@@ -98,12 +119,13 @@ impl Queue {
             // SAFETY: the argument is a number.
             check(unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETOFFLOAD, flags) }).is_ok()
         };
-        let found = wishes.into_iter().find(|(_, flags)| self.headers && granted(*flags));
+        let found =
+            wishes.into_iter().find(|(offload, flags)| self.headers && *offload <= most && granted(*flags));
         found.map_or(Offload::Nothing, |(offload, _)| offload)
     }
 
     /// Whether the device still exists.
-    pub(super) fn is_attached(&self) -> bool {
+    pub(in crate::run) fn is_attached(&self) -> bool {
         let mut request = Ifreq { name: [0; 16], flags: 0, rest: [0; 22] };
         #[expect(unsafe_code, reason = "whether a TUN device is gone is asked by ioctl")]
         // SAFETY: the request is a whole `struct ifreq` that outlives the call.
@@ -111,12 +133,12 @@ impl Queue {
     }
 
     /// Reads a packet with what precedes it, without waiting.
-    pub(super) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+    pub(in crate::run) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         (&self.file).read(buffer)
     }
 
     /// Writes a packet of which nothing is left to do.
-    pub(super) fn write(&self, packet: &[u8]) -> io::Result<()> {
+    pub(in crate::run) fn write(&self, packet: &[u8]) -> io::Result<()> {
         match self.headers {
             true => self.write_parts(&[IoSlice::new(&NOTHING), IoSlice::new(packet)]),
             false => self.write_parts(&[IoSlice::new(packet)]),
@@ -124,7 +146,7 @@ impl Queue {
     }
 
     /// Writes a packet in parts, the header that precedes it among them.
-    pub(super) fn write_parts(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+    pub(in crate::run) fn write_parts(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
         (&self.file).write_vectored(parts).map(|_| ())
     }
 }

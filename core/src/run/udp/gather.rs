@@ -44,18 +44,18 @@ struct Joinable {
 }
 
 /// What is written together.
-pub(super) struct Gather {
+pub(in crate::run) struct Gather {
     offload: Offload,
     entries: Vec<Entry>,
 }
 
 impl Gather {
-    pub(super) fn new(offload: Offload) -> Self {
+    pub(in crate::run) fn new(offload: Offload) -> Self {
         Self { offload, entries: Vec::new() }
     }
 
     /// Takes a packet that lies in the buffer. Its TTL is right already.
-    pub(super) fn push(&mut self, buffer: &[u8], place: Range<usize>, header: Header) {
+    pub(in crate::run) fn push(&mut self, buffer: &[u8], place: Range<usize>, header: Header) {
         let packet = &buffer[place.clone()];
         let joinable = self.joinable(packet, &header);
         if let Some((new, heads)) = joinable
@@ -107,7 +107,7 @@ impl Gather {
     }
 
     /// Writes everything to the device. The first error is returned, after the rest was tried.
-    pub(super) fn flush(&mut self, buffer: &[u8], queue: &Queue) -> io::Result<()> {
+    pub(in crate::run) fn flush(&mut self, buffer: &[u8], queue: &Queue) -> io::Result<()> {
         let mut result = Ok(());
         for entry in self.entries.drain(..) {
             let written = entry.write(buffer, queue);

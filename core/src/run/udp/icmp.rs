@@ -9,7 +9,7 @@ use super::packet::{HEADER_MIN, Header, ICMP, fold, put16, seal, sum};
 
 /// What was wrong with a packet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Trouble {
+pub(in crate::run) enum Trouble {
     /// Nobody holds its destination: type 3, code 0.
     NetUnreachable,
     /// It would have to be fragmented and must not be: type 3, code 4. The largest packet that passes, in bytes.
@@ -23,7 +23,7 @@ const QUOTED: usize = 8;
 const TTL: u8 = 64;
 
 /// The error for a packet, from `address`; none where none may be sent.
-pub(super) fn error(trouble: Trouble, address: Ipv4Addr, offender: &[u8]) -> Option<Vec<u8>> {
+pub(in crate::run) fn error(trouble: Trouble, address: Ipv4Addr, offender: &[u8]) -> Option<Vec<u8>> {
     let header = Header::read(offender)?;
     if !deserves(&header, offender) {
         return None;
@@ -62,7 +62,7 @@ fn deserves(header: &Header, offender: &[u8]) -> bool {
 
 /// Keeps the number of errors low (RFC 1812 §4.3.2.8): so many at once, and so many a second.
 #[derive(Debug)]
-pub(super) struct Limiter {
+pub(in crate::run) struct Limiter {
     left: u32,
     since: Instant,
 }
@@ -71,12 +71,12 @@ impl Limiter {
     const BURST: u32 = 100;
     const SECOND: Duration = Duration::from_secs(1);
 
-    pub(super) fn new(now: Instant) -> Self {
+    pub(in crate::run) fn new(now: Instant) -> Self {
         Self { left: Self::BURST, since: now }
     }
 
     /// Whether one more may be sent.
-    pub(super) fn allows(&mut self, now: Instant) -> bool {
+    pub(in crate::run) fn allows(&mut self, now: Instant) -> bool {
         if now.duration_since(self.since) >= Self::SECOND {
             *self = Self::new(now);
         }

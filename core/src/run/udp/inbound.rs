@@ -33,9 +33,9 @@ impl Inbound {
             received: Vec::new(),
             gather: Gather::new(lane.mode.offload),
             limiter: Limiter::new(Instant::now()),
-            strangers: Complaint::new("datagrams dropped that came from nobody who holds a lease"),
-            spoofed: Complaint::new("packets dropped that are not from their sender's subnet to ours"),
-            refused: Complaint::new("packets that the device did not take"),
+            strangers: Complaint::new("udp: datagrams dropped that came from nobody who holds a lease"),
+            spoofed: Complaint::new("udp: packets dropped that are not from their sender's subnet to ours"),
+            refused: Complaint::new("udp: packets that the device did not take"),
             lane,
         }
     }

@@ -8,24 +8,24 @@
 //! **Life** — device and sockets are open files and nothing else: whatever happens to this process, they go with it.
 
 mod batch;
-mod device;
-mod gather;
-mod icmp;
+pub(super) mod device;
+pub(super) mod gather;
+pub(super) mod icmp;
 mod inbound;
 mod mmsg;
-mod offload;
+pub(super) mod offload;
 mod outbound;
-mod packet;
+pub(super) mod packet;
 mod route_table;
-mod shared;
-mod socket;
+pub(super) mod shared;
+pub(super) mod socket;
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use self::device::{CONTROL, Offload, Queue};
+use self::device::{CONTROL, Offload, Queue, Refused};
 use self::inbound::Inbound;
 use self::outbound::Outbound;
 use self::route_table::RouteTable;
@@ -123,7 +123,11 @@ impl Running {
         let failed = |source| UdpError::Socket { address, source };
         let sockets = socket::open(address, queues.len()).map_err(failed)?;
         let mode = Mode {
-            offload: queues.iter().map(Queue::offload).min().unwrap_or(Offload::Nothing),
+            offload: queues
+                .iter()
+                .map(|queue| queue.offload(Offload::TcpAndUdp))
+                .min()
+                .unwrap_or(Offload::Nothing),
             gso: offload && sockets.iter().all(socket::has_gso),
             gro: offload && sockets.iter().all(|socket| socket::set_gro(socket).is_ok()),
             reads: if offload { READS } else { 1 },
@@ -190,11 +194,10 @@ fn queues() -> usize {
 
 /// Opens the device with as many queues as wanted and possible. What a kernel without them does not have is left out.
 fn open_queues(device: LinkName, wanted: usize, headers: bool) -> Result<Vec<Queue>, UdpError> {
-    let failed = |source: io::Error| match source.raw_os_error() {
-        _ if !std::path::Path::new(CONTROL).exists() => UdpError::Control(source),
-        Some(libc::ENODEV | libc::ENXIO | libc::EACCES) => UdpError::Control(source),
-        Some(libc::EBUSY | libc::EEXIST) => UdpError::Taken(device),
-        _ => UdpError::Device { device, source },
+    let failed = |source: io::Error| match Refused::of(&source) {
+        Refused::Control => UdpError::Control(source),
+        Refused::Taken => UdpError::Taken(device),
+        Refused::Other => UdpError::Device { device, source },
     };
     let first = match Queue::create(device, wanted > 1, headers) {
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {

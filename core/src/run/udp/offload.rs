@@ -8,9 +8,9 @@ use std::ops::Range;
 use super::packet::{HEADER_MIN, HEADERS_MAX, Header, TCP, UDP, be16, be32, fold, pseudo, put16, seal, sum};
 
 /// Bytes before every packet on a TUN device with IFF_VNET_HDR.
-pub(super) const VNET_HEADER: usize = 10;
+pub(in crate::run) const VNET_HEADER: usize = 10;
 /// What precedes a packet that asks for nothing.
-pub(super) const NOTHING: [u8; VNET_HEADER] = [0; VNET_HEADER];
+pub(in crate::run) const NOTHING: [u8; VNET_HEADER] = [0; VNET_HEADER];
 
 const NEEDS_CHECKSUM: u8 = 1;
 const GSO_NONE: u8 = 0;
@@ -22,20 +22,20 @@ const TCP_CHECKSUM: usize = 16;
 const UDP_CHECKSUM: usize = 6;
 const TCP_FLAGS: usize = 13;
 const FIN: u8 = 0x01;
-pub(super) const PSH: u8 = 0x08;
-pub(super) const ACK: u8 = 0x10;
+pub(in crate::run) const PSH: u8 = 0x08;
+pub(in crate::run) const ACK: u8 = 0x10;
 const CWR: u8 = 0x80;
 
 /// A transport that can be cut into segments and put together again.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Transport {
+pub(in crate::run) enum Transport {
     Tcp,
     Udp,
 }
 
 /// What the header before a packet from the kernel asks for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Request {
+pub(in crate::run) enum Request {
     /// Nothing: send it as it is.
     Nothing,
     /// Write the checksum of what begins at `start` to `at`, both counted from the packet's start.
@@ -46,7 +46,7 @@ pub(super) enum Request {
 
 impl Request {
     /// Reads the header; none if it asks for something that we never offered.
-    pub(super) fn read(header: &[u8; VNET_HEADER]) -> Option<Self> {
+    pub(in crate::run) fn read(header: &[u8; VNET_HEADER]) -> Option<Self> {
         let word = |at: usize| usize::from(u16::from_ne_bytes([header[at], header[at + 1]]));
         let transport = match header[1] & !GSO_ECN {
             GSO_NONE if header[0] & NEEDS_CHECKSUM == 0 => return Some(Self::Nothing),
@@ -60,7 +60,7 @@ impl Request {
 }
 
 /// Writes a checksum that the kernel left out; where it belongs there is the pseudo header's sum.
-pub(super) fn complete(packet: &mut [u8], start: usize, at: usize) -> bool {
+pub(in crate::run) fn complete(packet: &mut [u8], start: usize, at: usize) -> bool {
     let Some(covered) = packet.get(start..) else { return false };
     if at < start || at + 2 > packet.len() {
         return false;
@@ -73,11 +73,11 @@ pub(super) fn complete(packet: &mut [u8], start: usize, at: usize) -> bool {
 
 /// A packet that is larger than what can be sent, and how it is cut.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Large {
+pub(in crate::run) struct Large {
     header: Header,
     transport: Transport,
     /// Bytes of both headers.
-    pub(super) heads: usize,
+    pub(in crate::run) heads: usize,
     /// Bytes of payload in each segment but the last.
     size: usize,
     payload: usize,
@@ -85,7 +85,12 @@ pub(super) struct Large {
 
 impl Large {
     /// None if the packet is not what it is said to be.
-    pub(super) fn new(packet: &[u8], header: Header, transport: Transport, size: usize) -> Option<Self> {
+    pub(in crate::run) fn new(
+        packet: &[u8],
+        header: Header,
+        transport: Transport,
+        size: usize,
+    ) -> Option<Self> {
         let protocol = match transport {
             Transport::Tcp => TCP,
             Transport::Udp => UDP,
@@ -98,18 +103,24 @@ impl Large {
     }
 
     /// How many segments there will be.
-    pub(super) fn count(&self) -> usize {
+    pub(in crate::run) fn count(&self) -> usize {
         self.payload.div_ceil(self.size)
     }
 
     /// Where the payload of a segment lies in the packet.
-    pub(super) fn payload(&self, index: usize) -> Range<usize> {
+    pub(in crate::run) fn payload(&self, index: usize) -> Range<usize> {
         let start = self.heads + index * self.size;
         start..(start + self.size).min(self.heads + self.payload)
     }
 
     /// Writes the headers of a segment to `head` (as long as both headers), from those of the whole packet.
-    pub(super) fn head(&self, whole: &[u8; HEADERS_MAX], index: usize, payload: &[u8], head: &mut [u8]) {
+    pub(in crate::run) fn head(
+        &self,
+        whole: &[u8; HEADERS_MAX],
+        index: usize,
+        payload: &[u8],
+        head: &mut [u8],
+    ) {
         head.copy_from_slice(&whole[..self.heads]);
         let (ip, transport) = head.split_at_mut(self.header.len);
         put16(ip, 2, (self.heads + payload.len()) as u16);
@@ -143,7 +154,7 @@ impl Large {
 }
 
 /// Bytes of the transport's header; none if it is not all there.
-pub(super) fn transport_len(packet: &[u8], header: &Header, transport: Transport) -> Option<usize> {
+pub(in crate::run) fn transport_len(packet: &[u8], header: &Header, transport: Transport) -> Option<usize> {
     let body = packet.get(header.len..header.total)?;
     let len = match transport {
         Transport::Tcp => usize::from(body.get(12)? >> 4) * 4,
@@ -155,7 +166,13 @@ pub(super) fn transport_len(packet: &[u8], header: &Header, transport: Transport
 
 /// Makes the headers of several segments those of one large packet, and returns what to put before it: the checksum field has
 /// the pseudo header's sum, and the kernel does the rest if anybody needs it.
-pub(super) fn join(heads: &mut [u8], ip: usize, transport: Transport, total: usize, size: usize) -> [u8; 10] {
+pub(in crate::run) fn join(
+    heads: &mut [u8],
+    ip: usize,
+    transport: Transport,
+    total: usize,
+    size: usize,
+) -> [u8; 10] {
     put16(heads, 2, total as u16);
     let (address, length) = (|at: usize| Ipv4Addr::from_bits(be32(heads, at)), total - ip);
     let sum = pseudo(address(12), address(16), heads[9], length);
@@ -177,7 +194,7 @@ pub(super) fn join(heads: &mut [u8], ip: usize, transport: Transport, total: usi
 }
 
 /// Whether a packet's transport checksum is right, and there.
-pub(super) fn is_sound(packet: &[u8], header: &Header) -> bool {
+pub(in crate::run) fn is_sound(packet: &[u8], header: &Header) -> bool {
     let Some(body) = packet.get(header.len..header.total) else { return false };
     if header.protocol == UDP && be16(body, UDP_CHECKSUM) == 0 {
         return false;
@@ -187,7 +204,7 @@ pub(super) fn is_sound(packet: &[u8], header: &Header) -> bool {
 }
 
 /// The longest head there can be, from the packet's start.
-pub(super) fn template(packet: &[u8]) -> [u8; HEADERS_MAX] {
+pub(in crate::run) fn template(packet: &[u8]) -> [u8; HEADERS_MAX] {
     let mut template = [0; HEADERS_MAX];
     let len = packet.len().min(HEADERS_MAX);
     template[..len].copy_from_slice(&packet[..len]);
@@ -197,12 +214,12 @@ pub(super) fn template(packet: &[u8]) -> [u8; HEADERS_MAX] {
 const _: () = assert!(HEADER_MIN * 6 == HEADERS_MAX);
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(in crate::run) mod tests {
     use super::super::packet::tests::packet;
     use super::*;
 
     /// A TCP segment with a sound checksum.
-    pub(in crate::run::udp) fn tcp(sequence: u32, flags: u8, id: u16, payload: &[u8]) -> Vec<u8> {
+    pub(in crate::run) fn tcp(sequence: u32, flags: u8, id: u16, payload: &[u8]) -> Vec<u8> {
         let mut body = vec![0x9c, 0x40, 0x14, 0x51];
         body.extend(sequence.to_be_bytes());
         body.extend([0, 0, 0, 7, 0x80, flags, 1, 0, 0, 0, 0, 0]);
@@ -212,7 +229,7 @@ pub(super) mod tests {
     }
 
     /// A UDP datagram with a sound checksum.
-    pub(in crate::run::udp) fn udp(id: u16, payload: &[u8]) -> Vec<u8> {
+    pub(in crate::run) fn udp(id: u16, payload: &[u8]) -> Vec<u8> {
         let mut body = vec![0x9c, 0x40, 0x14, 0x51, 0, 0, 0, 0];
         put16(&mut body, 4, 8 + payload.len() as u16);
         body.extend(payload);

@@ -33,7 +33,7 @@ impl Outbound {
             headers: Headers::new(),
             table: lane.shared.table(),
             limiter: Limiter::new(Instant::now()),
-            complaint: Complaint::new("packets could not be sent"),
+            complaint: Complaint::new("udp: packets could not be sent"),
             lane,
         }
     }

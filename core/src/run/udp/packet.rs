@@ -5,13 +5,13 @@
 use std::net::Ipv4Addr;
 
 /// Shortest header, and the only length without options.
-pub(super) const HEADER_MIN: usize = 20;
+pub(in crate::run) const HEADER_MIN: usize = 20;
 /// Longest header with a transport header: both have at most 60 bytes.
-pub(super) const HEADERS_MAX: usize = 120;
+pub(in crate::run) const HEADERS_MAX: usize = 120;
 /// Protocol numbers (RFC 790).
-pub(super) const ICMP: u8 = 1;
-pub(super) const TCP: u8 = 6;
-pub(super) const UDP: u8 = 17;
+pub(in crate::run) const ICMP: u8 = 1;
+pub(in crate::run) const TCP: u8 = 6;
+pub(in crate::run) const UDP: u8 = 17;
 
 const TTL: usize = 8;
 const CHECKSUM: usize = 10;
@@ -21,25 +21,25 @@ const OFFSET: u16 = 0x1fff;
 
 /// What an IPv4 header says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Header {
+pub(in crate::run) struct Header {
     /// Bytes of the header with its options.
-    pub(super) len: usize,
+    pub(in crate::run) len: usize,
     /// Bytes of the whole packet.
-    pub(super) total: usize,
-    pub(super) id: u16,
-    pub(super) dont_fragment: bool,
-    pub(super) more_fragments: bool,
+    pub(in crate::run) total: usize,
+    pub(in crate::run) id: u16,
+    pub(in crate::run) dont_fragment: bool,
+    pub(in crate::run) more_fragments: bool,
     /// Where this fragment begins, in units of eight bytes.
-    pub(super) offset: u16,
-    pub(super) ttl: u8,
-    pub(super) protocol: u8,
-    pub(super) source: Ipv4Addr,
-    pub(super) destination: Ipv4Addr,
+    pub(in crate::run) offset: u16,
+    pub(in crate::run) ttl: u8,
+    pub(in crate::run) protocol: u8,
+    pub(in crate::run) source: Ipv4Addr,
+    pub(in crate::run) destination: Ipv4Addr,
 }
 
 impl Header {
     /// Reads the header of a packet; none if these bytes are no whole IPv4 packet. Its checksum is the receiver's to verify.
-    pub(super) fn read(packet: &[u8]) -> Option<Self> {
+    pub(in crate::run) fn read(packet: &[u8]) -> Option<Self> {
         let fixed: &[u8; HEADER_MIN] = packet.first_chunk()?;
         let len = usize::from(fixed[0] & 0x0f) * 4;
         let total = usize::from(be16(fixed, 2));
@@ -62,23 +62,23 @@ impl Header {
     }
 
     /// Whether the packet is one of several fragments.
-    pub(super) fn is_fragment(&self) -> bool {
+    pub(in crate::run) fn is_fragment(&self) -> bool {
         self.more_fragments || self.offset != 0
     }
 }
 
 /// Two bytes in the order of the network.
-pub(super) fn be16(bytes: &[u8], at: usize) -> u16 {
+pub(in crate::run) fn be16(bytes: &[u8], at: usize) -> u16 {
     bytes.get(at..at + 2).and_then(|two| two.try_into().ok()).map_or(0, u16::from_be_bytes)
 }
 
 /// Four bytes in the order of the network.
-pub(super) fn be32(bytes: &[u8], at: usize) -> u32 {
+pub(in crate::run) fn be32(bytes: &[u8], at: usize) -> u32 {
     bytes.get(at..at + 4).and_then(|four| four.try_into().ok()).map_or(0, u32::from_be_bytes)
 }
 
 /// Puts two bytes in the order of the network; bytes that are not there are let be.
-pub(super) fn put16(bytes: &mut [u8], at: usize, value: u16) {
+pub(in crate::run) fn put16(bytes: &mut [u8], at: usize, value: u16) {
     if let Some(two) = bytes.get_mut(at..at + 2) {
         two.copy_from_slice(&value.to_be_bytes());
     }
@@ -90,7 +90,7 @@ fn address(bytes: &[u8], at: usize) -> Ipv4Addr {
 
 /// The ones' complement sum of 16-bit words, folded to 16 bits and not complemented; an odd last byte is padded. Sums of
 /// parts that begin at even places may be added.
-pub(super) fn sum(bytes: &[u8]) -> u32 {
+pub(in crate::run) fn sum(bytes: &[u8]) -> u32 {
     // The order of the bytes within a word does not matter before the end (RFC 1071 §2 B), nor does the width of the
     // words: lanes of 32 bits with room for the carries are what compilers turn into vector instructions.
     let mut lanes = [0u64; 8];
@@ -115,7 +115,7 @@ pub(super) fn sum(bytes: &[u8]) -> u32 {
 }
 
 /// A sum of sums, folded and not complemented.
-pub(super) fn fold(mut sum: u32) -> u16 {
+pub(in crate::run) fn fold(mut sum: u32) -> u16 {
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
@@ -123,19 +123,19 @@ pub(super) fn fold(mut sum: u32) -> u16 {
 }
 
 /// The sum of the pseudo header that TCP and UDP checksums cover (RFC 9293 §3.1, RFC 768).
-pub(super) fn pseudo(source: Ipv4Addr, destination: Ipv4Addr, protocol: u8, length: usize) -> u32 {
+pub(in crate::run) fn pseudo(source: Ipv4Addr, destination: Ipv4Addr, protocol: u8, length: usize) -> u32 {
     sum(&source.octets()) + sum(&destination.octets()) + u32::from(protocol) + length as u32
 }
 
 /// Writes the header's checksum.
-pub(super) fn seal(header: &mut [u8]) {
+pub(in crate::run) fn seal(header: &mut [u8]) {
     put16(header, CHECKSUM, 0);
     let checksum = !fold(sum(header));
     put16(header, CHECKSUM, checksum);
 }
 
 /// Takes one from the TTL, and brings the checksum along (RFC 1624: HC' = ~(~HC + ~m + m')).
-pub(super) fn age(packet: &mut [u8]) {
+pub(in crate::run) fn age(packet: &mut [u8]) {
     let (old, checksum) = (be16(packet, TTL), be16(packet, CHECKSUM));
     let new = old.wrapping_sub(0x0100);
     put16(packet, TTL, new);
@@ -144,7 +144,7 @@ pub(super) fn age(packet: &mut [u8]) {
 
 /// Cuts a packet that may be cut into fragments of at most `mtu` bytes (RFC 791 §3.2). Options stay with the first one only as far
 /// as their copied flag says; packets with options are rare enough to be cut without that care, and get all of them.
-pub(super) fn fragments(packet: &[u8], mtu: usize) -> Vec<Vec<u8>> {
+pub(in crate::run) fn fragments(packet: &[u8], mtu: usize) -> Vec<Vec<u8>> {
     let Some(header) = Header::read(packet) else { return Vec::new() };
     let room = mtu.saturating_sub(header.len) / 8 * 8;
     if room == 0 {
@@ -165,11 +165,11 @@ pub(super) fn fragments(packet: &[u8], mtu: usize) -> Vec<Vec<u8>> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(in crate::run) mod tests {
     use super::*;
 
     /// A sound packet of a protocol from 10.100.1.2 to 10.100.2.2, its body starting with the transport header.
-    pub(in crate::run::udp) fn packet(protocol: u8, flags: u16, body: &[u8]) -> Vec<u8> {
+    pub(in crate::run) fn packet(protocol: u8, flags: u16, body: &[u8]) -> Vec<u8> {
         let mut packet = vec![0x45, 0, 0, 0, 0x12, 0x34, 0, 0, 64, protocol, 0, 0];
         packet.extend([10, 100, 1, 2, 10, 100, 2, 2]);
         let total = (packet.len() + body.len()) as u16;

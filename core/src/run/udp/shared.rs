@@ -128,7 +128,7 @@ impl Lane {
 }
 
 /// Something that may happen a million times and is told once a minute.
-pub(super) struct Complaint {
+pub(in crate::run) struct Complaint {
     what: &'static str,
     count: u64,
     told: Option<Instant>,
@@ -137,15 +137,15 @@ pub(super) struct Complaint {
 impl Complaint {
     const EVERY: Duration = Duration::from_secs(60);
 
-    pub(super) const fn new(what: &'static str) -> Self {
+    pub(in crate::run) const fn new(what: &'static str) -> Self {
         Self { what, count: 0, told: None }
     }
 
     /// It happened once more.
-    pub(super) fn more(&mut self, detail: impl FnOnce() -> String) {
+    pub(in crate::run) fn more(&mut self, detail: impl FnOnce() -> String) {
         self.count += 1;
         if self.told.is_none_or(|told| told.elapsed() >= Self::EVERY) {
-            tracing::warn!(count = self.count, "udp: {}; {}", self.what, detail());
+            tracing::warn!(count = self.count, "{}; {}", self.what, detail());
             (self.count, self.told) = (0, Some(Instant::now()));
         }
     }

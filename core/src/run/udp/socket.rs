@@ -61,7 +61,12 @@ pub(super) fn path_mtu(to: Ipv4Addr, port: u16) -> io::Result<usize> {
     usize::try_from(mtu).map_err(io::Error::other)
 }
 
-fn set_int(socket: &UdpSocket, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+pub(in crate::run) fn set_int(
+    socket: &UdpSocket,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
     #[expect(unsafe_code, reason = "options that no safe interface has")]
     // SAFETY: the value is an int that outlives the call.
     let result = unsafe {

@@ -22,6 +22,7 @@ mod route;
 mod shaper;
 mod sysctl;
 mod traffic;
+mod wireguard;
 mod writer;
 
 use std::collections::{BTreeSet, HashMap};
@@ -42,6 +43,7 @@ use crate::words::addr::Family;
 use crate::words::fact::{Address, Blackhole, Change, Fact, Facts, Forward, Neighbor, PortVlans, Sysctl};
 use crate::words::name::LinkName;
 use crate::words::territory::Territory;
+use crate::words::wireguard::PublicKey;
 
 /// In a host's namespace, with up to this many interfaces the kernel is asked about each of them; with more, about all,
 /// and the answer is sifted here. A container's namespace is so small that asking about all is always less work.
@@ -54,6 +56,8 @@ pub struct Kernel {
     netfilter: Option<Netfilter>,
     /// NETLINK_XFRM, opened when policies are looked at; none inside where the kernel has no such thing.
     xfrm: Option<Option<Socket>>,
+    /// Opened when the first device of the kind is seen or made.
+    wireguard: Option<wireguard::Wireguard>,
     /// None: the namespace of the threads of this process.
     namespace: Option<Namespace>,
     /// Where veth peers are born that belong into the container.
@@ -64,7 +68,7 @@ impl Kernel {
     /// The kernel as the calling thread sees it.
     pub fn open() -> Result<Self, WorldError> {
         let socket = Socket::open(Protocol::Route, None).map_err(|e| io_error("open a netlink socket", e))?;
-        Ok(Self { socket, netfilter: None, xfrm: None, namespace: None, sandbox: None })
+        Ok(Self { socket, netfilter: None, xfrm: None, wireguard: None, namespace: None, sandbox: None })
     }
 
     /// The kernel of another namespace, given by path.
@@ -80,7 +84,14 @@ impl Kernel {
 
     fn inside(namespace: Namespace) -> io::Result<Self> {
         let socket = Socket::open(Protocol::Route, Some(&namespace))?;
-        Ok(Self { socket, netfilter: None, xfrm: None, namespace: Some(namespace), sandbox: None })
+        Ok(Self {
+            socket,
+            netfilter: None,
+            xfrm: None,
+            wireguard: None,
+            namespace: Some(namespace),
+            sandbox: None,
+        })
     }
 
     /// Says where the peers of veth pairs are born that belong into the container.
@@ -121,6 +132,48 @@ impl Kernel {
                 changes.iter().map(|_| Err(again())).collect()
             }
         }
+    }
+
+    /// The kernel's WireGuard; none if it has none. Asking loads the module, where there is one.
+    fn wireguard(&mut self) -> Result<Option<&mut wireguard::Wireguard>, WorldError> {
+        if self.wireguard.is_none() {
+            let opened = wireguard::Wireguard::open(self.namespace.as_ref());
+            self.wireguard = opened.map_err(|e| io_error("ask for the kernel's WireGuard", e))?;
+        }
+        Ok(self.wireguard.as_mut())
+    }
+
+    /// Whether this kernel has WireGuard.
+    pub fn has_wireguard(&mut self) -> Result<bool, WorldError> {
+        Ok(self.wireguard()?.is_some())
+    }
+
+    /// WireGuard peers that were sent something and never agreed on a session, when they were last looked at.
+    pub fn silent_wireguard_peers(&self) -> &[(LinkName, PublicKey)] {
+        self.wireguard.as_ref().map_or(&[], wireguard::Wireguard::silent)
+    }
+
+    fn observe_wireguard(&mut self, ours: &Ours, facts: &mut Facts) -> Result<(), WorldError> {
+        let devices = ours.seen.iter().filter(|seen| matches!(seen.kind, link::SeenKind::Wireguard));
+        let devices: Vec<_> = devices.map(|seen| (seen.index, seen.name)).collect();
+        if devices.is_empty() {
+            return Ok(());
+        }
+        match self.wireguard()? {
+            Some(wireguard) => wireguard.observe(&devices, facts),
+            None => Ok(()),
+        }
+    }
+
+    fn tell_wireguard(&mut self, changes: &[Change<'_>]) -> Vec<Result<(), WorldError>> {
+        let what = match self.wireguard() {
+            Ok(Some(wireguard)) => return wireguard.apply(changes),
+            Ok(None) => "this kernel has no WireGuard".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        let unsupported =
+            |change| Err(WorldError::Unsupported { action: action(change), what: what.clone() });
+        changes.iter().map(unsupported).collect()
     }
 
     fn observe_sysctls(&self, territory: &Territory, facts: &mut Facts) -> Result<(), WorldError> {
@@ -335,6 +388,7 @@ impl World for Kernel {
         }
         self.observe_addresses(territory, &ours, &mut facts)?;
         self.observe_neighbors(&ours, &mut facts)?;
+        self.observe_wireguard(&ours, &mut facts)?;
         self.name_outsiders(territory, &mut ours)?;
         self.observe_routes(territory, &ours, &mut facts)?;
         self.observe_policies(territory, &mut facts)?;
@@ -357,6 +411,7 @@ impl World for Kernel {
                 }
                 Some(Part::Xfrm) => results.extend(self.write_policies(run)),
                 Some(Part::Netfilter) => results.extend(self.filter(run)),
+                Some(Part::Wireguard) => results.extend(self.tell_wireguard(run)),
                 Some(Part::Settings) => {
                     let write = || run.iter().map(write_setting).collect::<Vec<_>>();
                     let written = self.here(write);
@@ -378,6 +433,7 @@ enum Part {
     Rtnetlink,
     Netfilter,
     Xfrm,
+    Wireguard,
     Settings,
 }
 
@@ -387,6 +443,7 @@ impl Part {
             Fact::Sysctl(_) => Self::Settings,
             Fact::SharedChain(_) | Fact::Table(_) | Fact::Accept(_) | Fact::Guard(_) => Self::Netfilter,
             Fact::Policy(_) => Self::Xfrm,
+            Fact::WireguardDevice(_) | Fact::WireguardPeer(_) => Self::Wireguard,
             Fact::Link(_)
             | Fact::BridgePort(_)
             | Fact::PortVlans(_)
@@ -444,6 +501,7 @@ fn leads_to(seen: &link::Seen) -> impl Iterator<Item = u32> + use<> {
         link::SeenKind::Bridge { .. }
         | link::SeenKind::Veth
         | link::SeenKind::Ipip(_)
+        | link::SeenKind::Wireguard
         | link::SeenKind::Funnel
         | link::SeenKind::Other => None,
     };

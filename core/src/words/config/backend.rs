@@ -3,12 +3,14 @@
 use serde_json::json;
 
 use super::document::Document;
+use super::wireguard::WireguardConfig;
 use super::{ConfigError, extension, ipsec};
 use crate::words::code::Code;
 use crate::words::extension::ExtensionConfig;
 use crate::words::ipsec::IpsecConfig;
 use crate::words::report::Finding;
 use crate::words::units::{Mtu, Port, Vni};
+use crate::words::wireguard::key_text;
 
 /// How packets travel.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -25,6 +27,8 @@ pub enum BackendConfig {
     Udp(UdpConfig),
     /// Encrypted by the kernel, with keys that charon agrees on.
     Ipsec(IpsecConfig),
+    /// WireGuard.
+    Wireguard(WireguardConfig),
     /// By commands of the operator's.
     Extension(ExtensionConfig),
 }
@@ -39,7 +43,17 @@ impl BackendConfig {
             Self::Vxlan(_) => "vxlan",
             Self::Udp(_) => "udp",
             Self::Ipsec(_) => "ipsec",
+            Self::Wireguard(_) => "wireguard",
             Self::Extension(_) => "extension",
+        }
+    }
+
+    /// What of it nobody may see, as it stands in a document.
+    pub(super) fn secret(&self) -> Option<String> {
+        match self {
+            Self::Wireguard(wireguard) => wireguard.shared.as_ref().map(|shared| key_text(shared.reveal())),
+            Self::Ipsec(ipsec) => Some(ipsec.psk.reveal().clone()),
+            _ => None,
         }
     }
 }
@@ -98,9 +112,9 @@ const VXLAN_KEYS: &[&str] = &["Type", "VNI", "Port", "GBP", "Learning", "DirectR
 const IPIP_KEYS: &[&str] = &["Type", "DirectRouting"];
 const UDP_KEYS: &[&str] = &["Type", "Port"];
 /// The types there are, as errors list them.
-const BUILT: &str = "alloc, extension, host-gw, ipip, ipsec, udp, vxlan";
+const BUILT: &str = "alloc, extension, host-gw, ipip, ipsec, udp, vxlan, wireguard";
 /// Upstream's types that this software does not have yet.
-const NOT_BUILT: &[&str] = &["wireguard", "tencent-vpc"];
+const NOT_BUILT: &[&str] = &["tencent-vpc"];
 
 pub(super) fn read(
     document: &Document<'_>,
@@ -135,6 +149,7 @@ pub(super) fn read(
             udp(&options).map(BackendConfig::Udp)
         }
         "ipsec" => ipsec::read(&options, findings).map(BackendConfig::Ipsec),
+        "wireguard" => WireguardConfig::read(&options, findings).map(BackendConfig::Wireguard),
         "extension" => extension::read(&options, findings).map(BackendConfig::Extension),
         name if NOT_BUILT.contains(&name) => {
             Err(kind.error(format!("backend {name} is not built yet; this version has {BUILT}")))
@@ -190,6 +205,7 @@ pub(super) fn write(config: &BackendConfig) -> serde_json::Map<String, serde_jso
         BackendConfig::Ipsec(ipsec) => ipsec::write(ipsec, &mut backend),
         BackendConfig::Udp(udp) => put_port(&mut backend, udp.port, Port::UDP_BACKEND),
         BackendConfig::Vxlan(vxlan) => put_vxlan(&mut backend, vxlan),
+        BackendConfig::Wireguard(wireguard) => wireguard.put(&mut backend),
     }
     backend
 }

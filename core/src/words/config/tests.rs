@@ -1,6 +1,8 @@
 use super::*;
 use crate::words::code::Code;
+use crate::words::units::Mtu;
 use crate::words::units::Port;
+use crate::words::wireguard::key_text;
 
 fn parsed(text: &str) -> Parsed {
     NetworkConfig::parse(text).unwrap_or_else(|error| panic!("{text}: {error}"))
@@ -111,8 +113,8 @@ fn errors_say_what_where_and_why() {
             "Backend.CommandTimeout at line 1, column 75 is 0: seconds from 1 to 3600 were wanted",
         ),
         (
-            r#"{"Network":"10.100.0.0/16","Backend":{"Type":"wireguard"}}"#,
-            "Backend.Type at line 1, column 46 is \"wireguard\": backend wireguard is not built yet; this version has alloc, extension, host-gw, ipip, ipsec, udp, vxlan",
+            r#"{"Network":"10.100.0.0/16","Backend":{"Type":"tencent-vpc"}}"#,
+            "Backend.Type at line 1, column 46 is \"tencent-vpc\": backend tencent-vpc is not built yet; this version has alloc, extension, host-gw, ipip, ipsec, udp, vxlan, wireguard",
         ),
         (
             r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"Type":"udp"}}"#,
@@ -156,6 +158,63 @@ fn a_written_config_reads_back() {
         let config = parsed(text).config;
         assert_eq!(parsed(&config.to_json()).config, config);
     }
+}
+
+#[test]
+fn wireguard_has_upstreams_keys_and_defaults() {
+    let network = r#""Network":"10.100.0.0/16""#;
+    let wireguard = |options: &str| {
+        let text = format!(r#"{{{network},"Backend":{{"Type":"WireGuard"{options}}}}}"#);
+        let BackendConfig::Wireguard(wireguard) = parsed(&text).config.backend else { panic!("{text}") };
+        let again = parsed(&parsed(&text).config.to_json()).config.backend;
+        assert_eq!(again, BackendConfig::Wireguard(wireguard.clone()), "{text}");
+        wireguard
+    };
+    for nothing in [
+        "",
+        r#","ListenPort":0,"MTU":0,"PSK":"","Mode":"","PersistentKeepaliveInterval":0"#,
+        r#","PSK":null"#,
+    ] {
+        assert_eq!(wireguard(nothing), WireguardConfig::default(), "{nothing}");
+    }
+    assert_eq!((Port::WIREGUARD.number(), Port::WIREGUARD_V6.number()), (51_820, 51_821));
+    let key = key_text(&[7; 32]);
+    let all = wireguard(&format!(
+        r#","listenport":1,"ListenPortV6":2,"Mtu":1400,"psk":"{key}","PersistentKeepaliveInterval":25,"MODE":"Auto""#
+    ));
+    assert_eq!((all.port.number(), all.port_v6.number(), all.keepalive), (1, 2, 25));
+    assert_eq!((all.mtu.map(Mtu::bytes), all.mode), (Some(1400), WireguardMode::Auto));
+    assert_eq!(all.shared.as_ref().map(|shared| *shared.reveal()), Some([7; 32]));
+    let text = format!(r#"{{{network},"Backend":{{"Type":"wireguard","PSK":"{key}"}}}}"#);
+    let shown = parsed(&text).config.shown();
+    assert!(shown.contains(r#""PSK":"[redacted]""#) && !shown.contains(&key), "{shown}");
+    assert!(!format!("{all:?}").contains(&key) && !format!("{all:?}").contains("7, 7"), "{all:?}");
+}
+
+#[test]
+fn what_wireguard_cannot_use_is_said_by_its_name_and_no_secret_with_it() {
+    let wrong = |options: &str| {
+        error(&format!(r#"{{"Network":"10.100.0.0/16","Backend":{{"Type":"wireguard",{options}}}}}"#))
+    };
+    assert_eq!(
+        wrong(r#""PSK":"hunter2""#),
+        "Backend.PSK at line 1, column 64 is [redacted]: not a WireGuard key: 32 bytes in base64 were wanted, as `wg genkey` prints them"
+    );
+    let typeless = error(r#"{"Network":"10.100.0.0/16","Backend":{"psk":"hunter2","Typ":"wireguard"}}"#);
+    assert!(
+        typeless.contains("[redacted]: Backend has no Type") && !typeless.contains("hunter2"),
+        "{typeless}"
+    );
+    assert!(wrong(r#""PSK":12345678"#).contains("is [redacted]: text in quotes"));
+    assert!(
+        wrong(r#""Mode":"ipv5""#)
+            .contains("Backend.Mode at line 1, column 65 is \"ipv5\": no valid Mode configured")
+    );
+    assert!(wrong(r#""ListenPort":65536"#).contains("Backend.ListenPort"));
+    assert!(wrong(r#""ListenPortV6":"51821""#).contains("Backend.ListenPortV6"));
+    assert!(wrong(r#""PersistentKeepaliveInterval":65536"#).contains("seconds from 0 to 65535"));
+    assert!(wrong(r#""MTU":10"#).contains("Backend.MTU"));
+    assert!(wrong(r#""Mode":"ipv6""#).contains("EnableIPv6 is missing: Backend.Mode ipv6"));
 }
 
 /// Pieces of documents in any order: more of them come past the first brace than of arbitrary text.

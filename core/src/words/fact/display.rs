@@ -57,6 +57,8 @@ impl fmt::Display for Fact {
                 write!(f, "bridge fdb replace {} dev {} dst {} self permanent", e.mac, e.link, e.remote)
             }
             Self::SharedChain(chain) => write!(f, "{chain}"),
+            Self::WireguardDevice(device) => write!(f, "{device}"),
+            Self::WireguardPeer(peer) => write!(f, "{peer}"),
             Self::Table(table) => write!(f, "nft '{table}'"),
             Self::Accept(a) => {
                 let iptables = if a.cidr.base().is_ipv4() { "iptables" } else { "ip6tables" };
@@ -120,6 +122,7 @@ impl fmt::Display for Link {
                     f.write_str(" netns SANDBOX")?;
                 }
             }
+            LinkKind::Wireguard => f.write_str(" type wireguard")?,
             LinkKind::Given => {}
         }
         match &self.alias {

@@ -49,6 +49,8 @@ pub enum LinkKind {
         /// namespace.
         peer: Option<VethPeer>,
     },
+    /// A WireGuard device.
+    Wireguard,
     /// Something that exists by itself in a namespace (`lo`) or by the program that holds it open (a TUN device): never
     /// created, only set up.
     Given,

@@ -1,5 +1,5 @@
 //! How fast containers of two hosts talk over the udp backend: as it is, with one packet for each system call
-//! (`--udp-offload=false`, which is what a tunnel without any of the kernel's help does), and beside vxlan. In turns, so that the
+//! (`--udp-offload=false`, which is what a tunnel without any of the kernel's help does), and beside vxlan and wireguard. In turns, so that the
 //! machine's other work hits all of them alike.
 
 use anyhow::{Context, Result};
@@ -13,10 +13,12 @@ const ROUNDS: usize = 5;
 const STREAMS: [u32; 2] = [1, 4];
 
 /// Name, backend, flag, device, MTU.
-const PATHS: [(&str, &str, &str, &str, u32); 3] = [
+const PATHS: [(&str, &str, &str, &str, u32); 4] = [
     ("vxlan", "vxlan", "--udp-offload=true", "flannel.1", 1450),
     ("udp", "udp", "--udp-offload=true", "flannel0", 1472),
     ("udp, one packet a call", "udp", "--udp-offload=false", "flannel0", 1472),
+    // By the kernel where it can, else by flanneld.
+    ("wireguard", "wireguard", "--udp-offload=true", "flannel-wg", 1420),
 ];
 
 pub(crate) fn run() -> Result<()> {

@@ -76,6 +76,7 @@ pub(super) enum SeenKind {
     Veth,
     Vxlan(SeenVxlan),
     Ipip(Ipip),
+    Wireguard,
     Funnel,
     Other,
 }
@@ -125,6 +126,7 @@ impl Seen {
             SeenKind::Veth => LinkKind::Veth { peer: None },
             SeenKind::Vxlan(vxlan) => vxlan.fact(name_of).map_or(LinkKind::Given, LinkKind::Vxlan),
             SeenKind::Ipip(ipip) => LinkKind::Ipip(*ipip),
+            SeenKind::Wireguard => LinkKind::Wireguard,
             SeenKind::Funnel | SeenKind::Other => LinkKind::Given,
         };
         Link {
@@ -254,6 +256,7 @@ impl Place {
                 b"veth" => SeenKind::Veth,
                 b"vxlan" => SeenKind::Vxlan(vxlan_of(data)),
                 b"ipip" => SeenKind::Ipip(ipip::read(data)),
+                b"wireguard" => SeenKind::Wireguard,
                 b"ifb" => SeenKind::Funnel,
                 _ => SeenKind::Other,
             },
@@ -299,6 +302,7 @@ pub(super) fn create(link: &Link, underlay: Option<u32>, sandbox: Option<RawFd>)
             let peer = peer.as_ref().map(|peer| InfoVeth::Peer(peer_message(peer, sandbox)));
             (InfoKind::Veth, peer.map(InfoData::Veth))
         }
+        LinkKind::Wireguard => (InfoKind::Wireguard, None),
         // Never asked for: a given link is only settled.
         LinkKind::Given => (InfoKind::Other(String::new()), None),
     };
@@ -340,6 +344,7 @@ pub(super) fn module(kind: &LinkKind) -> Option<(&'static str, &'static str)> {
         LinkKind::Vxlan(_) => Some(("vxlan", "CONFIG_VXLAN")),
         LinkKind::Ipip(_) => Some(("ipip", "CONFIG_NET_IPIP")),
         LinkKind::Veth { .. } => Some(("veth", "CONFIG_VETH")),
+        LinkKind::Wireguard => Some(("wireguard", "CONFIG_WIREGUARD")),
         LinkKind::Given => None,
     }
 }

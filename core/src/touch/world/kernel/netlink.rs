@@ -13,7 +13,6 @@ use netlink_packet_core::{
     NLA_HEADER_SIZE, NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST,
     NetlinkSerializable, NlasIterator,
 };
-use netlink_packet_route::RouteNetlinkMessage;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, getsockname, recv, send,
     setsockopt, sockopt,
@@ -60,6 +59,8 @@ pub(super) struct Refusal {
 pub(super) enum Protocol {
     /// Interfaces, addresses, routes.
     Route,
+    /// What comes in modules: WireGuard.
+    Generic,
     /// IPsec.
     Xfrm,
 }
@@ -83,6 +84,13 @@ impl Socket {
                     nix::sys::socket::socket(family, kind, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)
                         .map_err(io::Error::from)
                 }
+                Protocol::Generic => nix::sys::socket::socket(
+                    family,
+                    kind,
+                    SockFlag::SOCK_CLOEXEC,
+                    SockProtocol::NetlinkGeneric,
+                )
+                .map_err(io::Error::from),
                 Protocol::Xfrm => xfrm(),
             }
         };
@@ -131,7 +139,7 @@ impl Socket {
     /// Asks several questions that have one answer each: in order, what `take` made of the answer, or the refusal.
     pub(super) fn ask<T>(
         &mut self,
-        questions: &[RouteNetlinkMessage],
+        questions: &[impl NetlinkSerializable],
         take: impl FnMut(u16, &[u8]) -> Option<T>,
     ) -> io::Result<Vec<Result<Option<T>, Refusal>>> {
         self.ask_with(questions, 0, take)
@@ -140,7 +148,7 @@ impl Socket {
     /// The same, with these flags beside NLM_F_REQUEST.
     pub(super) fn ask_with<T>(
         &mut self,
-        questions: &[RouteNetlinkMessage],
+        questions: &[impl NetlinkSerializable],
         flags: u16,
         mut take: impl FnMut(u16, &[u8]) -> Option<T>,
     ) -> io::Result<Vec<Result<Option<T>, Refusal>>> {

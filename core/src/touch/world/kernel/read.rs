@@ -224,6 +224,7 @@ impl Kernel {
             link::SeenKind::Vxlan(vxlan) => vxlan.underlay,
             link::SeenKind::Bridge { .. }
             | link::SeenKind::Veth
+            | link::SeenKind::Wireguard
             | link::SeenKind::Funnel
             | link::SeenKind::Ipip(_)
             | link::SeenKind::Other => None,

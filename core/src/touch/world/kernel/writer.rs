@@ -171,7 +171,9 @@ impl<'a> Writer<'a> {
             | Fact::Table(_)
             | Fact::Accept(_)
             | Fact::Guard(_)
-            | Fact::Policy(_) => {}
+            | Fact::Policy(_)
+            | Fact::WireguardDevice(_)
+            | Fact::WireguardPeer(_) => {}
         }
         Ok(())
     }
@@ -233,7 +235,7 @@ impl<'a> Writer<'a> {
                 return Err(unsupported(change, "no container namespace was given for its other end"));
             }
             LinkKind::Ipip(_) => self.refuse_taken_name(change, link)?,
-            LinkKind::Veth { .. } | LinkKind::Bridge => {}
+            LinkKind::Veth { .. } | LinkKind::Bridge | LinkKind::Wireguard => {}
             LinkKind::Vxlan(vxlan) => underlay = Some(self.index(change, vxlan.underlay)?),
         }
         self.push(place, &link::create(link, underlay, self.sandbox), pardon);
