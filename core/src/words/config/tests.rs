@@ -130,7 +130,7 @@ fn errors_say_what_where_and_why() {
         ),
         (
             r#"{"Network":"10.100.0.0/16","Backend":{}}"#,
-            "Backend at line 1, column 38 is {}: Backend has no Type; say one of alloc, extension, host-gw, ipip, ipsec, udp, vxlan",
+            "Backend at line 1, column 38 is {}: Backend has no Type; say one of alloc, extension, host-gw, ipip, ipsec, udp, vxlan, wireguard",
         ),
         (
             r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan","VNI":16777216}}"#,
