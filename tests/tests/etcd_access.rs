@@ -307,8 +307,9 @@ async fn a_token_that_has_expired_is_got_anew() {
     let file = |name: &str| text(dir.path().join(name));
     // Signed tokens say of which state of users and roles they are; simple ones are forgotten by a server that restarts.
     let jwt =
-        format!("jwt,pub-key={},priv-key={},sign-method=RS256,ttl=2s", file("jwt.pub"), file("jwt.key"));
-    for flags in [vec!["--auth-token-ttl", "2"], vec!["--auth-token", &jwt]] {
+        format!("jwt,pub-key={},priv-key={},sign-method=RS256,ttl=1s", file("jwt.pub"), file("jwt.key"));
+    for token in [["--auth-token-ttl", "1"], ["--auth-token", &jwt]] {
+        let flags = [&token[..], &["--bcrypt-cost", "4"]].concat();
         let mut etcd = Etcd::start("http", &flags).await;
         etcd.ctl(&["user", "add", "root:rootpw"]);
         etcd.ctl(&["user", "grant-role", "root", "root"]);
@@ -324,7 +325,7 @@ async fn a_token_that_has_expired_is_got_anew() {
         let Renewal::Done(held) = store.renew(&held, &value(), TTL).await.unwrap() else {
             panic!("not renewed")
         };
-        sleep(Duration::from_secs(3)).await;
+        sleep(Duration::from_secs(2)).await;
         let Renewal::Done(held) = store.renew(&held, &value(), TTL).await.unwrap() else {
             panic!("not renewed")
         };

@@ -36,7 +36,7 @@ fn what_is_broken_under_vxlan_is_repaired_within_a_second() {
             "ip link del flannel.1",
             &[("link", 1), ("address", 1), ("neighbor", 1), ("forward", 1), ("route", 1)],
         )?;
-        broken(daemon, "nft flush ruleset", &[("table", 1)])?;
+        broken(daemon, "nft flush ruleset", &[("chain", 2)])?;
         // A route of somebody else's stands in the way.
         let subnet = envs[2].subnet();
         broken(daemon, &format!("ip route replace {subnet} via 10.77.0.1 dev eth0"), &[("route", 1)])?;
@@ -65,7 +65,7 @@ fn what_is_broken_under_host_gw_is_repaired_within_a_second() {
         })?;
 
         broken(daemon, "ip route flush proto 70", &[("route", 2)])?;
-        broken(daemon, "nft flush ruleset", &[("table", 1)])?;
+        broken(daemon, "nft flush ruleset", &[("chain", 2)])?;
         let down_up = "ip link set eth0 down; sleep 2; ip link set eth0 up; \
             ip route add default via 10.77.0.1; ip addr replace fd77::b/64 dev eth0 nodad; \
             ip -6 route replace default via fd77::1";

@@ -17,6 +17,7 @@ fn cleanup_leaves_nothing() {
         for host in [h1, h2] {
             // A firewall of the host's own, which must be as before as well.
             host.sh("iptables -N MINE; iptables -A FORWARD -j MINE; iptables -P FORWARD DROP; \
+                iptables -t nat -N MINE; iptables -t nat -A POSTROUTING -j MINE; \
                 nft add table inet mine; nft add chain inet mine c")?;
         }
         let before = [everything(h1)?, everything(h2)?];

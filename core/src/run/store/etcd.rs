@@ -11,8 +11,9 @@ mod follow;
 mod leases;
 mod tls;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use etcd_client::{Client, Compare, CompareOp, GetOptions, KeyValue, Txn, TxnOp, TxnOpResponse, TxnResponse};
 
@@ -67,6 +68,8 @@ pub fn split_endpoints(list: &str) -> Vec<String> {
 pub struct EtcdStore {
     cluster: Arc<Cluster>,
     prefix: String,
+    /// Grants of claims that were not answered.
+    doubtful: Arc<Mutex<BTreeSet<i64>>>,
 }
 
 /// The keys of one network.
@@ -87,7 +90,7 @@ impl EtcdStore {
     /// Checks the settings. Nothing is connected yet.
     pub fn new(settings: &EtcdSettings) -> Result<Self, StoreError> {
         let cluster = Arc::new(Cluster::new(settings)?);
-        Ok(Self { cluster, prefix: tidy(&settings.prefix) })
+        Ok(Self { cluster, prefix: tidy(&settings.prefix), doubtful: Arc::default() })
     }
 
     pub(super) fn counted_by(&self, counters: Counters) {

@@ -1,5 +1,6 @@
 //! Leases: claimed, renewed, taken over and given back, each by a transaction that fails if somebody else was faster.
 
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use etcd_client::{Compare, CompareOp, KeyValue, LeaseGrantOptions, PutOptions, Txn, TxnOp};
@@ -84,6 +85,7 @@ impl EtcdStore {
         let keys = self.keys(&who.name);
         let Wish { key, own, .. } = self.wish(who, subnets, value, ttl);
         let sign = who.mark.map_or(Sign::Unsigned, Sign::Holds);
+        self.revoke_doubtful().await?;
         let (grant, expires) = self.grant(ttl, sign).await?;
         let claimed = self.claim_with(&keys, subnets, value, grant).await;
         match claimed {
@@ -94,7 +96,9 @@ impl EtcdStore {
                 Ok(Claim::Taken)
             }
             Err(error) => {
-                self.abandon(grant, &error).await;
+                // Without an answer the key may have been made, or be made later.
+                self.doubtful.lock().unwrap_or_else(PoisonError::into_inner).insert(grant);
+                let _ = self.revoke_doubtful().await;
                 Err(error)
             }
         }
@@ -408,6 +412,28 @@ impl EtcdStore {
         if let Err(error) = revoked {
             tracing::debug!("grant {grant:x} is left to end by itself: {error}");
         }
+    }
+
+    /// Makes sure that no claim of before is made any more: with its grant a key goes, and cannot come. Nothing is claimed until that
+    /// is certain, or this node could have two leases.
+    async fn revoke_doubtful(&self) -> Result<(), StoreError> {
+        let doubtful = self.doubtful.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for grant in doubtful {
+            let revoked = self
+                .cluster
+                .call("give a grant back", |mut client| async move {
+                    client.lease_revoke(grant).await.map(|_| ())
+                })
+                .await;
+            match revoked {
+                Ok(()) => {}
+                // It has ended, or was never made.
+                Err(StoreError::Refused { cause, .. }) if cause.contains("not found") => {}
+                Err(error) => return Err(error),
+            }
+            self.doubtful.lock().unwrap_or_else(PoisonError::into_inner).remove(&grant);
+        }
+        Ok(())
     }
 
     /// Gives back a grant after a write that failed. Without an answer the write may have been made all the same, and then
