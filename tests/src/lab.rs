@@ -348,7 +348,9 @@ impl Lab {
 
     fn try_etcdctl(&self, argv: &[&str]) -> Result<Output> {
         let endpoint = self.etcd_endpoint();
-        let argv = [&["etcdctl", "--endpoints", &endpoint, "--command-timeout", "2s"], argv].concat();
+        // The wait for an etcd that is stopped; an emulated one may take long to answer.
+        let timeout = if crate::vm::is_inside() { "30s" } else { "2s" };
+        let argv = [&["etcdctl", "--endpoints", &endpoint, "--command-timeout", timeout], argv].concat();
         self.etcd_host().run(&argv)
     }
 
