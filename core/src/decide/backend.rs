@@ -72,7 +72,7 @@ fn direct(node: &Node, place: &Place<'_>, metric: u32) -> Fact {
 const V6_METRIC: u32 = 1024;
 
 /// Up to so many peers, routes look exactly as upstream makes them.
-const PLAIN_METRIC_PEERS: usize = 500;
+pub(super) const PLAIN_METRIC_PEERS: usize = 500;
 
 /// The metric of the route to a peer's subnet.
 ///

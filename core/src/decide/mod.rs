@@ -5,6 +5,7 @@ pub mod associations;
 pub mod backend;
 pub mod bridge;
 pub mod changes;
+pub mod delta;
 pub mod endpoint;
 pub mod errands;
 pub mod firewall;

@@ -93,6 +93,11 @@ pub enum PlanError {
 
 /// Plans a node's part of a network. The same inputs give the same plan, in whatever order the leases came.
 pub fn plan(inputs: &Inputs<'_>) -> Result<Plan, PlanError> {
+    plan_among(inputs, 0)
+}
+
+/// The same where the leases are some of a crowd: of so many peers at least.
+pub(super) fn plan_among(inputs: &Inputs<'_>, crowd: usize) -> Result<Plan, PlanError> {
     let Inputs { network, config, node, own, leases, .. } = *inputs;
     let backend = backend::of(&config.backend);
     let mtu = backend.mtu(config, node).map_err(|source| PlanError::Mtu {
@@ -103,7 +108,8 @@ pub fn plan(inputs: &Inputs<'_>) -> Result<Plan, PlanError> {
     })?;
     let mut draft = Draft::default();
     let advertised = backend.advertise(config, node).backend;
-    let scene = Scene::new(network, config, node, own, leases, &advertised, &mut draft);
+    let mut scene = Scene::new(network, config, node, own, leases, &advertised, &mut draft);
+    scene.crowd = crowd;
     plan_uplink(&scene, &mut draft);
     backend.plan(&scene, &mut draft);
     let ranges = ranges(inputs, scene.families());

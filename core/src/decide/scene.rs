@@ -31,6 +31,8 @@ pub struct Scene<'a> {
     pub own: &'a OwnLease,
     /// The peers that can be served, by subnet; no two of them share an address.
     pub peers: Vec<Peer<'a>>,
+    /// How many peers there are at least, where these are only some of them; else 0.
+    pub crowd: usize,
 }
 
 /// A peer that can be served.
@@ -105,7 +107,7 @@ impl<'a> Scene<'a> {
         draft: &mut Draft,
     ) -> Self {
         draft.findings.extend(leases.findings.iter().cloned());
-        let mut scene = Self { network, config, node, own, peers: Vec::new() };
+        let mut scene = Self { network, config, node, own, peers: Vec::new(), crowd: 0 };
         let mut sound: Vec<Peer<'a>> = leases
             .peers(&own.subnets)
             .map(|(subnets, value)| Peer { subnets: *subnets, value })

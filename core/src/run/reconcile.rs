@@ -4,6 +4,7 @@
 //! weightiest reason count. It gives back an [`Outcome`]. It keeps no list of what it did.
 
 mod endpoints;
+mod follow;
 mod known;
 mod ports;
 
@@ -359,25 +360,6 @@ impl Thread {
         self.done.send_replace(outcome);
     }
 
-    /// Follows changed leases from what is known. None if that is not enough.
-    fn follow(&mut self, sight: &Sight) -> Option<(Plan, Report, Public)> {
-        let Sight::Own(inputs) = sight else { return None };
-        let known = self.known.take()?;
-        let node = known.node(inputs)?;
-        let public = Public::of_node(node);
-        let mut plan = self.plan_for(inputs, node).ok()?;
-        if let Some(tunnel) = &plan.tunnel {
-            self.carrier.carry(tunnel).ok()?;
-        }
-        self.wireguard.carry(&mut plan).ok()?;
-        let own_writes = self.own_writes.clone();
-        let kernel = open(&mut self.kernel).ok()?;
-        let (known, report) = known.follow(&mut own_writes.signed(kernel), inputs, &mut plan)?;
-        self.wireguard.told(kernel, known.peers(), &mut plan);
-        self.known = Some(known);
-        Some((plan, report, public))
-    }
-
     /// Endpoints go while a pass plans for them: what then fails is no failure, and is planned anew at once.
     fn try_pass(&mut self, sight: &Sight) -> Result<(Plan, Report, Public), PassError> {
         const TRIES: usize = 3;
@@ -434,7 +416,6 @@ impl Thread {
             && let Some(hint) = self.kernel()?.netfilter()?.hint()
         {
             found = Some(Finding::new(Code::FORWARD_DROPPED, hint));
-            plan.findings.extend(found.clone());
         }
         let facts = std::mem::take(&mut plan.facts);
         if report.clean {
@@ -443,8 +424,10 @@ impl Thread {
         }
         let many = facts.len() > MANY;
         if let Some((inputs, node)) = node.filter(|_| report.clean) {
-            self.known = Some(Known::after(inputs, node, rest, facts, found));
+            self.known =
+                Some(Known::after(inputs, node, rest, facts, (plan.findings.clone(), found.clone())));
         }
+        plan.findings.extend(found);
         if many {
             memory::give_back();
         }
@@ -458,7 +441,13 @@ impl Thread {
     }
 
     fn plan_for(&self, inputs: &Inputs, node: &Node) -> Result<Plan, PlanError> {
-        let mut plan = plan(&plan::Inputs {
+        let mut plan = plan(&self.plan_inputs(inputs, node))?;
+        plan.territory.cidrs.extend(&inputs.former);
+        Ok(plan)
+    }
+
+    fn plan_inputs<'a>(&'a self, inputs: &'a Inputs, node: &'a Node) -> plan::Inputs<'a> {
+        plan::Inputs {
             network: &self.place.network,
             config: &inputs.config,
             node,
@@ -471,9 +460,7 @@ impl Thread {
             blackhole: self.place.blackhole,
             isolated_from: &inputs.isolated_from,
             exposure: self.endpoints.exposure(),
-        })?;
-        plan.territory.cidrs.extend(&inputs.former);
-        Ok(plan)
+        }
     }
 
     fn tell_of_iptables(&mut self, inputs: &Inputs, node: &Node) {

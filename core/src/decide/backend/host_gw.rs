@@ -49,7 +49,7 @@ fn own_address_is_public(scene: &Scene<'_>, family: Family, draft: &mut Draft) -
 fn plan_family(scene: &Scene<'_>, family: Family, draft: &mut Draft) {
     let uplink = scene.node.uplink.link;
     let places = scene.places(family, draft);
-    let count = places.len();
+    let count = places.len().max(scene.crowd);
     for place in places {
         if !scene.node.reaches_directly(place.public) {
             let text =

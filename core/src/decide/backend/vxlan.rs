@@ -153,9 +153,9 @@ impl Vxlan {
 
     fn plan_peers(&self, scene: &Scene<'_>, family: Family, device: LinkName, draft: &mut Draft) {
         let places = scene.places(family, draft);
-        let count = places.len();
+        let count = places.len().max(scene.crowd);
         // None is this host.
-        let mut macs = HashMap::with_capacity(count + 1);
+        let mut macs = HashMap::with_capacity(places.len() + 1);
         macs.insert(mac(&scene.node.identity, family), None);
         for place in places {
             let metric = metric(&place.subnet, count);

@@ -4,22 +4,27 @@
 //! It holds as long as nobody else changes the kernel. Whoever does is noticed and looked at, and so is everything at every
 //! resync.
 
+use std::sync::Arc;
+
 use super::Inputs;
 use crate::act::pass;
 use crate::decide::plan::Plan;
 use crate::touch::world::World;
 use crate::words::fact::{Fact, Facts};
+use crate::words::lease::LeaseSet;
 use crate::words::node::Node;
 use crate::words::report::{Finding, Report};
 
 /// What a look left behind that had nothing more to do.
 pub(super) struct Known {
     inputs: Inputs,
-    node: Node,
+    node: Arc<Node>,
     /// What follows from the leases of peers, and is in the kernel.
     peers: Facts,
     /// What else was planned, before the host's own state was added to it.
     rest: Facts,
+    /// What the last plan found.
+    findings: Vec<Finding>,
     /// What the look found that no plan says.
     found: Option<Finding>,
 }
@@ -30,22 +35,27 @@ impl Known {
         facts.iter().filter(|fact| !is_about_peers(fact)).cloned().collect()
     }
 
-    /// After a clean look. `facts` are in the kernel now.
+    /// After a clean look. `facts` are in the kernel now; what the plan found, and what only the look did.
     pub(super) fn after(
         inputs: &Inputs,
         node: Node,
         rest: Facts,
-        mut facts: Facts,
-        found: Option<Finding>,
+        facts: Facts,
+        (findings, found): (Vec<Finding>, Option<Finding>),
     ) -> Self {
-        facts.retain(is_about_peers);
-        Self { inputs: inputs.clone(), node, peers: facts, rest, found }
+        let (inputs, node) = (inputs.clone(), Arc::new(node));
+        Self { inputs, node, peers: peers_of(facts), rest, findings, found }
     }
 
     /// This host, if nothing but leases has changed.
-    pub(super) fn node(&self, inputs: &Inputs) -> Option<&Node> {
+    pub(super) fn node(&self, inputs: &Inputs) -> Option<Arc<Node>> {
         let now = Inputs { leases: self.inputs.leases.clone(), ..inputs.clone() };
-        (now == self.inputs).then_some(&self.node)
+        (now == self.inputs).then(|| self.node.clone())
+    }
+
+    /// The leases that it was planned for.
+    pub(super) fn leases(&self) -> &Arc<LeaseSet> {
+        &self.inputs.leases
     }
 
     /// What follows from the leases of peers, and is in the kernel.
@@ -61,21 +71,65 @@ impl Known {
         inputs: &Inputs,
         plan: &mut Plan,
     ) -> Option<(Self, Report)> {
-        let rest = plan.facts.iter().filter(|fact| !is_about_peers(fact));
-        if !rest.eq(self.rest.iter()) {
+        if !self.is_rest(plan) {
             return None;
         }
-        let mut peers = std::mem::take(&mut plan.facts);
-        peers.retain(is_about_peers);
+        let peers = peers_of(std::mem::take(&mut plan.facts));
         let report = pass::step(world, &self.peers, &peers);
+        self.findings.clone_from(&plan.findings);
         plan.findings.extend(self.found.clone());
         self.peers = peers;
         self.inputs.leases = inputs.leases.clone();
         report.clean.then_some((self, report))
     }
+
+    /// Whether plans of the leases that differ may take each other's place in what is known: what goes is there, what comes is
+    /// not, and nothing is to be said of either.
+    pub(super) fn fits(&self, old: &Plan, new: &Plan) -> bool {
+        let there = |fact: &Fact| self.peers.get(&fact.key());
+        let mut gone = old.facts.iter().filter(|fact| is_about_peers(fact));
+        let mut come = new.facts.iter().filter(|fact| is_about_peers(fact));
+        old.findings == self.findings
+            && new.findings == self.findings
+            && self.is_rest(old)
+            && self.is_rest(new)
+            && gone.all(|fact| there(fact) == Some(fact))
+            && come.all(|fact| there(fact).is_none() || old.facts.get(&fact.key()).is_some())
+    }
+
+    /// Puts one in the other's place, for leases that are these now. `write` brings the kernel from the facts of one to those of the
+    /// other. None if it refused something.
+    pub(super) fn shift(
+        mut self,
+        leases: &Arc<LeaseSet>,
+        old: Plan,
+        mut new: Plan,
+        write: impl FnOnce(&Facts, &Facts) -> Report,
+    ) -> Option<(Self, Plan, Report)> {
+        let (gone, come) = (peers_of(old.facts), peers_of(std::mem::take(&mut new.facts)));
+        let mut report = write(&gone, &come);
+        gone.iter().for_each(|fact| drop(self.peers.remove(&fact.key())));
+        come.into_iter().for_each(|fact| self.peers.set(fact));
+        self.inputs.leases = leases.clone();
+        new.findings.extend(self.found.clone());
+        report.desired = self.peers.len();
+        report.clean.then_some((self, new, report))
+    }
+
+    fn is_rest(&self, plan: &Plan) -> bool {
+        plan.facts.iter().filter(|fact| !is_about_peers(fact)).eq(self.rest.iter())
+    }
+}
+
+fn peers_of(mut facts: Facts) -> Facts {
+    facts.retain(is_about_peers);
+    facts
 }
 
 /// What the kernel takes one by one, and what nothing else depends on.
 fn is_about_peers(fact: &Fact) -> bool {
     matches!(fact, Fact::Neighbor(_) | Fact::Forward(_) | Fact::WireguardPeer(_) | Fact::Route(_))
 }
+
+#[cfg(test)]
+mod tests;
