@@ -195,6 +195,7 @@ pub(super) fn change(socket: &mut Socket, wanted: &[Wanted<'_>]) -> Result<(), W
             Writer { name, place: Place::of(name), cidrs }.write(&mut batch, &found, *wanted);
         }
         clear_tables(socket, wanted, &mut batch)?;
+        clear_outer(socket, wanted, &mut batch)?;
         match socket.commit(batch) {
             // Somebody else was faster.
             Err(error) if matches!(error_code(&error), Some(libc::ERESTART)) => {}
@@ -247,6 +248,44 @@ fn clear_tables(socket: &mut Socket, wanted: &[Wanted<'_>], batch: &mut Batch) -
                     out.text(1, &table.name);
                 },
             );
+        }
+    }
+    Ok(())
+}
+
+/// What leads to our chains in the tables of iptables-nft goes as it came: a chain that nobody else has a rule in and that accepts
+/// everything, and the table if there is no other chain in it. Whoever wants them makes them anew, as we did.
+fn clear_outer(socket: &mut Socket, wanted: &[Wanted<'_>], batch: &mut Batch) -> Result<(), WorldError> {
+    const POLICY_ACCEPT: u32 = 1;
+    for (name, wanted, cidrs) in wanted {
+        let place = Place::of(name);
+        let (Home::IptablesNft, Some(outer), None) = (name.home, place.outer, wanted) else { continue };
+        let found = look(socket, name)?;
+        let own = found.own.as_deref().unwrap_or_default();
+        let accepts = get_chain(socket, &place.table, outer)?
+            .is_some_and(|chain| attribute(&chain, 4).is_some() && number(&chain, 5) == Some(POLICY_ACCEPT));
+        let rules = found.outer.unwrap_or_default();
+        let going = Entrance::of(name.job, &rules, false).gone.len() + name.leftovers(cidrs, &rules).len();
+        if !accepts || going < rules.len() || name.written(cidrs, own, None).is_some() {
+            continue;
+        }
+        let number = number_of(place.table.family);
+        batch.step(
+            format!("delete chain {outer} of table {}", place.table),
+            (kind::DELETE_CHAIN, 0),
+            number,
+            |out| {
+                out.text(1, &place.table.name).text(3, outer);
+            },
+        );
+        let what = format!("read chains of table {}", place.table);
+        let chains = socket.dump(&what, kind::GET_CHAIN, number, &Attributes::default())?;
+        let others = chains.iter().filter(|chain| text(chain, 1) == Some(&place.table.name));
+        let mut others = others.filter(|chain| ![Some(outer), Some(place.chain)].contains(&text(chain, 3)));
+        if others.next().is_none() {
+            batch.step(format!("delete table {}", place.table), (kind::DELETE_TABLE, 0), number, |out| {
+                out.text(1, &place.table.name);
+            });
         }
     }
     Ok(())
