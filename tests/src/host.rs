@@ -238,6 +238,26 @@ impl Host {
     }
 }
 
+/// The blocks of a text, each up to and with a line that `ends` it, that have a line which is more than `frame`.
+fn blocks_that_say_something(
+    text: &str,
+    ends: impl Fn(&str) -> bool,
+    frame: impl Fn(&str) -> bool,
+) -> String {
+    let (mut kept, mut block) = (String::new(), Vec::new());
+    for line in text.lines() {
+        block.push(line);
+        if ends(line) {
+            if !block.iter().all(|line| frame(line)) {
+                block.iter().for_each(|line| kept.extend([line, "\n"]));
+            }
+            block.clear();
+        }
+    }
+    kept.extend(block.iter().flat_map(|line| [line, "\n"]));
+    kept
+}
+
 // The same names again as methods of its own, so that a test need not import the trait.
 impl Host {
     /// Its name: `h1`, `h2`, …
@@ -345,13 +365,41 @@ impl Host {
 
     /// Links, addresses, routes and rules as text, without what changes by itself (counters, lifetimes): equal before and
     /// after means that nothing was left behind.
+    ///
+    /// Chains of iptables that are empty and accept everything do not count: whoever lists them makes them.
     pub fn network_state(&self) -> Result<String> {
-        self.sh(
+        let network = self.sh(
             "ip -o link | sed 's/^[0-9]*: //; s/@if[0-9]*/@if/; s/ link-netns[id]* [^ ]*//; s/state [A-Z]* //'; \
              for f in -4 -6; do ip $f -o addr | sed 's/^[0-9]*: //; s/valid_lft.*//'; ip $f rule; \
-             ip $f route show table all; done; ip neigh show nud permanent; bridge fdb show | grep -v -e ^33:33 -e ^01:00:5e | sort; \
-             nft -s list ruleset; iptables-save 2>/dev/null | grep -v '^#' | sed 's/\\[[0-9:]*\\]//'",
-        )
+             ip $f route show table all; done; ip neigh show nud permanent; bridge fdb show | grep -v -e ^33:33 -e ^01:00:5e | sort",
+        )?;
+        let tables = self.sh("nft -s list ruleset")?;
+        let rules = self.sh("iptables-save 2>/dev/null | grep -v '^#' | sed 's/\\[[0-9:]*\\]//'")?;
+        let tables = blocks_that_say_something(
+            &tables,
+            |line| line == "}",
+            |line| {
+                let frame = line.starts_with("table ip filter {") || line.starts_with("table ip nat {");
+                let frame6 = line.starts_with("table ip6 filter {") || line.starts_with("table ip6 nat {");
+                let hook = line.contains(" hook ") && line.ends_with("policy accept;");
+                frame
+                    || frame6
+                    || hook
+                    || line.trim() == "}"
+                    || line.trim_start().starts_with("chain ")
+                    || line.trim().is_empty()
+            },
+        );
+        let rules = blocks_that_say_something(
+            &rules,
+            |line| line == "COMMIT",
+            |line| {
+                line.starts_with('*')
+                    || line == "COMMIT"
+                    || (line.starts_with(':') && line.contains(" ACCEPT"))
+            },
+        );
+        Ok(format!("{network}\n{tables}{rules}"))
     }
 
     /// What to look at when a test failed: the host's kernel and the ends of its logs.

@@ -118,8 +118,10 @@ impl Tls {
                 _ => format!("its authority is not among the system's in {path}; give it as --etcd-cafile"),
             });
         }
-        // How rustls says that the server refused us, and how hyper says that it hung up.
-        let rejected = ["received fatal alert", "connection closed"].iter().any(|said| cause.contains(said));
+        // How rustls says that the server refused us, and how hyper and the kernel say that it hung up: what comes first is chance.
+        const REJECTED: [&str; 4] =
+            ["received fatal alert", "connection closed", "broken pipe", "onnection reset"];
+        let rejected = REJECTED.iter().any(|said| cause.contains(said));
         match &self.pair {
             None if rejected => {
                 Some("if it asks for client certificates, give --etcd-certfile and --etcd-keyfile".to_owned())
