@@ -203,16 +203,22 @@ async fn whole_life(settings: &EtcdSettings) {
     assert_eq!(store.config().await.unwrap(), None);
 }
 
+/// An etcd with a certificate of the server only, and the directory with it and its authority.
+async fn with_certificate() -> (tempfile::TempDir, Etcd) {
+    let dir = tempfile::tempdir().unwrap();
+    certificates(dir.path());
+    let file = |name: &str| text(dir.path().join(name));
+    let flags = ["--cert-file", &file("server.pem"), "--key-file", &file("server.key")];
+    let etcd = Etcd::start("https", &flags).await;
+    (dir, etcd)
+}
+
 #[tokio::test]
 async fn an_authority_alone_is_enough_for_tls_and_the_wrong_one_is_refused() {
     if !has(&["etcd", "openssl", "timeout"]) {
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
-    certificates(dir.path());
-    let file = |name: &str| text(dir.path().join(name));
-    let etcd =
-        Etcd::start("https", &["--cert-file", &file("server.pem"), "--key-file", &file("server.key")]).await;
+    let (dir, etcd) = with_certificate().await;
     let settings = EtcdSettings { cafile: Some(dir.path().join("ca.pem")), ..etcd.settings() };
     whole_life(&settings).await;
 
@@ -408,11 +414,7 @@ async fn without_an_authority_the_systems_are_asked() {
     if !has(&["etcd", "openssl", "timeout"]) {
         return;
     }
-    let dir = tempfile::tempdir().unwrap();
-    certificates(dir.path());
-    let file = |name: &str| text(dir.path().join(name));
-    let etcd =
-        Etcd::start("https", &["--cert-file", &file("server.pem"), "--key-file", &file("server.key")]).await;
+    let (dir, etcd) = with_certificate().await;
     let ours = EtcdSettings { cafile: Some(dir.path().join("ca.pem")), ..etcd.settings() };
     made(&network(&ours)).await;
     claimed(&network(&ours)).await;
@@ -425,7 +427,7 @@ async fn without_an_authority_the_systems_are_asked() {
             .unwrap();
         String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
     };
-    let said = list(Some(&file("ca.pem")));
+    let said = list(Some(&text(dir.path().join("ca.pem"))));
     assert!(said.contains("10.100.5.0/24"), "{said}");
     let said = list(None);
     for part in ["UnknownIssuer", "--etcd-cafile", "system"] {

@@ -12,6 +12,8 @@ mod udp;
 mod vxlan;
 mod wireguard;
 
+use std::net::IpAddr;
+
 use crate::words::addr::{Family, Prefix};
 use crate::words::config::{BackendConfig, NetworkConfig};
 use crate::words::fact::{Fact, Route, RouteExtras, RouteProtocol, RouteScope};
@@ -64,6 +66,22 @@ fn direct(node: &Node, place: &Place<'_>, metric: u32) -> Fact {
         scope: RouteScope::Global,
         source: None,
         protocol: RouteProtocol::FLANNEL,
+        extras: RouteExtras::default(),
+    })
+}
+
+/// The route to a peer's subnet by a tunnel's device. On-link, because the gateway is one behind the device, wherever the host's own
+/// route to it leads.
+fn tunneled(device: LinkName, subnet: Prefix, gateway: IpAddr, metric: u32) -> Fact {
+    Fact::Route(Route {
+        destination: subnet,
+        via: Some(gateway),
+        link: device,
+        onlink: true,
+        metric,
+        scope: RouteScope::Global,
+        source: None,
+        protocol: RouteProtocol::BOOT,
         extras: RouteExtras::default(),
     })
 }

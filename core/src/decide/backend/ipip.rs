@@ -10,20 +10,17 @@
 
 use std::net::IpAddr;
 
-use crate::decide::scene::{Draft, Place, Scene};
+use crate::decide::scene::{Draft, Scene};
 use crate::words::addr::{Family, InterfaceAddress};
 use crate::words::code::Code;
 use crate::words::config::{IpipConfig, NetworkConfig};
-use crate::words::fact::{
-    self, Address, Fact, Link, LinkKind, Route, RouteExtras, RouteProtocol, RouteScope,
-};
+use crate::words::fact::{self, Address, Fact, Link, LinkKind};
 use crate::words::lease::Advertisement;
-use crate::words::name::LinkName;
 use crate::words::node::Node;
 use crate::words::territory::Territory;
 use crate::words::units::{Mtu, OutOfRange, Overhead};
 
-use super::{Backend, direct, metric};
+use super::{Backend, direct, metric, tunneled};
 
 /// IP in IP.
 pub(super) struct Ipip {
@@ -80,23 +77,8 @@ impl Backend for Ipip {
             let metric = metric(&place.subnet, count);
             draft.add(match self.options.direct_routing && scene.node.reaches_directly(place.public) {
                 true => direct(scene.node, &place, metric),
-                false => wrapped(device, &place, metric),
+                false => tunneled(device, place.subnet, place.public, metric),
             });
         }
     }
-}
-
-/// On-link, because the peer's address is one behind the device, wherever the host's own route to it leads.
-fn wrapped(device: LinkName, place: &Place<'_>, metric: u32) -> Fact {
-    Fact::Route(Route {
-        destination: place.subnet,
-        via: Some(place.public),
-        link: device,
-        onlink: true,
-        metric,
-        scope: RouteScope::Global,
-        source: None,
-        protocol: RouteProtocol::BOOT,
-        extras: RouteExtras::default(),
-    })
 }

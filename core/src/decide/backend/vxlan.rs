@@ -16,17 +16,14 @@ use crate::decide::scene::{Draft, Place, Scene};
 use crate::words::addr::{Family, InterfaceAddress, Mac, Prefix};
 use crate::words::code::Code;
 use crate::words::config::{NetworkConfig, VxlanConfig};
-use crate::words::fact::{
-    self, Address, Fact, Forward, Link, LinkKind, LinkModes, Neighbor, Route, RouteExtras, RouteProtocol,
-    RouteScope, Sysctl,
-};
+use crate::words::fact::{self, Address, Fact, Forward, Link, LinkKind, LinkModes, Neighbor, Sysctl};
 use crate::words::lease::Advertisement;
 use crate::words::name::{LinkName, NameError};
 use crate::words::node::{Identity, Node};
 use crate::words::territory::Territory;
 use crate::words::units::{Mtu, OutOfRange, Overhead, Vni};
 
-use super::{Backend, direct, metric};
+use super::{Backend, direct, metric, tunneled};
 
 /// Packets in VXLAN.
 pub(super) struct Vxlan {
@@ -197,17 +194,7 @@ fn tunnel(device: LinkName, place: &Place<'_>, mac: Mac, metric: u32) -> [Fact; 
     [
         Fact::Neighbor(Neighbor { link: device, ip: gateway, mac }),
         Fact::Forward(Forward { link: device, mac, remote: place.public }),
-        Fact::Route(Route {
-            destination: place.subnet,
-            via: Some(gateway),
-            link: device,
-            onlink: true,
-            metric,
-            scope: RouteScope::Global,
-            source: None,
-            protocol: RouteProtocol::BOOT,
-            extras: RouteExtras::default(),
-        }),
+        tunneled(device, place.subnet, gateway, metric),
     ]
 }
 
