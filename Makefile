@@ -36,7 +36,7 @@ endif
 vm: setup ## the scenes that need Debian's kernel, in an emulated machine: minutes
 	tests/setup-vm
 	$(CARGO) build --locked --workspace --bins
-	FLANNEL_TESTS_LONG=1 $(CARGO) nextest run --locked --profile long -p flannel-tests --test vm --success-output final
+	FLANNEL_TESTS_LONG=1 $(CARGO) test --locked -p flannel-tests --tests --no-fail-fast on_debians_kernel -- --test-threads=1 --nocapture
 
 quickstart: setup ## two hosts in a lab: networks, containers, a ping across, and everything gone again
 	$(CARGO) build --locked -q --workspace --bins

@@ -20,7 +20,7 @@ use crate::cgroup;
 use crate::command::Output;
 use crate::daemon::Daemon;
 use crate::host::{Host, SHARED_DIR, Spec, Starting};
-use crate::needs;
+use crate::needs::{self, Ability};
 use crate::probe::{eventually, http_get};
 use wiring::{Cable, Lan};
 
@@ -53,6 +53,7 @@ pub struct LabPlan {
     rp_filter: u8,
     time_to_live: Duration,
     needs: Vec<String>,
+    needs_kernel: Option<Ability>,
 }
 
 impl LabPlan {
@@ -125,9 +126,17 @@ impl LabPlan {
         self
     }
 
+    /// What the test needs of the machine's kernel; where that lacks it, the virtual machine is its place.
+    pub fn needs_kernel(mut self, ability: Ability) -> Self {
+        self.needs_kernel = Some(ability);
+        self
+    }
+
     /// Whether this machine can run it; says what is missing otherwise.
     pub fn can_run(&self) -> bool {
-        needs::require_root_and_namespaces() && self.needs.iter().all(|program| needs::require(program))
+        needs::require_root_and_namespaces()
+            && self.needs.iter().all(|program| needs::require(program))
+            && self.needs_kernel.is_none_or(needs::require_kernel)
     }
 
     /// Makes it. What was made is gone again when this fails.
@@ -205,6 +214,7 @@ impl Lab {
             rp_filter: 0,
             time_to_live: TIME_TO_LIVE,
             needs: Vec::new(),
+            needs_kernel: None,
         }
     }
 

@@ -11,14 +11,24 @@ use crate::daemon::Daemon;
 use crate::host::Place;
 use crate::probe::{answer, secs};
 
-/// Between two requests.
-const INTERVAL: &str = "0.02";
+/// What depends on the machine, in seconds.
+struct Pace {
+    /// Between two requests.
+    interval: f64,
+    /// Longer without an answer is an outage, though nothing was lost in the end; less may be the machine's.
+    gap: f64,
+    /// Without an outage for so long, a way counts as whole again: what breaks late breaks within that time.
+    calm: f64,
+}
 
-/// Longer without an answer is an outage, though nothing was lost in the end; less may be the machine's.
-const GAP: f64 = 0.25;
+const REAL: Pace = Pace { interval: 0.02, gap: 0.25, calm: 0.5 };
 
-/// Seconds without an outage after which a way counts as whole again: what breaks late breaks within them.
-const CALM: f64 = 0.5;
+/// To an emulated processor every request is work.
+const EMULATED: Pace = Pace { interval: 0.2, gap: 1.0, calm: 2.0 };
+
+fn pace() -> Pace {
+    if crate::vm::is_inside() { EMULATED } else { REAL }
+}
 
 /// Pings from everybody to everybody else.
 #[derive(Debug, Default)]
@@ -63,7 +73,8 @@ impl Mesh {
 
     /// One more way.
     pub fn add(&mut self, from: &dyn Place, to: Ipv4Addr) -> Result<()> {
-        let argv = ["ping", "-n", "-D", "-i", INTERVAL, "-W", "1", &to.to_string()];
+        let interval = pace().interval.to_string();
+        let argv = ["ping", "-n", "-D", "-i", &interval, "-W", "1", &to.to_string()];
         let ping = from.spawn(&format!("mesh-{to}"), &argv, &[])?;
         self.ways.push(Way { from: from.name(), to, ping });
         Ok(())
@@ -82,7 +93,7 @@ impl Mesh {
         loop {
             let late = start.elapsed() >= deadline;
             let seen: Vec<_> = self.ways.iter().map(|way| way.seen(before)).collect();
-            let calm_since = now() - CALM;
+            let calm_since = now() - pace().calm;
             let whole = seen.iter().all(|seen| seen.as_ref().is_ok_and(|(since, _)| *since <= calm_since));
             if whole && end <= calm_since {
                 let seen = seen.into_iter().flatten().zip(&self.ways);
@@ -124,7 +135,7 @@ impl Mesh {
 impl Way {
     /// Since when it is whole, and how many requests were lost since before the cause.
     fn seen(&self, before: f64) -> Result<(f64, u32), String> {
-        seen(&self.ping.log(), before, now())
+        seen(&self.ping.log(), pace().gap, before, now())
     }
 
     fn stop(&self) -> Result<()> {
@@ -136,7 +147,7 @@ impl Way {
     }
 }
 
-fn seen(log: &str, before: f64, now: f64) -> Result<(f64, u32), String> {
+fn seen(log: &str, gap: f64, before: f64, now: f64) -> Result<(f64, u32), String> {
     let mut answers = log.lines().filter_map(answer);
     let Some((mut sequence, mut last)) = answers.next() else { return Err("no answer yet".to_owned()) };
     let (mut since, mut lost) = (last, 0);
@@ -144,12 +155,12 @@ fn seen(log: &str, before: f64, now: f64) -> Result<(f64, u32), String> {
         if time >= before {
             lost += number.saturating_sub(sequence + 1);
         }
-        if number > sequence + 1 || time - last > GAP {
+        if number > sequence + 1 || time - last > gap {
             since = time;
         }
         (sequence, last) = (number, time);
     }
-    match now - last > GAP {
+    match now - last > gap {
         true => Err(format!("no answer for {:.1} s", now - last)),
         false => Ok((since, lost)),
     }
@@ -163,14 +174,16 @@ mod tests {
         format!("[{time:.6}] 64 bytes from 10.0.0.1: icmp_seq={number} ttl=64 time=0.05 ms\n")
     }
 
+    const GAP: f64 = REAL.gap;
+
     #[test]
     fn a_way_is_whole_since_its_last_outage() {
         let log = line(1, 100.0) + &line(2, 100.1) + &line(12, 101.0) + &line(13, 101.1) + &line(14, 101.2);
-        assert_eq!(seen(&log, 100.05, 101.3), Ok((101.0, 9)));
-        assert_eq!(seen(&log, 101.05, 101.3), Ok((101.0, 0)));
-        assert_eq!(seen(&(log.clone() + &line(16, 101.25)), 101.05, 101.3), Ok((101.25, 1)));
-        assert_eq!(seen(&(log.clone() + &line(15, 101.5)), 101.05, 101.6), Ok((101.5, 0)));
-        assert_eq!(seen(&log, 100.05, 102.0), Err("no answer for 0.8 s".to_owned()));
-        assert_eq!(seen("connect: Network is unreachable\n", 0.0, 1.0), Err("no answer yet".to_owned()));
+        assert_eq!(seen(&log, GAP, 100.05, 101.3), Ok((101.0, 9)));
+        assert_eq!(seen(&log, GAP, 101.05, 101.3), Ok((101.0, 0)));
+        assert_eq!(seen(&(log.clone() + &line(16, 101.25)), GAP, 101.05, 101.3), Ok((101.25, 1)));
+        assert_eq!(seen(&(log.clone() + &line(15, 101.5)), GAP, 101.05, 101.6), Ok((101.5, 0)));
+        assert_eq!(seen(&log, GAP, 100.05, 102.0), Err("no answer for 0.8 s".to_owned()));
+        assert_eq!(seen("connect: Network is unreachable\n", GAP, 0.0, 1.0), Err("no answer yet".to_owned()));
     }
 }

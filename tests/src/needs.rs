@@ -33,6 +33,48 @@ pub fn find(program: &str) -> bool {
     default.split(':').any(|dir| Path::new(dir).join(program).exists())
 }
 
+/// What one kernel has and another lacks.
+#[derive(Debug, Clone, Copy)]
+pub struct Ability {
+    name: &'static str,
+    /// Fails without it, in a network namespace that goes away afterwards.
+    probe: &'static str,
+}
+
+/// WireGuard in the kernel.
+pub const WIREGUARD: Ability = Ability { name: "WireGuard", probe: "ip link add type wireguard" };
+/// Devices of type ipip.
+pub const IPIP: Ability = Ability { name: "ipip", probe: "ip link add type ipip" };
+/// IPsec, and packets that it encrypts.
+pub const ESP: Ability = Ability {
+    name: "ESP",
+    probe: "ip xfrm state add src 192.0.2.1 dst 192.0.2.2 proto esp spi 1 mode tunnel enc 'ecb(cipher_null)' ''",
+};
+/// Bridges that keep VLANs apart.
+pub const BRIDGE_VLANS: Ability =
+    Ability { name: "CONFIG_BRIDGE_VLAN_FILTERING", probe: "ip link add type bridge vlan_filtering 1" };
+/// SCTP, as a protocol of its own sockets.
+pub const SCTP: Ability =
+    Ability { name: "SCTP", probe: "modprobe -q sctp 2>/dev/null; test -e /proc/sys/net/sctp" };
+
+/// Whether the machine's kernel has it; says that it lacks it otherwise.
+pub fn require_kernel(ability: Ability) -> bool {
+    has(ability)
+        || skipped(&format!("{} in its kernel (`make vm` runs this test with Debian's)", ability.name))
+}
+
+/// The same without a word.
+pub fn has(ability: Ability) -> bool {
+    let mut probe = Command::new("unshare");
+    probe.args(["--net", "sh", "-c", ability.probe]).stdin(Stdio::null());
+    probe.output().is_ok_and(|said| said.status.success())
+}
+
+/// Reports by name that this run leaves a test out, and who does not; where skips are not wanted, too, because nothing is lacking.
+pub fn left_out(why: &str) {
+    tell(&format!("left out: {}: {why}", test_name()));
+}
+
 /// Reports a skip by name; always false, or a failure where skips are not wanted.
 ///
 /// # Panics
@@ -40,13 +82,17 @@ pub fn find(program: &str) -> bool {
 pub fn skipped(lack: &str) -> bool {
     let message = format!("skipped: {}: this machine lacks {lack}", test_name());
     assert!(env::var_os(NO_SKIP_VARIABLE).is_none_or(|v| v == "0"), "{message}");
+    tell(&message);
+    false
+}
+
+/// On stderr and, because a test runner may keep to itself what a passing test says, in a file that is shown at the end.
+fn tell(message: &str) {
     eprintln!("{message}");
     if let Some(log) = env::var_os(SKIP_LOG_VARIABLE) {
-        // A test runner may keep what a passing test says to itself; this file is shown at the end.
         let file = OpenOptions::new().create(true).append(true).open(log);
         let _ = file.and_then(|mut file| writeln!(file, "{message}"));
     }
-    false
 }
 
 /// The name of the running test: libtest names its threads, except where it runs the test on the first one.

@@ -24,7 +24,7 @@ const NAP_EMULATED: Duration = Duration::from_millis(100);
 const EMULATED_FACTOR: u32 = 10;
 
 /// So many seconds.
-pub fn secs(n: u64) -> Duration {
+pub const fn secs(n: u64) -> Duration {
     Duration::from_secs(n)
 }
 
@@ -225,10 +225,20 @@ impl PingStream {
 
     /// Goes on until that many answers have come, for ten seconds at most; then ends it and counts.
     pub fn stop_after(self, answers: usize) -> Result<PingCount> {
-        let come = || self.ping.log().lines().filter(|line| line.starts_with('[')).count();
         // Answers that never come show in the count.
-        let _ = eventually("the answers", secs(10), || come() >= answers);
+        let _ = eventually("the answers", secs(10), || self.come() >= answers);
         self.stop()
+    }
+
+    /// Goes on until that many more answers have come, for ten seconds at most.
+    pub fn more(&self, answers: usize) -> Result<()> {
+        let enough = self.come() + answers;
+        eventually(format!("{answers} more answers"), secs(10), || self.come() >= enough)
+            .with_context(|| self.ping.tail())
+    }
+
+    fn come(&self) -> usize {
+        self.ping.log().lines().filter(|line| line.starts_with('[')).count()
     }
 
     /// Ends it and counts.

@@ -8,14 +8,15 @@
 //! them. Without hardware support (mostly) it is emulated: a command takes five to ten times its time, a boot some seconds.
 //!
 //! # To add a scene
-//! A scene is a test of the binary `vm` that is marked `#[ignore]`, because its place is inside:
+//! A scene is a test like any other that `needs` something of the kernel; where that is missing it is skipped by name.
 //!
-//! 1. put it into a file of `tests/tests/vm/` (`mod wireguard;` in its main.rs): `#[test] #[ignore = "inside the virtual machine"]
-//!    fn three_hosts() { in_lab(Lab::new("wg").hosts(3).etcd(), |lab| ...) }`. In there it is a test like any other, root
-//!    and alone on the machine; a program that it `needs` and that is not there is a failure;
-//! 2. `make vm` boots once and runs all of them, one after the other. One of them by hand, or any other program (`tests/setup-vm`
-//!    once, before): `target/debug/in_vm target/debug/deps/vm-HASH --ignored --exact wireguard::three_hosts`;
-//! 3. deadlines of [`eventually`](crate::eventually) are ten times as long inside; all scenes together share [`DEADLINE`].
+//! 1. `#[test] fn three_hosts() { in_lab(Lab::new("ipip").hosts(3).etcd().needs_kernel(needs::IPIP), |lab| ...) }`;
+//! 2. its binary has a test `on_debians_kernel` that says [`again`]`(&["three_hosts"], ...)`: `make vm` runs all tests of this name, and
+//!    each boots once and runs those that it names, one after the other. Inside, what a test needs and does not find is a failure;
+//! 3. one of them by hand, or any other program (`tests/setup-vm` once, before): `target/debug/in_vm target/debug/deps/vm-HASH
+//!    --exact ipip::three_hosts --nocapture`;
+//!    While it runs, `/tmp/flannel-vm.*/said` has what it says;
+//! 4. deadlines of [`eventually`](crate::eventually) are ten times as long inside.
 //!
 //! **Measured** (2 processors, emulated, a busy machine): a boot 10 to 20 s, three hosts with etcd and flanneld until every pod
 //! reached every other 65 s. So this is not part of the ordinary run.
@@ -50,12 +51,37 @@ const QEMU: &str = "qemu-system-x86_64";
 /// The guest says with it how its command ended.
 const EXIT: &str = "flannel-vm-exit ";
 
-/// How much of the guest's console an error shows.
-const TAIL: usize = 3000;
+/// How much of what the guest and its kernel said an error shows.
+const TAIL: usize = 20_000;
 
 /// Whether this runs inside of one.
 pub fn is_inside() -> bool {
     std::env::var_os(INSIDE_VARIABLE).is_some()
+}
+
+/// Runs tests of this binary again, inside, where their kernel lacks nothing, and fails if one of them does; each of the names is
+/// that of a test, or the beginning or another part of some names. Only where there is time (`FLANNEL_TESTS_LONG=1`), by name left out otherwise.
+///
+/// # Panics
+/// If a test fails, if a name is nobody's, or if all together are not done by the deadline.
+pub fn again(names: &[&str], deadline: Duration) {
+    if std::env::var_os("FLANNEL_TESTS_LONG").is_none_or(|long| long == "0") {
+        return needs::left_out("an emulated machine takes minutes; `make vm` runs it");
+    }
+    if !Vm::can_run() {
+        return;
+    }
+    let binary = std::env::current_exe().expect("this test's binary").display().to_string();
+    // One after the other: the processors are emulated, and tests time what they see.
+    let argv = [&[&*binary, "--test-threads=1", "--show-output"], names].concat();
+    let ended = Vm::default().deadline(deadline).run(&argv).unwrap_or_else(|error| panic!("{error:#}"));
+    eprintln!("{}", ended.stdout);
+    assert!(ended.ok(), "{ended}");
+    for name in names {
+        let passed =
+            |line: &str| line.starts_with("test ") && line.contains(name) && line.ends_with("... ok");
+        assert!(ended.stdout.lines().any(passed), "no test {name} ran: {ended}");
+    }
 }
 
 /// A machine to run one command in.
@@ -101,25 +127,23 @@ impl Vm {
         let dir =
             tempfile::Builder::new().prefix("flannel-vm.").tempdir().context("no temporary directory")?;
         let kernel = Path::new(KERNEL_DIR);
-        let (initrd, console) = (dir.path().join("initrd"), dir.path().join("console"));
-        fs::write(&initrd, initrd::make(kernel, &self.script(argv)?)?)?;
-        let mut qemu = self.qemu(kernel, &initrd, &console);
-        let ended = command::run(&mut qemu, &label, self.deadline);
-        let tail = || {
-            let said = fs::read(&console).unwrap_or_default();
-            String::from_utf8_lossy(&said[said.len().saturating_sub(TAIL)..]).into_owned()
-        };
-        let ended = ended.with_context(|| format!("console of the virtual machine:\n{}", tail()))?;
-        let said = ended.stdout.replace("\r\n", "\n");
+        let file = |name: &str| dir.path().join(name);
+        fs::write(file("initrd"), initrd::make(kernel, &self.script(argv)?)?)?;
+        let ended = command::run(&mut self.qemu(kernel, dir.path()), &label, self.deadline);
+        let read =
+            |name: &str| String::from_utf8_lossy(&fs::read(file(name)).unwrap_or_default()).into_owned();
+        let (said, console) = (read("said").replace("\r\n", "\n"), read("console"));
+        let shown = || format!("{}\n--- console\n{}", end_of(&said), end_of(&console));
+        let ended = ended.with_context(|| format!("it said:\n{}", shown()))?;
         let Some((said, code)) = said.rsplit_once(EXIT) else {
-            bail!("the virtual machine ended without an exit code: {ended}\n--- console\n{}", tail());
+            bail!("the virtual machine ended without an exit code: {ended}\n{}", shown());
         };
         let code = code.trim().parse().with_context(|| format!("an exit code was expected: {code:?}"))?;
         Ok(Output { command: label, code, stdout: said.to_owned(), stderr: ended.stderr })
     }
 
     /// `setpriv` has the kernel kill qemu when the thread that starts it ends, however that happens.
-    fn qemu(&self, kernel: &Path, initrd: &Path, console: &Path) -> Command {
+    fn qemu(&self, kernel: &Path, dir: &Path) -> Command {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--", QEMU]);
         // An emulated timer may be late on a busy machine; without no_timer_check the kernel gives up on it.
@@ -143,9 +167,10 @@ impl Vm {
             .arg("-kernel")
             .arg(kernel.join("vmlinuz"))
             .arg("-initrd")
-            .arg(initrd)
+            .arg(dir.join("initrd"))
             .args(["-append", append])
-            .args(["-serial", &format!("file:{}", console.display()), "-serial", "stdio"])
+            .args(["-serial", &format!("file:{}", dir.join("console").display())])
+            .args(["-serial", &format!("file:{}", dir.join("said").display())])
             .args(["-device", "virtio-rng-pci"])
             .args([
                 "-virtfs",
@@ -167,6 +192,11 @@ impl Vm {
         script.push('\n');
         Ok(script)
     }
+}
+
+/// What an error shows of a long text.
+fn end_of(text: &str) -> &str {
+    text.get(text.floor_char_boundary(text.len().saturating_sub(TAIL))..).unwrap_or_default()
 }
 
 /// A word that a shell takes as it is.

@@ -1,4 +1,4 @@
-//! flanneld's wireguard backend on hosts whose kernel has none: what it leaves in etcd and the kernel, what it carries, who comes
+//! flanneld's wireguard backend on hosts whose kernel has none (`vm/wireguard.rs` has those with one): what it leaves in etcd and the kernel, what it carries, who comes
 //! and goes, and what becomes of all that over restarts.
 
 use std::net::Ipv4Addr;
@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use flannel_tests::flanneld::{Flanneld, PREFIX, Pod, SUBNET_FILE, SubnetEnv, leases, put_config};
 use flannel_tests::{
-    Host, HttpServer, Lab, PingStream, Place, Signal, eventually, http_get, in_lab, largest_packet, ping,
-    ping_within, secs, unchanged,
+    Host, HttpServer, Lab, PingStream, Place, Signal, eventually, http_get, in_lab, largest_packet, needs,
+    ping, ping_within, secs, unchanged, vm,
 };
 
 /// How long until a change is everywhere, on a busy machine.
@@ -30,13 +30,9 @@ fn dual(options: &str) -> String {
     )
 }
 
-/// A lab whose kernel has no WireGuard: the machine's module, if there is one, is not for this test.
-fn needs_userspace(host: &Host) -> Result<bool> {
-    let made = host.run(&["ip", "link", "add", "probe", "type", "wireguard"])?;
-    if made.ok() {
-        host.sh("ip link del probe")?;
-    }
-    Ok(!made.ok())
+/// The test is of what goes on without the kernel's.
+fn needs_userspace() -> bool {
+    !needs::has(needs::WIREGUARD) || needs::skipped("a kernel without WireGuard")
 }
 
 fn pods(lab: &Lab) -> Result<Vec<Pod>> {
@@ -112,10 +108,10 @@ fn keeps_its_secrets(daemon: &Flanneld) -> Result<()> {
 
 #[test]
 fn wireguard_without_the_kernels_is_as_flannel_has_it() {
+    if !needs_userspace() {
+        return;
+    }
     in_lab(Lab::new("wg").hosts(3).etcd(), |lab| {
-        if !needs_userspace(lab.host(1))? {
-            return Ok(());
-        }
         put_config(lab, &config(SHARED))?;
         // Who is silent is seen when the kernel is looked at, and told when it is looked at again.
         let often = ["--iface", "eth0", "--ip-masq", "--iptables-resync=4"];
@@ -249,11 +245,14 @@ fn hears_of_another_psk(lab: &Lab, daemons: &[Flanneld], pods: &[Pod]) -> Result
 }
 
 #[test]
+fn on_debians_kernel() {
+    vm::again(&["wireguard_carries_both_families_in_every_mode"], secs(900));
+}
+
+/// With the kernel's or without, whatever the machine has.
+#[test]
 fn wireguard_carries_both_families_in_every_mode() {
     in_lab(Lab::new("wg-dual").etcd(), |lab| {
-        if !needs_userspace(lab.host(1))? {
-            return Ok(());
-        }
         put_config(lab, &dual(""))?;
         let daemons = Flanneld::start_all(lab)?;
         let v6_base = |host: &Host| -> Result<String> {

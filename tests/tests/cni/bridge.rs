@@ -384,7 +384,7 @@ fn endpoints_of_one_vlan_reach_each_other() {
             let (code, text) = error(&node.call(&Call::new("ADD", "c1"), &of(100))?)?;
             ensure!(code == 2 && text.contains("CONFIG_BRIDGE_VLAN_FILTERING"), "{code} {text}");
             ensure!(node.ledger()?.is_empty() && veths(host)? == 0);
-            needs::skipped("a kernel with CONFIG_BRIDGE_VLAN_FILTERING");
+            needs::require_kernel(needs::BRIDGE_VLANS);
             return Ok(());
         }
         let result = node.add("c1", &of(100))?;

@@ -20,3 +20,11 @@ mod results;
 mod tuning;
 mod walk;
 mod wishes;
+
+use flannel_tests::{secs, vm};
+
+#[test]
+fn on_debians_kernel() {
+    let names = ["bridge::endpoints_of_one_vlan_reach_each_other", "ports::sctp_reaches_a_published_port"];
+    vm::again(&names, secs(600));
+}

@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Result, anyhow, ensure};
 use flannel_tests::{
-    Host, HttpServer, Lab, LabPlan, Place, eventually, in_lab, secs, seen_as, send_datagrams, tcp_opens,
+    Host, HttpServer, Lab, LabPlan, Place, eventually, in_lab, needs, secs, seen_as, send_datagrams,
+    tcp_opens,
 };
 use serde_json::{Value, json};
 
@@ -160,6 +161,33 @@ fn ports_of_both_families() {
         let table = h1.out(TABLE)?;
         ensure!(table.contains("sctp . 8084"), "{table}");
         node.del("c1", &mapped(&mappings))?;
+        nothing_left(h1)
+    });
+}
+
+/// iperf3 agrees over TCP on what it then measures: one port of each kind.
+#[test]
+fn sctp_reaches_a_published_port() {
+    let plan = plan("cnisctp", 2).needs(&["iperf3"]).needs_kernel(needs::SCTP);
+    in_lab(plan, |lab| {
+        let (h1, h2) = (lab.host(1), lab.host(2));
+        let node = Node::new(h1)?;
+        let both = ["tcp", "sctp"];
+        let mappings = both.map(|kind| json!({ "hostPort": 7201, "containerPort": 5201, "protocol": kind }));
+        let mappings = json!(mappings);
+        let c1 = Pod::add(&node, "c1", &mapped(&mappings))?;
+        let n1 = Pod::add(&node, "n1", &Node::conf())?;
+        let server = c1.spawn("iperf3", &["iperf3", "-s"], &[])?;
+        let host = h1.ip().to_string();
+        let send = ["iperf3", "-c", &host, "-p", "7201", "--sctp", "-n", "64K"];
+        for from in [h2 as &dyn Place, &n1, h1] {
+            let said = eventually(format!("{} sends", from.name()), secs(10), || from.out(&send))?;
+            ensure!(said.contains("receiver"), "{said}");
+        }
+        // Nobody but the published one is reached.
+        node.del("c1", &mapped(&mappings))?;
+        ensure!(!h2.run(&send)?.ok());
+        server.crash()?;
         nothing_left(h1)
     });
 }

@@ -12,7 +12,8 @@ use flannel_core::words::fact::{
 };
 use flannel_core::words::territory::Territory;
 use flannel_core::words::units::Mtu;
-use flannel_tests::{alone, needs, sh};
+use flannel_tests::needs::{self, BRIDGE_VLANS, require_kernel};
+use flannel_tests::{alone, secs, sh, vm};
 
 use crate::facts::{address, bridge, mac, name, route, veth};
 use crate::{all, there_and_back};
@@ -142,16 +143,16 @@ fn guards_are_elements_of_one_table() {
     });
 }
 
-/// Whether the kernel keeps VLANs apart on bridges.
-fn has_vlans() -> bool {
-    sh("ip link add vlantest type bridge vlan_filtering 1 && ip link del vlantest").is_ok()
-        || needs::skipped("a kernel with CONFIG_BRIDGE_VLAN_FILTERING")
+#[test]
+fn on_debians_kernel() {
+    let names = ["ports::ports_in_vlans", "ports::a_gateway_in_a_vlan", "policies::policies_of_ipsec"];
+    vm::again(&names, secs(300));
 }
 
 #[test]
 fn ports_in_vlans() {
     alone(|| {
-        if !has_vlans() {
+        if !require_kernel(BRIDGE_VLANS) {
             return Ok(());
         }
         let mut kernel = Kernel::open()?;
@@ -195,7 +196,7 @@ fn ports_in_vlans() {
 #[test]
 fn a_gateway_in_a_vlan() {
     alone(|| {
-        if !has_vlans() {
+        if !require_kernel(BRIDGE_VLANS) {
             return Ok(());
         }
         let spec = BridgeSpec {

@@ -12,11 +12,12 @@ use flannel_core::words::name::LinkName;
 use flannel_core::words::territory::Territory;
 use flannel_core::words::units::Mtu;
 use flannel_tests::flanneld::{Flanneld, Pod, SubnetEnv, leases, put_config};
+use flannel_tests::needs::{IPIP, require_kernel};
 use flannel_tests::{
     Host, Lab, PingStream, Place, alone, eventually, in_lab, largest_packet, ping_within, secs, sh,
 };
 
-const IPIP: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"ipip"}}"#;
+const PLAIN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"ipip"}}"#;
 const DIRECT: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"ipip","Directrouting":true}}"#;
 const VXLAN: &str = r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#;
 
@@ -76,10 +77,9 @@ fn reach(nodes: &[Node<'_>]) -> Result<()> {
 
 /// Hosts 1 and 2 on one link, 3 behind the router.
 #[test]
-#[ignore = "inside the virtual machine"]
 fn three_hosts() {
-    in_lab(Lab::new("ipip").hosts(3).behind_router(&[3]).etcd(), |lab| {
-        put_config(lab, IPIP)?;
+    in_lab(Lab::new("ipip").hosts(3).behind_router(&[3]).etcd().needs_kernel(IPIP), |lab| {
+        put_config(lab, PLAIN)?;
         let mut daemons = Flanneld::start_all(lab)?;
         let mut nodes = Vec::new();
         for host in lab.hosts() {
@@ -238,7 +238,7 @@ fn other_backends(lab: &Lab, nodes: &[Node<'_>]) -> Result<()> {
         })?;
     }
     reach(nodes)?;
-    put_config(lab, IPIP)?;
+    put_config(lab, PLAIN)?;
     every_tunnel(nodes)?;
     for node in nodes {
         ensure!(!node.host.exists("/sys/class/net/flannel.1"), "flannel.1 is still there");
@@ -275,8 +275,10 @@ fn make(kernel: &mut Kernel) -> Result<Vec<String>> {
 }
 
 #[test]
-#[ignore = "inside the virtual machine"]
 fn a_device_is_read_back_adopted_or_replaced() {
+    if !require_kernel(IPIP) {
+        return;
+    }
     alone(|| {
         let mut kernel = Kernel::open()?;
         let index = || {
