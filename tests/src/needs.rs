@@ -44,7 +44,7 @@ pub struct Ability {
 /// WireGuard in the kernel.
 pub const WIREGUARD: Ability = Ability { name: "WireGuard", probe: "ip link add type wireguard" };
 /// Devices of type ipip.
-pub const IPIP: Ability = Ability { name: "ipip", probe: "ip link add type ipip" };
+pub const IPIP: Ability = Ability { name: "ipip", probe: "ip link add probe type ipip local 192.0.2.1" };
 /// IPsec, and packets that it encrypts.
 pub const ESP: Ability = Ability {
     name: "ESP",

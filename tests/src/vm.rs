@@ -34,6 +34,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use crate::binaries::BIN_DIR_VARIABLE;
 use crate::command::{self, Output};
 use crate::needs;
 
@@ -74,7 +75,11 @@ pub fn again(names: &[&str], deadline: Duration) {
     let binary = std::env::current_exe().expect("this test's binary").display().to_string();
     // One after the other: the processors are emulated, and tests time what they see.
     let argv = [&[&*binary, "--test-threads=1", "--show-output"], names].concat();
-    let ended = Vm::default().deadline(deadline).run(&argv).unwrap_or_else(|error| panic!("{error:#}"));
+    let mut vm = Vm::default().deadline(deadline);
+    if let Ok(dir) = std::env::var(BIN_DIR_VARIABLE) {
+        vm = vm.env(BIN_DIR_VARIABLE, &dir);
+    }
+    let ended = vm.run(&argv).unwrap_or_else(|error| panic!("{error:#}"));
     eprintln!("{}", ended.stdout);
     assert!(ended.ok(), "{ended}");
     for name in names {

@@ -40,7 +40,8 @@ struct Row<'a> {
     flush: &'static str,
     /// What the kernel must have.
     ability: Option<Ability>,
-    /// How many requests a restart may cost: none where the data path is the kernel's, any number where it ends with the process.
+    /// How many requests of all ways a restart may cost: none where the data path is the kernel's, any number where it ends with
+    /// the process.
     restart_costs: u32,
     /// What the ordinary run does, besides a join and a kill.
     sample: &'static [Cause],
@@ -234,7 +235,8 @@ fn ipsec() {
         has_mac: false,
         flush: "ip xfrm policy flush",
         ability: Some(needs::ESP),
-        restart_costs: 0,
+        // The peer takes the new keys into use when it sends them, and this host when they come.
+        restart_costs: 40,
         sample: &[Cause::Flush],
     });
 }
