@@ -43,6 +43,7 @@ use flannel_core::run::cli::{Environment, start_logging};
 use flannel_core::run::health::{self, Counters};
 use flannel_core::run::setup;
 use flannel_core::run::store::Store;
+use flannel_core::touch::memory;
 
 use crate::forgotten::Forgotten;
 use crate::journal::Journal;
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
             }
         };
     }
+    memory::be_thrifty();
     let environment = Environment::of_process();
     let stays_up = settings::stays_up(&environment);
     let outcome = match Settings::read(arguments, environment) {

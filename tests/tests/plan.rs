@@ -105,7 +105,7 @@ impl Case {
         };
         let own = OwnLease { subnets: Subnets::parse_key(own).unwrap(), value };
         let mut leases = LeaseSet::default();
-        leases.leases.insert(own.subnets, own.value.clone());
+        leases.leases.insert(own.subnets, own.value.clone().into());
         Self {
             network: NetworkName::default_network(),
             config,
@@ -125,7 +125,7 @@ impl Case {
     /// A lease of another host, key and value as in the store.
     fn peer(mut self, key: &str, value: &str) -> Self {
         let value = LeaseValue::from_json(value).unwrap();
-        self.leases.leases.insert(Subnets::parse_key(key).unwrap(), value);
+        self.leases.leases.insert(Subnets::parse_key(key).unwrap(), value.into());
         self
     }
 

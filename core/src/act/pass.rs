@@ -18,9 +18,9 @@ pub const TOLD_MAX: usize = 64;
 pub fn converge(world: &mut dyn World, territory: &Territory, desired: &Facts) -> Result<Report, WorldError> {
     let mut report = Report { desired: desired.len(), ..Report::default() };
     for _ in 0..ROUNDS_MAX {
-        let observed = world.observe(territory)?;
+        let rest = world.compare(territory, desired)?;
         report.looks += 1;
-        let changes = diff(desired, &observed);
+        let changes = rest.changes();
         if changes.is_empty() {
             report.clean = true;
             return Ok(report);
@@ -30,7 +30,7 @@ pub fn converge(world: &mut dyn World, territory: &Territory, desired: &Facts) -
         }
     }
     report.looks += 1;
-    report.clean = diff(desired, &world.observe(territory)?).is_empty();
+    report.clean = world.compare(territory, desired)?.changes().is_empty();
     Ok(report)
 }
 

@@ -6,8 +6,10 @@ use std::process::ExitCode;
 use flannel_core::run::cli::{self, CommonFlags, Environment, Errand, FlanneldFlags};
 use flannel_core::run::daemon;
 use flannel_core::run::errands::{self, Answer};
+use flannel_core::touch::memory;
 
 fn main() -> ExitCode {
+    memory::be_thrifty();
     let flags: FlanneldFlags = match cli::parse(std::env::args(), &Environment::of_process()) {
         Ok(flags) => flags,
         Err(refusal) => return refusal.exit(),

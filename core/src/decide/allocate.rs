@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use crate::words::addr::{Family, Prefix};
 use crate::words::code::Code;
@@ -114,7 +115,9 @@ pub fn choose(
     ours.retain(|subnets| compatible(config, subnets));
     let found = previous
         .filter(|previous| ours.contains(previous))
-        .or_else(|| ours.iter().find(|subnets| leases.leases.get(*subnets) == Some(value)))
+        .or_else(|| {
+            ours.iter().find(|subnets| leases.leases.get(*subnets).is_some_and(|lease| **lease == *value))
+        })
         .or_else(|| {
             let alike = |subnets: &&Subnets| {
                 leases.leases.get(*subnets).is_some_and(|lease| same_holder(lease, value))
@@ -237,17 +240,21 @@ fn spans(prefixes: impl Iterator<Item = Prefix>) -> BTreeMap<IpAddr, IpAddr> {
 }
 
 /// Leases that share addresses: one finding for each that reaches into an earlier one.
-pub fn overlapping<'a>(leases: impl Iterator<Item = (&'a Subnets, &'a LeaseValue)>) -> Vec<Finding> {
+pub fn overlapping(leases: &LeaseSet) -> Vec<Finding> {
+    if are_apart(leases) { Vec::new() } else { overlaps(leases) }
+}
+
+fn overlaps(leases: &LeaseSet) -> Vec<Finding> {
     let mut v4 = Vec::new();
     let mut v6 = Vec::new();
-    for (subnets, value) in leases {
+    for (subnets, value) in &leases.leases {
         v4.extend(subnets.v4().map(|prefix| (prefix, subnets, value)));
         v6.extend(subnets.v6().map(|prefix| (prefix, subnets, value)));
     }
     let mut findings = Vec::new();
     for mut leases in [v4, v6] {
         leases.sort_by_key(|(prefix, _, _)| (prefix.base(), prefix.len()));
-        let mut outer: Option<(Prefix, &Subnets, &LeaseValue)> = None;
+        let mut outer: Option<(Prefix, &Subnets, &Arc<LeaseValue>)> = None;
         for lease in leases {
             match outer {
                 Some((prefix, subnets, value)) if prefix.overlaps(&lease.0) => {
@@ -267,6 +274,16 @@ pub fn overlapping<'a>(leases: impl Iterator<Item = (&'a Subnets, &'a LeaseValue
         }
     }
     findings
+}
+
+/// Whether no two leases share an address, as far as one walk over them shows: they are in the order of their IPv4 subnets, where an
+/// overlap is one of neighbors. This is asked at every lease that changes among thousands.
+fn are_apart(leases: &LeaseSet) -> bool {
+    let mut before: Option<Prefix> = None;
+    leases.leases.keys().all(|subnets| match (subnets.v4(), subnets.v6()) {
+        (Some(subnet), None) => !before.replace(subnet).is_some_and(|before| before.overlaps(&subnet)),
+        _ => false,
+    })
 }
 
 /// How we call whoever holds a lease.
@@ -292,7 +309,10 @@ mod tests {
 
     fn set(leases: &[(&str, &str)]) -> LeaseSet {
         LeaseSet {
-            leases: leases.iter().map(|(key, ip)| (Subnets::parse_key(key).unwrap(), value(ip))).collect(),
+            leases: leases
+                .iter()
+                .map(|(key, ip)| (Subnets::parse_key(key).unwrap(), value(ip).into()))
+                .collect(),
             ..LeaseSet::default()
         }
     }
@@ -309,7 +329,7 @@ mod tests {
         let mut leases = LeaseSet::default();
         for host in 1..=3 {
             let subnets = pick(&config, &leases, &[], 7 * host, None).unwrap();
-            leases.leases.insert(subnets, value(&format!("192.168.0.{host}")));
+            leases.leases.insert(subnets, value(&format!("192.168.0.{host}")).into());
         }
         let error = pick(&config, &leases, &[], 1, None).unwrap_err();
         assert_eq!(
@@ -396,7 +416,7 @@ mod tests {
             r#"{"PublicIP":"1.1.1.1","BackendType":"vxlan","BackendData":{"VtepMAC":"02:00:00:00:00:01"}}"#,
         )
         .unwrap();
-        leases.leases.insert(key("10.5.2.0-24"), mine.clone());
+        leases.leases.insert(key("10.5.2.0-24"), mine.clone().into());
         let choice = choose(&config, &leases, &mine, &BTreeSet::new(), None, &[], 0).unwrap();
         assert_eq!(choice, Choice::Adopt(key("10.5.2.0-24")));
     }
@@ -464,12 +484,22 @@ mod tests {
             ("10.5.2.0-24", "3.3.3.3"),
             ("10.6.0.0-24", "0.0.0.0"),
         ]);
-        let findings = overlapping(leases.leases.iter());
+        let findings = overlapping(&leases);
         assert_eq!(findings.len(), 1);
         assert_eq!(findings[0].text, "10.5.0.0-23 of 1.1.1.1 and 10.5.1.0-24 of 2.2.2.2 overlap");
     }
 
     proptest! {
+        #[test]
+        fn one_walk_shows_what_overlaps(taken in prop::collection::vec((0u8..=40, 20u8..=28), 0..12)) {
+            let prefix = |(third, len): &(u8, u8)| Prefix::containing([10, 5, *third, 0].into(), *len).unwrap();
+            let leases = LeaseSet {
+                leases: taken.iter().map(|t| (Subnets::v4_only(prefix(t)), value("1.1.1.1").into())).collect(),
+                ..LeaseSet::default()
+            };
+            prop_assert_eq!(are_apart(&leases), overlaps(&leases).is_empty());
+        }
+
         #[test]
         fn what_is_picked_is_allowed_and_free(
             taken in prop::collection::vec((0u8..=255, 20u8..=28), 0..60),
@@ -479,7 +509,7 @@ mod tests {
             let config = config(r#"{"Network":"10.5.0.0/16","Backend":{"Type":"alloc"}}"#);
             let prefix = |(third, len): &(u8, u8)| Prefix::containing([10, 5, *third, 0].into(), *len).unwrap();
             let leases = LeaseSet {
-                leases: taken.iter().map(|t| (Subnets::v4_only(prefix(t)), value("1.1.1.1"))).collect(),
+                leases: taken.iter().map(|t| (Subnets::v4_only(prefix(t)), value("1.1.1.1").into())).collect(),
                 ..LeaseSet::default()
             };
             let avoid: Vec<_> = avoid.iter().map(prefix).collect();

@@ -40,8 +40,13 @@ struct Leases<'a>(&'a LastGood);
 impl Serialize for Leases<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let own = self.0.own.as_ref();
-        let others =
-            self.0.leases.leases.iter().filter(|(subnets, _)| own.is_none_or(|own| own.subnets != **subnets));
+        let others = self
+            .0
+            .leases
+            .leases
+            .iter()
+            .map(|(subnets, value)| (subnets, &**value))
+            .filter(|(subnets, _)| own.is_none_or(|own| own.subnets != **subnets));
         let own = own.map(|own| (&own.subnets, &own.value));
         serializer.collect_map(
             own.into_iter().chain(others).map(|(subnets, value)| (subnets.key(), value.to_json())),
@@ -72,13 +77,12 @@ pub fn read(state_dir: &Path, network: &NetworkName) -> Option<LastGood> {
     let written: Read = serde_json::from_str(&text)
         .inspect_err(|error| tracing::warn!("{} is not used: {error}", path.display()))
         .ok()?;
-    let leases = written
-        .leases
-        .iter()
-        .filter_map(|(key, value)| Some((Subnets::parse_key(key).ok()?, LeaseValue::from_json(value).ok()?)));
+    let leases = written.leases.iter().filter_map(|(key, value)| {
+        Some((Subnets::parse_key(key).ok()?, Arc::new(LeaseValue::from_json(value).ok()?)))
+    });
     let leases = LeaseSet { leases: leases.collect(), ..LeaseSet::default() };
     let own = written.own.and_then(|key| Subnets::parse_key(&key).ok()).and_then(|subnets| {
-        let value = leases.leases.get(&subnets)?.clone();
+        let value = LeaseValue::clone(leases.leases.get(&subnets)?);
         Some(OwnLease { subnets, value })
     });
     Some(LastGood { config: written.config, own, leases: Arc::new(leases) })
@@ -87,8 +91,8 @@ pub fn read(state_dir: &Path, network: &NetworkName) -> Option<LastGood> {
 /// Writes it in one step.
 pub fn write(state_dir: &Path, network: &NetworkName, last: &LastGood) -> io::Result<()> {
     let own = last.own.as_ref().map(|own| own.subnets.key());
-    let text = serde_json::to_string(&Written { config: &last.config, own, leases: Leases(last) })?;
-    whole_file::write(&file(state_dir, network), text.as_bytes(), 0o600)
+    let written = Written { config: &last.config, own, leases: Leases(last) };
+    whole_file::write_by(&file(state_dir, network), 0o600, |file| Ok(serde_json::to_writer(file, &written)?))
 }
 
 #[cfg(test)]
@@ -102,7 +106,7 @@ mod tests {
         assert_eq!(read(dir.path(), &network), None);
         let own = Subnets::parse_key("10.5.1.0-24").unwrap();
         let value = LeaseValue::from_json(r#"{"PublicIP":"192.0.2.1","PublicIPv6":null}"#).unwrap();
-        let leases = LeaseSet { leases: [(own, value.clone())].into(), ..LeaseSet::default() };
+        let leases = LeaseSet { leases: [(own, value.clone().into())].into(), ..LeaseSet::default() };
         let own = OwnLease { subnets: own, value };
         let last = LastGood { config: "{}".into(), own: Some(own), leases: Arc::new(leases) };
         write(dir.path(), &network, &last).unwrap();

@@ -51,12 +51,16 @@ impl KernelEvents {
         own.listen(route.socket_ref().as_fd().try_clone_to_owned()?);
         let nftables = open(protocols::NETLINK_NETFILTER, NFTABLES_GROUP)?;
         let mut tasks = vec![
-            tokio::spawn(listen(route, wake.clone(), move |datagram: &[u8]| of_interest(datagram, &own))),
+            tokio::spawn(listen(route, wake.clone(), {
+                let own = own.clone();
+                move |datagram: &[u8]| of_interest(datagram, &own)
+            })),
             tokio::spawn(listen(nftables, wake.clone(), |_: &[u8]| true)),
         ];
         // Not every kernel has IPsec.
         if let Ok(policies) = open(NETLINK_XFRM, POLICY_GROUP) {
-            tasks.push(tokio::spawn(listen(policies, wake, |_: &[u8]| true)));
+            let foreign = move |datagram: &[u8]| any(datagram, |_, sender, _| !own.made_policy(sender));
+            tasks.push(tokio::spawn(listen(policies, wake, foreign)));
         }
         Ok(Self { tasks })
     }
@@ -97,13 +101,18 @@ async fn listen(socket: TokioSocket, wake: Arc<Notify>, interest: impl Fn(&[u8])
 /// Whether one of the messages may concern us. A busy host sends many that cannot: every container that comes or
 /// goes, every neighbor that is confirmed.
 fn of_interest(datagram: &[u8], own: &OwnWrites) -> bool {
+    any(datagram, |kind, sender, body| message_of_interest(kind, body) && !own.made(sender, kind, body))
+}
+
+/// Whether one of the messages is as the test wants it, which is shown the type, the sender and the body; or is not understood.
+fn any(datagram: &[u8], mut wanted: impl FnMut(u16, u32, &[u8]) -> bool) -> bool {
     let mut rest = datagram;
     while let Some(header) = rest.first_chunk::<16>() {
         let len = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
         let kind = u16::from_ne_bytes([header[4], header[5]]);
         let sender = u32::from_ne_bytes([header[12], header[13], header[14], header[15]]);
         let Some(body) = rest.get(16..len) else { return true };
-        if message_of_interest(kind, body) && !own.made(sender, kind, body) {
+        if wanted(kind, sender, body) {
             return true;
         }
         rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();

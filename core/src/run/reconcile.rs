@@ -276,7 +276,7 @@ struct Thread {
 pub(super) fn preview(place: Place, inputs: &Inputs) -> Result<Vec<String>, String> {
     let (mut thread, _) = Thread::new(place, None, Counters::default());
     let ports = thread.ports().map_err(|error| chain(&error))?;
-    let (plan, _) = thread.plan(inputs, &ports).map_err(|error| chain(&error))?;
+    let (plan, _) = thread.plan(inputs, &ports, None).map_err(|error| chain(&error))?;
     let seen = thread.kernel().and_then(|kernel| kernel.observe(&plan.territory));
     let seen = seen.map_err(|error| chain(&error))?;
     let findings = plan.findings.iter().map(|finding| format!("! {finding}"));
@@ -384,10 +384,11 @@ impl Thread {
         sight: &Sight,
         ports: &BTreeSet<LinkName>,
     ) -> Result<(Plan, Report, Public), PassError> {
-        self.known = None;
+        let known = self.known.take();
         let (mut plan, node) = match sight {
             Sight::Own(inputs) => {
-                self.plan(inputs, ports).map(|(plan, node)| (plan, Some((inputs, node))))?
+                let (plan, node) = self.plan(inputs, ports, known)?;
+                (plan, Some((inputs, node)))
             }
             Sight::Others(inputs) => (self.plan_reader(inputs, ports), None),
         };
@@ -424,8 +425,7 @@ impl Thread {
         }
         let many = facts.len() > MANY;
         if let Some((inputs, node)) = node.filter(|_| report.clean) {
-            self.known =
-                Some(Known::after(inputs, node, rest, facts, (plan.findings.clone(), found.clone())));
+            self.known = Some(Known::after(inputs, node, rest, facts, (plan.clone(), found.clone())));
         }
         plan.findings.extend(found);
         if many {
@@ -434,10 +434,23 @@ impl Thread {
         Ok((plan, report, public))
     }
 
-    fn plan(&mut self, inputs: &Inputs, ports: &BTreeSet<LinkName>) -> Result<(Plan, Node), PassError> {
+    fn plan(
+        &mut self,
+        inputs: &Inputs,
+        ports: &BTreeSet<LinkName>,
+        known: Option<Known>,
+    ) -> Result<(Plan, Node), PassError> {
         let node = self.node(inputs, ports)?;
         self.tell_of_iptables(inputs, &node);
-        Ok((self.plan_for(inputs, &node)?, node))
+        // What endpoints want is not among the inputs.
+        let known = known.filter(|_| self.endpoints.exposure().is_none());
+        if let Some(plan) = known.and_then(|known| known.again(inputs, &node)) {
+            return Ok((plan, node));
+        }
+        let plan = self.plan_for(inputs, &node)?;
+        // They stay until leases change, or longer.
+        let facts = if plan.facts.len() > MANY { plan.facts.compact() } else { plan.facts };
+        Ok((Plan { facts, ..plan }, node))
     }
 
     fn plan_for(&self, inputs: &Inputs, node: &Node) -> Result<Plan, PlanError> {

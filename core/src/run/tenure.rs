@@ -216,7 +216,7 @@ impl Tenure {
         let (mut mend, mut asked) = (false, false);
         // A snapshot of a time before our last write does not know of it.
         if snapshot.known && snapshot.revision >= held.revision {
-            match snapshot.leases.leases.get(&subnets) {
+            match snapshot.leases.leases.get(&subnets).map(|value| &**value) {
                 None if snapshot.leases.blocked.contains(&subnets) => mend = true,
                 None => return self.lost(subnets, GONE),
                 Some(value) if !allocate::same_holder(value, &held.own.value) => {

@@ -2,7 +2,9 @@
 
 pub mod kernel;
 
-use crate::words::fact::{Change, Facts};
+use std::borrow::Cow;
+
+use crate::words::fact::{Change, Facts, Rest};
 use crate::words::territory::Territory;
 
 /// Why a look or a change failed. The cause is what the kernel said.
@@ -48,6 +50,11 @@ pub enum WorldError {
 pub trait World {
     /// Every fact that is true now inside the territory, and nothing outside it.
     fn observe(&mut self, territory: &Territory) -> Result<Facts, WorldError>;
+
+    /// The same look, for whoever wants to know only what of a plan is not true, and what is true beside it.
+    fn compare<'a>(&mut self, territory: &Territory, wanted: &'a Facts) -> Result<Rest<'a>, WorldError> {
+        Ok(Rest { wanted: Cow::Borrowed(wanted), found: self.observe(territory)? })
+    }
 
     /// Makes the changes, in the order given. The answer has one entry per change; one that failed does not
     /// keep the others from being made. Deleting what is already gone is no error.

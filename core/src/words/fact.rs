@@ -10,6 +10,7 @@ mod policy;
 mod port;
 mod route;
 pub mod shared_chain;
+mod tally;
 
 use std::net::IpAddr;
 
@@ -24,6 +25,7 @@ pub use policy::{Policy, PolicyDirection};
 pub use port::{BridgePort, Guard, PortVlans, VlanMember};
 pub use route::{Blackhole, Route, RouteExtras, RouteProtocol, RouteScope, RouteTable};
 use shared_chain::{ChainName, SharedChain};
+pub use tally::{Rest, Tally};
 
 /// One thing that is true of a kernel, or should be. Holds only fields that we set; a `None` in a desired fact means
 /// that any value will do.

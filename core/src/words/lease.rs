@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -171,7 +172,9 @@ pub struct Advertisement {
 
 impl PartialEq for Advertisement {
     fn eq(&self, other: &Self) -> bool {
-        let text = |data: &Option<Box<RawValue>>| data.as_ref().map(|d| d.get().to_owned());
+        fn text(data: &Option<Box<RawValue>>) -> Option<&str> {
+            data.as_deref().map(RawValue::get)
+        }
         self.backend == other.backend
             && text(&self.data) == text(&other.data)
             && text(&self.v6_data) == text(&other.v6_data)
@@ -318,8 +321,8 @@ pub struct OwnLease {
 /// Every lease of a network at one moment, ours included, by subnets; and what was wrong with other keys there.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct LeaseSet {
-    /// The leases.
-    pub leases: BTreeMap<Subnets, LeaseValue>,
+    /// The leases. Values are shared among the sets that hold them: the next set has thousands in common with the one before.
+    pub leases: BTreeMap<Subnets, Arc<LeaseValue>>,
     /// Subnets that a key takes away from everybody without being a lease that could be taken over: its value cannot be
     /// read, or the key is not written as we write it.
     pub blocked: BTreeSet<Subnets>,
@@ -330,7 +333,10 @@ pub struct LeaseSet {
 impl LeaseSet {
     /// Everybody's but ours.
     pub fn peers<'a>(&'a self, own: &'a Subnets) -> impl Iterator<Item = (&'a Subnets, &'a LeaseValue)> {
-        self.leases.iter().filter(move |(subnets, _)| *subnets != own)
+        self.leases
+            .iter()
+            .map(|(subnets, value)| (subnets, &**value))
+            .filter(move |(subnets, _)| *subnets != own)
     }
 }
 

@@ -170,7 +170,7 @@ impl Wish {
             },
         };
         let mut leases = LeaseSet::default();
-        leases.leases.insert(own.subnets, own.value.clone());
+        leases.leases.insert(own.subnets, own.value.clone().into());
         let mut peers: Vec<_> = self.peers.iter().filter(|peer| peer.subnet != self.own).collect();
         // Of two leases for one subnet there is only one in any store: the first here.
         peers.sort_by_key(|peer| peer.subnet);
@@ -180,7 +180,7 @@ impl Wish {
             node.routes.reverse();
         }
         for peer in peers {
-            leases.leases.insert(self.subnets(peer.subnet), peer.lease(&config));
+            leases.leases.insert(self.subnets(peer.subnet), peer.lease(&config).into());
         }
         if network.is_default() && keeps.bridge {
             node.ports.insert(link_name(PORT));

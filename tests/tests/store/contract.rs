@@ -210,7 +210,7 @@ async fn a_watch_tells_whole_sets(fixture: Fixture) {
     // What a holder says changes, too.
     store.renew(&held, &value("192.0.2.7"), HOUR).await.unwrap();
     until(&mut watch, "another address", |snapshot| {
-        snapshot.leases.leases.get(&subnets("10.5.2.0-24")) == Some(&value("192.0.2.7"))
+        snapshot.leases.leases.get(&subnets("10.5.2.0-24")).is_some_and(|lease| **lease == value("192.0.2.7"))
     })
     .await;
     // A network whose name begins like ours is not ours.

@@ -14,7 +14,8 @@ use crate::run::cache::{self, LastGood};
 use crate::words::lease::{LeaseSet, OwnLease};
 use crate::words::name::NetworkName;
 
-/// Between two times that peers are kept: at least this, and so much for each lease.
+/// Between two times that peers are kept, and from a change until it is kept: at least this. The change itself is on its way into the
+/// kernel then, and nothing should be in its way. Between two times also so much for each lease.
 const PAUSE: Duration = Duration::from_millis(200);
 const PAUSE_PER_LEASE: Duration = Duration::from_millis(1);
 
@@ -54,7 +55,11 @@ impl Memory {
         let now = Instant::now();
         if same {
             let pause = PAUSE.max(PAUSE_PER_LEASE * u32::try_from(leases.leases.len()).unwrap_or(u32::MAX));
-            let due = *self.due.get_or_insert_with(|| self.written.map_or(now, |written| written + pause));
+            let soonest = now + PAUSE;
+            let due = self.written.map_or(soonest, |written| {
+                written.checked_add(pause).map_or(soonest, |due| due.max(soonest))
+            });
+            let due = *self.due.get_or_insert(due);
             if due > now {
                 return;
             }
@@ -109,7 +114,10 @@ mod tests {
     }
 
     fn set(numbers: std::ops::Range<u8>) -> Arc<LeaseSet> {
-        Arc::new(LeaseSet { leases: numbers.map(lease).collect(), ..LeaseSet::default() })
+        Arc::new(LeaseSet {
+            leases: numbers.map(lease).map(|(subnets, value)| (subnets, value.into())).collect(),
+            ..LeaseSet::default()
+        })
     }
 
     #[tokio::test]

@@ -16,7 +16,7 @@ use super::attribute;
 use crate::touch::world::kernel::Kernel;
 use crate::touch::world::{World, WorldError};
 use crate::words::addr::Mac;
-use crate::words::fact::{Change, Fact, Facts};
+use crate::words::fact::{Change, Fact, Facts, Rest};
 use crate::words::territory::Territory;
 
 /// More than this are never expected: some were lost, or were never sent.
@@ -33,6 +33,8 @@ const NEIGHBOR_HEADER: usize = 12;
 pub struct OwnWrites {
     /// The number of its socket; 0 while it has none.
     socket: AtomicU32,
+    /// That of its socket for policies of IPsec.
+    policies: AtomicU32,
     expected: Mutex<HashSet<Unsigned>>,
     /// Where notices come in.
     listener: OnceLock<OwnedFd>,
@@ -58,6 +60,11 @@ impl OwnWrites {
             return true;
         }
         Unsigned::read(kind, body).is_some_and(|notice| self.expected().remove(&notice))
+    }
+
+    /// Whether a notice about a policy of IPsec is about a change of the writer's own.
+    pub(super) fn made_policy(&self, sender: u32) -> bool {
+        sender != 0 && sender == self.policies.load(Ordering::Relaxed)
     }
 
     /// Notices of our own are to be kept from this socket.
@@ -172,8 +179,13 @@ impl World for Signed<'_> {
         self.kernel.observe(territory)
     }
 
+    fn compare<'b>(&mut self, territory: &Territory, wanted: &'b Facts) -> Result<Rest<'b>, WorldError> {
+        self.kernel.compare(territory, wanted)
+    }
+
     fn apply(&mut self, changes: &[Change<'_>]) -> Vec<Result<(), WorldError>> {
         self.own.sign(self.kernel.port());
+        self.own.policies.store(self.kernel.policy_port(), Ordering::Relaxed);
         self.own.expect(changes);
         self.kernel.apply(changes)
     }
@@ -220,5 +232,8 @@ mod tests {
         assert!(!own.made(0, libc::RTM_NEWROUTE, &[]));
         own.socket.store(77, Ordering::Relaxed);
         assert!(own.made(77, libc::RTM_NEWROUTE, &[]) && !own.made(78, libc::RTM_NEWROUTE, &[]));
+        assert!(!own.made_policy(0) && !own.made_policy(77));
+        own.policies.store(88, Ordering::Relaxed);
+        assert!(own.made_policy(88) && !own.made_policy(77) && !own.made_policy(0));
     }
 }

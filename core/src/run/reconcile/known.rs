@@ -10,12 +10,14 @@ use super::Inputs;
 use crate::act::pass;
 use crate::decide::plan::Plan;
 use crate::touch::world::World;
+use crate::words::config::BackendConfig;
 use crate::words::fact::{Fact, Facts};
 use crate::words::lease::LeaseSet;
 use crate::words::node::Node;
 use crate::words::report::{Finding, Report};
 
 /// What a look left behind that had nothing more to do.
+#[cfg_attr(test, derive(Clone))]
 pub(super) struct Known {
     inputs: Inputs,
     node: Arc<Node>,
@@ -23,8 +25,8 @@ pub(super) struct Known {
     peers: Facts,
     /// What else was planned, before the host's own state was added to it.
     rest: Facts,
-    /// What the last plan found.
-    findings: Vec<Finding>,
+    /// What the last plan said beside its facts.
+    outline: Plan,
     /// What the look found that no plan says.
     found: Option<Finding>,
 }
@@ -35,16 +37,28 @@ impl Known {
         facts.iter().filter(|fact| !is_about_peers(fact)).cloned().collect()
     }
 
-    /// After a clean look. `facts` are in the kernel now; what the plan found, and what only the look did.
+    /// After a clean look. `facts` are in the kernel now; the plan without them, and what only the look found.
     pub(super) fn after(
         inputs: &Inputs,
         node: Node,
         rest: Facts,
         facts: Facts,
-        (findings, found): (Vec<Finding>, Option<Finding>),
+        (outline, found): (Plan, Option<Finding>),
     ) -> Self {
         let (inputs, node) = (inputs.clone(), Arc::new(node));
-        Self { inputs, node, peers: peers_of(facts), rest, findings, found }
+        Self { inputs, node, peers: peers_of(facts), rest, outline, found }
+    }
+
+    /// The same plan again, for a look at a host where nothing that it was planned from has changed. None where a plan is more than
+    /// its facts.
+    pub(super) fn again(self, inputs: &Inputs, node: &Node) -> Option<Plan> {
+        let facts_only = matches!(inputs.config.backend, BackendConfig::Vxlan(_) | BackendConfig::HostGw);
+        let same = facts_only && self.inputs == *inputs && *self.node == *node;
+        same.then(|| {
+            let mut facts = self.peers;
+            self.rest.into_iter().for_each(|fact| facts.set(fact));
+            Plan { facts, ..self.outline }
+        })
     }
 
     /// This host, if nothing but leases has changed.
@@ -76,7 +90,7 @@ impl Known {
         }
         let peers = peers_of(std::mem::take(&mut plan.facts));
         let report = pass::step(world, &self.peers, &peers);
-        self.findings.clone_from(&plan.findings);
+        self.outline = plan.clone();
         plan.findings.extend(self.found.clone());
         self.peers = peers;
         self.inputs.leases = inputs.leases.clone();
@@ -89,8 +103,8 @@ impl Known {
         let there = |fact: &Fact| self.peers.get(&fact.key());
         let mut gone = old.facts.iter().filter(|fact| is_about_peers(fact));
         let mut come = new.facts.iter().filter(|fact| is_about_peers(fact));
-        old.findings == self.findings
-            && new.findings == self.findings
+        old.findings == self.outline.findings
+            && new.findings == self.outline.findings
             && self.is_rest(old)
             && self.is_rest(new)
             && gone.all(|fact| there(fact) == Some(fact))
@@ -128,7 +142,10 @@ fn peers_of(mut facts: Facts) -> Facts {
 
 /// What the kernel takes one by one, and what nothing else depends on.
 fn is_about_peers(fact: &Fact) -> bool {
-    matches!(fact, Fact::Neighbor(_) | Fact::Forward(_) | Fact::WireguardPeer(_) | Fact::Route(_))
+    matches!(
+        fact,
+        Fact::Neighbor(_) | Fact::Forward(_) | Fact::WireguardPeer(_) | Fact::Policy(_) | Fact::Route(_)
+    )
 }
 
 #[cfg(test)]

@@ -41,7 +41,7 @@ enum Entry {
 #[derive(PartialEq, Eq, Debug)]
 enum Odd {
     /// A lease under another name than it should have.
-    Lease(Subnets, LeaseValue),
+    Lease(Subnets, Arc<LeaseValue>),
     /// No lease; it takes its subnet all the same, if it names one.
     Broken(Option<Subnets>, Finding),
 }
@@ -73,8 +73,8 @@ impl Shelf {
             Entry::Sound(subnets, value) => {
                 self.changed |= self.odd.remove(key).is_some();
                 self.sign(subnets, sign);
-                if self.sound.leases.get(&subnets) != Some(&value) {
-                    Arc::make_mut(&mut self.sound).leases.insert(subnets, value);
+                if self.sound.leases.get(&subnets).is_none_or(|known| **known != value) {
+                    Arc::make_mut(&mut self.sound).leases.insert(subnets, value.into());
                     self.changed = true;
                 }
             }
@@ -154,7 +154,7 @@ impl Shelf {
     }
 
     fn leases(&self) -> Arc<LeaseSet> {
-        let overlapping = allocate::overlapping(self.sound.leases.iter());
+        let overlapping = allocate::overlapping(&self.sound);
         if self.odd.is_empty() && overlapping.is_empty() {
             return self.sound.clone();
         }
@@ -177,7 +177,8 @@ impl Shelf {
                 }
             }
         }
-        set.findings.extend(allocate::overlapping(set.leases.iter()));
+        let overlapping = allocate::overlapping(&set);
+        set.findings.extend(overlapping);
         Arc::new(set)
     }
 }
@@ -202,7 +203,7 @@ fn read(key: &str, value: &[u8]) -> Entry {
     let text = String::from_utf8_lossy(value);
     match LeaseValue::from_json(&text) {
         Ok(lease) if subnets.key() == key => Entry::Sound(subnets, lease),
-        Ok(lease) => Entry::Odd(Odd::Lease(subnets, lease)),
+        Ok(lease) => Entry::Odd(Odd::Lease(subnets, lease.into())),
         Err(error) => {
             let shown: String = text.chars().take(SHOWN_MAX).collect();
             broken(Some(subnets), format!("{key:?} holds {shown:?}: {error}"))

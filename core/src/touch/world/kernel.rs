@@ -40,7 +40,9 @@ pub use self::shaper::{MadeFunnel, SeenBucket, SeenShaping};
 use self::writer::Writer;
 use super::{World, WorldError};
 use crate::words::addr::Family;
-use crate::words::fact::{Address, Blackhole, Change, Fact, Facts, Forward, Neighbor, PortVlans, Sysctl};
+use crate::words::fact::{
+    Address, Blackhole, Change, Fact, Facts, Forward, Neighbor, PortVlans, Rest, Sysctl, Tally,
+};
 use crate::words::name::LinkName;
 use crate::words::territory::Territory;
 use crate::words::wireguard::PublicKey;
@@ -104,6 +106,11 @@ impl Kernel {
         self.socket.port()
     }
 
+    /// The same of the socket for policies of IPsec.
+    pub fn policy_port(&self) -> u32 {
+        self.xfrm.as_ref().and_then(Option::as_ref).map_or(0, Socket::port)
+    }
+
     /// Does something in this kernel's namespace: here, or on a short-lived thread inside.
     fn here<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
         match &self.namespace {
@@ -153,14 +160,14 @@ impl Kernel {
         self.wireguard.as_ref().map_or(&[], wireguard::Wireguard::silent)
     }
 
-    fn observe_wireguard(&mut self, ours: &Ours, facts: &mut Facts) -> Result<(), WorldError> {
+    fn observe_wireguard(&mut self, ours: &Ours, tally: &mut Tally<'_>) -> Result<(), WorldError> {
         let devices = ours.seen.iter().filter(|seen| matches!(seen.kind, link::SeenKind::Wireguard));
         let devices: Vec<_> = devices.map(|seen| (seen.index, seen.name)).collect();
         if devices.is_empty() {
             return Ok(());
         }
         match self.wireguard()? {
-            Some(wireguard) => wireguard.observe(&devices, facts),
+            Some(wireguard) => wireguard.observe(&devices, tally.few()),
             None => Ok(()),
         }
     }
@@ -176,7 +183,7 @@ impl Kernel {
         changes.iter().map(unsupported).collect()
     }
 
-    fn observe_sysctls(&self, territory: &Territory, facts: &mut Facts) -> Result<(), WorldError> {
+    fn observe_sysctls(&self, territory: &Territory, tally: &mut Tally<'_>) -> Result<(), WorldError> {
         if territory.sysctls.is_empty() {
             return Ok(());
         }
@@ -192,7 +199,7 @@ impl Kernel {
             Ok(found)
         };
         let found = self.here(read).map_err(|e| io_error("enter the namespace", e))??;
-        found.into_iter().for_each(|fact| facts.set(fact));
+        found.into_iter().for_each(|fact| tally.see(fact));
         Ok(())
     }
 
@@ -229,7 +236,12 @@ impl Kernel {
         Ok(Ours { seen, links, names, singly })
     }
 
-    fn observe_addresses(&mut self, t: &Territory, ours: &Ours, facts: &mut Facts) -> Result<(), WorldError> {
+    fn observe_addresses(
+        &mut self,
+        t: &Territory,
+        ours: &Ours,
+        tally: &mut Tally<'_>,
+    ) -> Result<(), WorldError> {
         for index in ours.asked() {
             let found = address::dump(&mut self.socket, index);
             for seen in settled("look at the addresses", found)? {
@@ -238,19 +250,19 @@ impl Kernel {
                 let detect_duplicates = seen.tentative();
                 let address = Address { link, address: seen.address, no_prefix_route, detect_duplicates };
                 if t.holds_address(&ours.links, &address) {
-                    facts.set(Fact::Address(address));
+                    tally.see(Fact::Address(address));
                 }
             }
         }
         Ok(())
     }
 
-    fn observe_neighbors(&mut self, ours: &Ours, facts: &mut Facts) -> Result<(), WorldError> {
+    fn observe_neighbors(&mut self, ours: &Ours, tally: &mut Tally<'_>) -> Result<(), WorldError> {
         for index in ours.asked() {
             let found = neighbor::dump(&mut self.socket, index);
             for neighbor::Seen { index, ip, mac } in settled("look at the neighbors", found)? {
                 if let Some(link) = ours.name(index) {
-                    facts.set(Fact::Neighbor(Neighbor { link, ip, mac }));
+                    tally.see(Fact::Neighbor(Neighbor { link, ip, mac }));
                 }
             }
         }
@@ -259,14 +271,19 @@ impl Kernel {
             let found = forward::dump(&mut self.socket, vxlan.index);
             for forward::Seen { index, mac, remote } in settled("look at the forwarding entries", found)? {
                 if index == vxlan.index {
-                    facts.set(Fact::Forward(Forward { link: vxlan.name, mac, remote }));
+                    tally.see(Fact::Forward(Forward { link: vxlan.name, mac, remote }));
                 }
             }
         }
         Ok(())
     }
 
-    fn observe_routes(&mut self, t: &Territory, ours: &Ours, facts: &mut Facts) -> Result<(), WorldError> {
+    fn observe_routes(
+        &mut self,
+        t: &Territory,
+        ours: &Ours,
+        tally: &mut Tally<'_>,
+    ) -> Result<(), WorldError> {
         let mut filters: Vec<route::Filter> = ours
             .asked()
             .map(|index| route::Filter { index, unicast: true, ..route::Filter::default() })
@@ -287,14 +304,14 @@ impl Kernel {
                 });
                 settled("look at the routes", found)?
                     .into_iter()
-                    .for_each(|route| facts.set(Fact::Route(route)));
+                    .for_each(|route| tally.see(Fact::Route(route)));
             }
         }
-        self.observe_blackholes(t, facts)
+        self.observe_blackholes(t, tally)
     }
 
     /// Only for whoever looks at a whole network: an endpoint has none.
-    fn observe_blackholes(&mut self, t: &Territory, facts: &mut Facts) -> Result<(), WorldError> {
+    fn observe_blackholes(&mut self, t: &Territory, tally: &mut Tally<'_>) -> Result<(), WorldError> {
         if t.cidrs.is_empty() || t.alias.is_none() {
             return Ok(());
         }
@@ -306,13 +323,13 @@ impl Kernel {
                 ours.then_some(seen.destination)
             });
             for destination in settled("look at the routes", found)? {
-                facts.set(Fact::Blackhole(Blackhole { destination }));
+                tally.see(Fact::Blackhole(Blackhole { destination }));
             }
         }
         Ok(())
     }
 
-    fn observe_vlans(&mut self, t: &Territory, ours: &Ours, facts: &mut Facts) -> Result<(), WorldError> {
+    fn observe_vlans(&mut self, t: &Territory, ours: &Ours, tally: &mut Tally<'_>) -> Result<(), WorldError> {
         if t.vlans.is_empty() {
             return Ok(());
         }
@@ -320,14 +337,14 @@ impl Kernel {
         for port_vlan::Seen { index, members } in found {
             if let Some(link) = ours.names.get(&index).filter(|link| t.vlans.contains(link)) {
                 let not_default = !members.contains_key(&PortVlans::DEFAULT);
-                facts.set(Fact::PortVlans(PortVlans { link: *link, members, not_default }));
+                tally.see(Fact::PortVlans(PortVlans { link: *link, members, not_default }));
             }
         }
         Ok(())
     }
 
     /// Without the kernel's IPsec there are no policies to see.
-    fn observe_policies(&mut self, t: &Territory, facts: &mut Facts) -> Result<(), WorldError> {
+    fn observe_policies(&mut self, t: &Territory, tally: &mut Tally<'_>) -> Result<(), WorldError> {
         if !t.policies || t.cidrs.is_empty() {
             return Ok(());
         }
@@ -335,7 +352,7 @@ impl Kernel {
         let socket = self.xfrm.get_or_insert_with(|| Socket::open(Protocol::Xfrm, namespace).ok());
         let Some(socket) = socket else { return Ok(()) };
         let found = settled("look at the policies of IPsec", policy::dump(socket))?;
-        found.into_iter().filter(|policy| t.holds_policy(policy)).for_each(|p| facts.set(Fact::Policy(p)));
+        found.into_iter().filter(|policy| t.holds_policy(policy)).for_each(|p| tally.see(Fact::Policy(p)));
         Ok(())
     }
 
@@ -372,32 +389,45 @@ impl Kernel {
         ours.names.extend(found.into_iter().flatten().map(|seen| (seen.index, seen.name)));
         Ok(())
     }
+
+    /// Shows everything that is true inside the territory.
+    fn see(&mut self, territory: &Territory, tally: &mut Tally<'_>) -> Result<(), WorldError> {
+        self.observe_sysctls(territory, tally)?;
+        let mut ours = self.look(territory)?;
+        for seen in &ours.seen {
+            let name_of = |index| ours.names.get(&index).copied();
+            tally.see(Fact::Link(Box::new(seen.fact(name_of))));
+            if let Some(port) = bridge_port::fact(seen, name_of) {
+                tally.see(Fact::BridgePort(port));
+            }
+        }
+        self.observe_addresses(territory, &ours, tally)?;
+        self.observe_neighbors(&ours, tally)?;
+        self.observe_wireguard(&ours, tally)?;
+        self.name_outsiders(territory, &mut ours)?;
+        self.observe_routes(territory, &ours, tally)?;
+        self.observe_policies(territory, tally)?;
+        self.observe_vlans(territory, &ours, tally)?;
+        let filtered = !territory.tables.is_empty() || territory.accepts || territory.shared_chains;
+        if filtered || !territory.guards.is_empty() {
+            self.netfilter()?.observe(territory, tally.few())?;
+        }
+        Ok(())
+    }
 }
 
 impl World for Kernel {
     fn observe(&mut self, territory: &Territory) -> Result<Facts, WorldError> {
-        let mut facts = Facts::default();
-        self.observe_sysctls(territory, &mut facts)?;
-        let mut ours = self.look(territory)?;
-        for seen in &ours.seen {
-            let name_of = |index| ours.names.get(&index).copied();
-            facts.set(Fact::Link(Box::new(seen.fact(name_of))));
-            if let Some(port) = bridge_port::fact(seen, name_of) {
-                facts.set(Fact::BridgePort(port));
-            }
-        }
-        self.observe_addresses(territory, &ours, &mut facts)?;
-        self.observe_neighbors(&ours, &mut facts)?;
-        self.observe_wireguard(&ours, &mut facts)?;
-        self.name_outsiders(territory, &mut ours)?;
-        self.observe_routes(territory, &ours, &mut facts)?;
-        self.observe_policies(territory, &mut facts)?;
-        self.observe_vlans(territory, &ours, &mut facts)?;
-        let filtered = !territory.tables.is_empty() || territory.accepts || territory.shared_chains;
-        if filtered || !territory.guards.is_empty() {
-            self.netfilter()?.observe(territory, &mut facts)?;
-        }
-        Ok(facts)
+        let nothing = Facts::default();
+        let mut tally = Tally::new(&nothing);
+        self.see(territory, &mut tally)?;
+        Ok(tally.close().found)
+    }
+
+    fn compare<'a>(&mut self, territory: &Territory, wanted: &'a Facts) -> Result<Rest<'a>, WorldError> {
+        let mut tally = Tally::new(wanted);
+        self.see(territory, &mut tally)?;
+        Ok(tally.close())
     }
 
     fn apply(&mut self, changes: &[Change<'_>]) -> Vec<Result<(), WorldError>> {

@@ -69,6 +69,11 @@ impl Facts {
         self.0.is_empty()
     }
 
+    /// The same in as little memory as they take: what was put in one by one leaves a tree's leaves half empty.
+    pub fn compact(self) -> Self {
+        Self(self.0.into_iter().collect())
+    }
+
     /// Keeps the facts that the test holds for.
     pub fn retain(&mut self, mut keep: impl FnMut(&Fact) -> bool) {
         self.0.retain(|_, fact| keep(fact));

@@ -93,12 +93,12 @@ impl Event {
             Self::Put(n, home, mac, same) => {
                 let public = format!("10.{}.{}.{}", 50 + home, n / 250, 1 + n % 250);
                 let backend = if *same { backend } else { "extension" };
-                leases.insert(key(*n), value(backend, &public, 1000 + *mac));
+                leases.insert(key(*n), value(backend, &public, 1000 + *mac).into());
             }
             Self::Gone(n) => drop(leases.remove(&key(*n))),
-            Self::Wide(n, len) => drop(leases.insert(wide(*n, *len), value(backend, "10.60.0.1", 9))),
+            Self::Wide(n, len) => drop(leases.insert(wide(*n, *len), value(backend, "10.60.0.1", 9).into())),
             Self::Narrow(n, len) => drop(leases.remove(&wide(*n, *len))),
-            Self::Impostor(n) => drop(leases.insert(key(*n), value(backend, "10.50.9.1", 8))),
+            Self::Impostor(n) => drop(leases.insert(key(*n), value(backend, "10.50.9.1", 8).into())),
         }
     }
 }
@@ -169,10 +169,11 @@ fn plays(backend: &str, steps: &[Vec<Event>]) -> Result<usize, TestCaseError> {
         })
         .unwrap()
     };
-    let whole = scene(&now);
+    let mut whole = scene(&now);
     let mut world = Paper(whole.facts.clone());
     let rest = Known::rest(&whole.facts);
-    let mut known = Known::after(&now, host(backend), rest, whole.facts, (whole.findings, None));
+    let facts = std::mem::take(&mut whole.facts);
+    let mut known = Known::after(&now, host(backend), rest, facts, (whole, None));
     let mut by_themselves = 0;
     for step in steps {
         step.iter().for_each(|event| event.play(backend, &mut leases));
@@ -200,6 +201,7 @@ fn plays(backend: &str, steps: &[Vec<Event>]) -> Result<usize, TestCaseError> {
         prop_assert_eq!(&world.0, &whole.facts);
         prop_assert_eq!(&told.findings, &whole.findings);
         prop_assert_eq!(report.desired, known.peers.len());
+        prop_assert_eq!(known.clone().again(&now, &node), Some(whole));
     }
     Ok(by_themselves)
 }

@@ -72,6 +72,9 @@ pub(super) struct Socket {
     buffer: Vec<u8>,
     /// Most messages in one send; 0 until the first large batch asked for room.
     batch_max: usize,
+    /// Whether questions carry its number. Only IPsec looks for it there (net/xfrm/xfrm_user.c `c.portid = nlh->nlmsg_pid`), to put it
+    /// into notices.
+    signs: bool,
 }
 
 impl Socket {
@@ -101,7 +104,7 @@ impl Socket {
         // Without it the kernel ignores the filters of a dump (Linux 4.20 and later have it).
         set(&fd, libc::SOL_NETLINK, libc::NETLINK_GET_STRICT_CHK, 1)?;
         setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::seconds(ANSWER_TIMEOUT.as_secs() as i64))?;
-        Ok(Self { fd, seq: 0, buffer: vec![0; READ_BYTES], batch_max: 0 })
+        Ok(Self { fd, seq: 0, buffer: vec![0; READ_BYTES], batch_max: 0, signs: protocol == Protocol::Xfrm })
     }
 
     /// Its number, which the kernel puts into notices of what was changed through it; 0 before its first question.
@@ -234,9 +237,11 @@ impl Socket {
     /// Numbers the messages and sends them; returns the first number.
     fn send(&mut self, batch: &mut Batch) -> io::Result<u32> {
         let first = self.seq.wrapping_add(1);
+        let sender = if self.signs { self.port() } else { 0 };
         for (place, start) in batch.starts.iter().enumerate() {
             let seq = first.wrapping_add(place as u32);
             batch.bytes[start + 8..start + 12].copy_from_slice(&seq.to_ne_bytes());
+            batch.bytes[start + 12..start + 16].copy_from_slice(&sender.to_ne_bytes());
             self.seq = seq;
         }
         let sent = loop {
