@@ -12,7 +12,7 @@ SKIPS := $(CURDIR)/target/skipped
 # nextest runs every test in a process of its own and says which was slow; plain cargo test does without.
 NEXTEST := $(shell $(CARGO) nextest --version >/dev/null 2>&1 && echo yes)
 
-.PHONY: help setup build test vm quickstart bench check dist cni-install rootfs plugin
+.PHONY: help setup build test vm quickstart bench bench-flanneld check dist cni-install rootfs plugin
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -45,6 +45,10 @@ quickstart: setup ## two hosts in a lab: networks, containers, a ping across, an
 bench: dist ## the benchmarks: ratios measured in one run
 	$(CARGO) build --locked --release -p flannel-tests --bins
 	FLANNEL_BIN_DIR=$(CURDIR)/$(DIST) target/release/bench all
+
+bench-flanneld: dist ## those about flanneld alone, in eight minutes
+	$(CARGO) build --locked --release -p flannel-tests --bins
+	FLANNEL_BIN_DIR=$(CURDIR)/$(DIST) target/release/bench flanneld
 
 check: ## format, lints, documentation
 	$(CARGO) fmt --all --check

@@ -1,4 +1,4 @@
-//! The benchmarks: `bench all`, or `bench` and the names of some. They measure in labs on this machine and print tables with ratios
+//! The benchmarks: `bench all`, `bench flanneld` (what is about flanneld alone; eight minutes), or `bench` and the names of some. They measure in labs on this machine and print tables with ratios
 //! between figures of one run; they are no tests, and nothing fails for being slow.
 //!
 //! Give them release binaries: `make bench`, or `FLANNEL_BIN_DIR=target/x86_64-unknown-linux-gnu/release`.
@@ -36,18 +36,26 @@ const ALL: &[Bench] = &[
     ("udp", "TCP over the udp backend, beside vxlan and one packet for each system call", udp::run),
 ];
 
+/// Those that need neither an engine nor other plugins.
+const FLANNELD: [&str; 4] = ["scale", "idle", "throughput", "udp"];
+
 fn main() -> ExitCode {
     let names: Vec<String> = std::env::args().skip(1).collect();
-    let unknown = names.iter().find(|name| *name != "all" && !ALL.iter().any(|(known, ..)| known == name));
+    let known =
+        |name: &str| name == "all" || name == "flanneld" || ALL.iter().any(|(known, ..)| *known == name);
+    let unknown = names.iter().find(|name| !known(name));
     if names.is_empty() || unknown.is_some() {
-        eprintln!("usage: bench all | NAME...");
+        eprintln!("usage: bench all | flanneld | NAME...");
         for (name, what, _) in ALL {
             eprintln!("  {name:18} {what}");
         }
         return ExitCode::from(2);
     }
     let mut failed = false;
-    for (name, what, run) in ALL.iter().filter(|(name, ..)| names.iter().any(|n| n == "all" || n == name)) {
+    let chosen = |name: &str| {
+        names.iter().any(|n| n == "all" || n == name || (n == "flanneld" && FLANNELD.contains(&name)))
+    };
+    for (name, what, run) in ALL.iter().filter(|(name, ..)| chosen(name)) {
         println!("\n## {name}: {what}\n");
         println!("Load of this machine before it, 1, 5 and 15 minutes: {}\n", load());
         if let Err(error) = run() {

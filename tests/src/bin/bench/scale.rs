@@ -15,7 +15,7 @@ const LEASES: usize = 5000;
 const BURST: usize = 1000;
 const EVENTS: usize = 300;
 const QUIET: u64 = 30;
-const CHURN: u64 = 60;
+const CHURN: u64 = 30;
 
 /// Aims: an event p99 in ms, memory with nothing to do and at this size in MB, idle processor in per cent.
 const EVENT_MS: f64 = 10.0;
