@@ -1,7 +1,10 @@
 //! A pass: observe, diff, apply, look again, until nothing is left to do or the bound is reached.
 
+use std::collections::BTreeSet;
+
 use crate::touch::world::{World, WorldError};
-use crate::words::fact::{Change, Facts, diff};
+use crate::words::fact::{Change, Fact, Facts, diff};
+use crate::words::name::LinkName;
 use crate::words::report::{Made, Report};
 use crate::words::territory::Territory;
 
@@ -49,10 +52,13 @@ pub fn step(world: &mut dyn World, known: &Facts, desired: &Facts) -> Report {
 /// Makes the changes; false if none of them could be made, so that another round would be the same.
 fn round(world: &mut dyn World, changes: &[Change<'_>], report: &mut Report) -> bool {
     report.failed.clear();
+    report.in_wake = 0;
     let results = world.apply(changes);
+    let absent = absent(changes, &results);
     let mut progress = false;
     for (change, result) in changes.iter().zip(results) {
         match result {
+            Err(_) if is_in_wake(change, &absent) => report.in_wake += 1,
             Ok(()) => {
                 progress = true;
                 let told = report.made.len() < TOLD_MAX;
@@ -65,6 +71,23 @@ fn round(world: &mut dyn World, changes: &[Change<'_>], report: &mut Report) -> 
         }
     }
     progress
+}
+
+/// Interfaces that could not be made.
+fn absent(changes: &[Change<'_>], results: &[Result<(), WorldError>]) -> BTreeSet<LinkName> {
+    let failed = changes.iter().zip(results).filter(|(_, result)| result.is_err());
+    failed
+        .filter_map(|(change, _)| match change.fact() {
+            Fact::Link(link) => Some(link.name),
+            _ => None,
+        })
+        .collect()
+}
+
+/// Whether a change cannot be made without one of these: it is as many lines as there are peers, and says nothing new.
+fn is_in_wake(change: &Change<'_>, absent: &BTreeSet<LinkName>) -> bool {
+    let fact = change.fact();
+    !matches!(fact, Fact::Link(_)) && fact.link().is_some_and(|link| absent.contains(&link))
 }
 
 fn made(change: &Change<'_>, told: bool) -> Made {

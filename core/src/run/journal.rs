@@ -44,7 +44,7 @@ impl Journal {
             tracing::info!(network, "the kernel can be looked at again");
         }
         self.counters.pass(network, &reason.to_string());
-        self.counters.state(network, report.failed.len(), leases.saturating_sub(1));
+        self.counters.state(network, report.failed.len() + report.in_wake, leases.saturating_sub(1));
         if !reason.inputs_changed() {
             self.counters.repaired(network, &report.made);
         }
@@ -53,7 +53,7 @@ impl Journal {
         self.findings(findings);
         tracing::debug!(
             network, %reason, desired = report.desired, made = report.made.len(),
-            failed = report.failed.len(), looks = report.looks, ?took, "pass"
+            failed = report.failed.len(), in_wake = report.in_wake, looks = report.looks, ?took, "pass"
         );
     }
 
@@ -84,8 +84,13 @@ impl Journal {
         let network = self.network.as_str();
         let now: BTreeSet<String> =
             report.failed.iter().map(|(made, cause)| format!("{cause} ({})", one_line(&made.text))).collect();
+        let mut waiting = report.in_wake;
         for new in now.difference(&self.failures).take(LINES_MAX) {
-            tracing::error!(network, "{new}; trying again");
+            // As many as there are peers: once is enough.
+            match std::mem::take(&mut waiting) {
+                0 => tracing::error!(network, "{new}; trying again"),
+                count => tracing::error!(network, "{new}; {count} more changes wait for it; trying again"),
+            }
         }
         if now.is_empty() && !self.failures.is_empty() {
             tracing::info!(network, "everything that had failed is done now");

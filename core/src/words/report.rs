@@ -94,6 +94,8 @@ pub struct Report {
     pub made: Vec<Made>,
     /// Changes that failed, with the reason.
     pub failed: Vec<(Made, String)>,
+    /// How many more failed only because an interface they need is among those.
+    pub in_wake: usize,
     /// Whether the kernel now is as planned.
     pub clean: bool,
 }
