@@ -18,3 +18,4 @@ pub mod ranges;
 pub mod reader;
 pub mod scene;
 pub mod shaping;
+pub mod vanished;

@@ -71,6 +71,10 @@ pub struct Tenure {
     held: Option<Held>,
     /// What we held last, before it was lost.
     last: Option<Subnets>,
+    /// The state of the store that was seen last.
+    seen: i64,
+    /// Whether the store is not the one that we wrote our lease into.
+    rewound: bool,
     races: u32,
     backoff: Backoff,
     next: Instant,
@@ -137,6 +141,8 @@ impl Tenure {
             ttl,
             held: None,
             last: None,
+            seen: 0,
+            rewound: false,
             races: 0,
             backoff: Backoff::new(),
             next: Instant::now(),
@@ -157,6 +163,7 @@ impl Tenure {
         loop {
             let offer = self.offers.borrow_and_update().clone();
             let snapshot = self.snapshots.borrow_and_update().clone();
+            self.compare(&snapshot);
             match offer {
                 Some(offer) => self.step(&offer, &snapshot).await,
                 None => {
@@ -170,6 +177,24 @@ impl Tenure {
                 () = sleep_until(self.next) => {}
                 () = self.publish.closed() => return,
             }
+        }
+    }
+
+    /// A store that counts from further back than before was restored from a backup, or begun anew: what we know of it is worth
+    /// nothing, and what it knows of our lease neither.
+    fn compare(&mut self, snapshot: &Snapshot) {
+        if !snapshot.known {
+            return;
+        }
+        if std::mem::replace(&mut self.seen, snapshot.revision) > snapshot.revision
+            && let Some(held) = &mut self.held
+        {
+            tracing::warn!(
+                "lease {}: the store is another, or an older one, than it was written to",
+                held.own.subnets
+            );
+            held.revision = 0;
+            self.rewound = true;
         }
     }
 
@@ -232,7 +257,8 @@ impl Tenure {
             }
         }
         let now = Instant::now();
-        let due = self.renewal(&held).is_some_and(|due| due <= now);
+        let rewound = std::mem::take(&mut self.rewound);
+        let due = rewound || self.renewal(&held).is_some_and(|due| due <= now);
         if asked {
             tracing::warn!(
                 "lease {subnets}: another host asks whether this one lives; has it the same public address?"
@@ -297,6 +323,7 @@ impl Tenure {
         let finding = Finding::new(Code::LEASE_LOST, format!("{subnets}: {how}"));
         tracing::error!("{finding}");
         self.last = Some(subnets);
+        self.rewound = false;
         self.wait_for(finding);
     }
 

@@ -96,6 +96,8 @@ catalogue! {
         "put a key as `wg genkey` prints it into the file, or delete the file: a new key is made, and the peers learn it";
     PEER_SILENT = 136, "a WireGuard peer does not answer",
         "see that both hosts have the same PSK, that no firewall drops UDP to the port, and that the peer's flanneld runs";
+    LEASES_VANISHED = 138, "leases vanished all at once",
+        "see who emptied the store, or restored a backup of it; hosts that run write their leases again within seconds";
     LEASE_FENCED = 139, "a bridge of this host has the subnet of another host's lease",
         "start what is attached to it again, so that it gets addresses of this host's own subnet (Docker: write its options anew and restart it); or remove the lease, if that is the wrong one";
     ATTACHMENT_DRIFT = 140, "a container's place on the network is not as it was made",

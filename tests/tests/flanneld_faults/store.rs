@@ -1,10 +1,10 @@
 //! What happens to etcd and to what is in it.
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use flannel_tests::flanneld::{Flanneld, PREFIX, Pod, SubnetEnv, put_config};
+use flannel_tests::flanneld::{Flanneld, PREFIX, Pod, SubnetEnv, leases, put_config};
 use flannel_tests::{Lab, PingStream, Signal, eventually, in_lab, ping_within, secs, unchanged};
 
 use crate::{FOLLOW, REPAIR, VXLAN, is_long};
@@ -207,4 +207,80 @@ fn sigterm_is_heard_whatever_the_store_does() {
         daemon.daemon().wait_log("E112", secs(10))?;
         stops(&daemon, "without etcd")
     });
+}
+
+/// Somebody's slip, a new disk, an old backup: hosts write their leases again, and until then peers stay what they were.
+#[test]
+fn an_emptied_etcd_cuts_nobody_off() {
+    in_lab(Lab::new("etcd-empty").hosts(3).etcd(), |lab| {
+        put_config(lab, VXLAN)?;
+        let (h1, h2) = (lab.host(1), lab.host(2));
+        let mut daemons = Flanneld::start_all(lab)?;
+        let envs = [SubnetEnv::read(h1)?, SubnetEnv::read(h2)?];
+        let pods = [Pod::new(h1, &envs[0], 2)?, Pod::new(h2, &envs[1], 2)?];
+        ping_within(FOLLOW, &pods[0], pods[1].ip())?;
+        a_silent_path_is_told(lab, &daemons[0])?;
+        let (before, held) = (h1.network_state()?, leases(lab)?);
+        ensure!(held.len() == 3);
+        let stream = PingStream::start(&pods[0], pods[1].ip(), Duration::from_millis(10))?;
+        let all_back = || {
+            eventually("every lease is written again", secs(30), || {
+                let now = leases(lab)?;
+                ensure!(now == held, "{now:#?}");
+                Ok(())
+            })
+        };
+
+        lab.etcdctl(&["del", "--prefix", &format!("{PREFIX}/subnets/")])?;
+        all_back()?;
+        unchanged("the kernel", &before, &h1.network_state()?)?;
+
+        // The third host is gone when etcd comes back with nothing in it; it is missed only after a minute.
+        daemons.remove(2).daemon().stop(secs(10))?;
+        lab.etcd_stop()?;
+        lab.etcd_host().sh("rm -rf /run/etcd")?;
+        lab.etcd_start()?;
+        put_config(lab, VXLAN)?;
+        eventually("both leases are written again", secs(30), || {
+            let now = leases(lab)?;
+            let both: Vec<_> =
+                held.iter().filter(|(key, _)| envs.iter().any(|env| env.key() == **key)).collect();
+            ensure!(now.iter().collect::<Vec<_>>() == both, "{now:#?}");
+            Ok(())
+        })?;
+        unchanged("the kernel", &before, &h1.network_state()?)?;
+        for daemon in &daemons {
+            eventually("it was told", FOLLOW, || daemon.said("E138").len() >= 2)?;
+            let gone = daemon.said("route removed");
+            ensure!(gone.is_empty(), "{gone:#?}");
+        }
+        let seen = stream.stop_after(101)?;
+        ensure!(seen.sent > 100 && seen.lost() == 0, "{seen:?}");
+        // A peer whose lease alone is gone goes at once.
+        lab.etcdctl(&["del", &format!("{PREFIX}/subnets/{}", envs[1].key())])?;
+        eventually("the route was gone", FOLLOW, || daemons[0].said("route removed").len() == 1)?;
+        if is_long() {
+            daemons[0].daemon().wait_log("have not written them again", secs(75))?;
+            let third = held.keys().find(|key| envs.iter().all(|env| env.key() != **key));
+            let third = third.context("the third host's lease")?.replace('-', "/");
+            eventually("the third host's route is gone", FOLLOW, || {
+                h1.out(&["ip", "route"]).is_ok_and(|routes| !routes.contains(&third))
+            })?;
+        }
+        Ok(())
+    });
+}
+
+/// Packets that vanish break no connection: it is told all the same, and that it is over.
+fn a_silent_path_is_told(lab: &Lab, daemon: &Flanneld) -> Result<()> {
+    let (host, etcd) = (daemon.host(), lab.etcd_host().ip());
+    let rule = format!("INPUT -s {etcd} -j DROP");
+    let lines = daemon.said("E112").len();
+    host.sh(&format!("iptables -w -I {rule}"))?;
+    let start = Instant::now();
+    // 5 s are promised; the rest is for a machine that does many other things.
+    eventually("that etcd is silent is told", secs(10), || daemon.said("E112").len() == lines + 1)?;
+    eprintln!("a silent path to etcd was told after {:?}", start.elapsed());
+    host.sh(&format!("iptables -w -D {rule}"))?;
+    daemon.daemon().wait_log("etcd is reachable again", secs(30)).map(|_| ())
 }

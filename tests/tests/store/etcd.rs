@@ -9,6 +9,7 @@ use flannel_core::words::name::NetworkName;
 use flannel_core::words::secret::Secret;
 
 use crate::fixture::{Etcd, HOUR, PREFIX, claim, done, keys, subnets, text, until, value};
+use crate::tenure::{Node, WIDE, eventually, offer};
 
 fn network(settings: &EtcdSettings) -> NetworkStore {
     Store::etcd(settings).unwrap().network(&NetworkName::default_network())
@@ -71,7 +72,11 @@ async fn a_server_that_dies_and_comes_back_costs_nothing_but_freshness() {
     store.create_config("{}").await.unwrap();
     claim(&store, "10.5.1.0-24", "192.0.2.1", HOUR).await;
     claim(&store, "10.5.2.0-24", "192.0.2.2", HOUR).await;
-    until(&mut watch, "two", |snapshot| snapshot.leases.leases.len() == 2).await;
+    // Each has a watch of its own.
+    until(&mut watch, "two, and the config", |snapshot| {
+        snapshot.leases.leases.len() == 2 && snapshot.config.is_some()
+    })
+    .await;
     etcd.kill();
     let down = until(&mut watch, "that it is away", |snapshot| snapshot.down.is_some()).await;
     assert_eq!(down.down.as_ref().unwrap().code, Code::STORE_DOWN);
@@ -103,6 +108,22 @@ async fn a_server_that_dies_and_comes_back_costs_nothing_but_freshness() {
     let held = claim(&store, "10.5.5.0-24", "192.0.2.5", HOUR).await;
     let seen = until(&mut watch, "one", |snapshot| snapshot.leases.leases.len() == 1).await;
     assert_eq!((seen.config, seen.revision), (None, held.revision));
+}
+
+/// A new disk: the store counts from the start again, and nobody's lease is in it.
+#[tokio::test]
+async fn a_lease_is_written_again_into_a_store_that_was_begun_anew() {
+    let Some(mut etcd) = Etcd::start() else { return };
+    // As old as a cluster is that has run for a while.
+    (0..20).for_each(|_| drop(etcd.ctl(&["put", "/unrelated", "x"])));
+    let store = network(&etcd.settings());
+    let mut node = Node::at(&store, offer(WIDE, value("192.0.2.1")), HOUR, HOUR * 24);
+    let own = node.holds().await;
+    let key = format!("{PREFIX}/subnets/{}", own.subnets.key());
+    etcd.restart_empty();
+    assert_eq!(etcd.entry(&key), None);
+    eventually("the same lease", || etcd.entry(&key).is_some()).await;
+    assert_eq!(node.holds().await, own);
 }
 
 #[tokio::test]

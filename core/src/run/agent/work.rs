@@ -1,6 +1,7 @@
 //! An agent at work: it follows the newest values and decides when the kernel is looked at.
 
 mod commands;
+mod peers;
 mod tunnels;
 
 use std::collections::BTreeSet;
@@ -13,6 +14,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
+use self::peers::Peers;
 use super::memory::Memory;
 use super::{Command, Leased, Status, WAIT, gateway};
 use crate::decide::{changes, firewall};
@@ -74,6 +76,7 @@ pub(super) struct Work {
     survey_due: bool,
     own: Option<OwnLease>,
     leases: Arc<LeaseSet>,
+    peers: Peers,
     /// Whether the reconciler does not know of them yet.
     leases_due: bool,
     memory: Memory,
@@ -147,6 +150,7 @@ impl Work {
             survey_due: true,
             own: None,
             leases: Arc::default(),
+            peers: Peers::default(),
             leases_due: false,
             memory,
             env: None,
@@ -182,7 +186,7 @@ impl Work {
                 Ok(()) = self.reconciler.outcome.changed() => self.passed(),
                 () = self.kernel_notice.notified() => self.noticed(),
                 () = sleep_until(self.next_look) => self.look_now(),
-                () = sleep_until(self.memory.due()) => {}
+                () = sleep_until(self.memory.due().min(self.peers.due())) => {}
                 command = inbox.recv() => match command {
                     Some(Command::Poke(reason)) => self.look(reason, Duration::ZERO),
                     Some(Command::Expose(exposure, reply)) => {
@@ -248,6 +252,7 @@ impl Work {
         );
         self.document = Some(last.config.clone());
         self.leases = last.leases.clone();
+        self.peers.restored(&self.leases);
         self.config = Some(Arc::new(parsed.config));
         self.own = Some(own);
         self.look(Reason::Startup, Duration::ZERO);
@@ -264,9 +269,12 @@ impl Work {
             let text = format!("network {} has none", self.settings.network);
             self.config_trouble = Some(Finding::new(Code::CONFIG_ABSENT, text));
         }
-        if snapshot.known && self.leases != snapshot.leases {
-            self.leases = snapshot.leases.clone();
-            self.leases_due = true;
+        if snapshot.known {
+            let leases = self.peers.newest(&snapshot, self.own.as_ref().map(|own| &own.subnets));
+            if self.leases != leases {
+                self.leases = leases;
+                self.leases_due = true;
+            }
         }
         self.tell_commands();
         self.look_around().await;

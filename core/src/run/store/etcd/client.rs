@@ -142,6 +142,13 @@ impl Cluster {
         self.anew.send_replace(());
     }
 
+    /// That the endpoint in use does not answer.
+    pub(super) fn silent(&self, tried: &'static str, patience: Duration) -> StoreError {
+        let endpoint = self.endpoints.get(self.current.load(Ordering::Relaxed));
+        let cause = format!("no answer within {:.1} s", patience.as_secs_f64());
+        StoreError::Unreachable { tried, causes: endpoint.map(|it| it.told(&cause)).unwrap_or(cause) }
+    }
+
     /// Changes when connections were given up.
     pub(super) fn anew(&self) -> watch::Receiver<()> {
         self.anew.subscribe()

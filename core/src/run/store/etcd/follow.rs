@@ -22,6 +22,12 @@ const GATHER: Duration = Duration::from_millis(3);
 /// For how long changes are gathered at most.
 const GATHER_MAX: Duration = Duration::from_millis(30);
 
+/// A watch that has said nothing for so long is asked whether anything still comes this way...
+const QUIET: Duration = Duration::from_secs(2);
+
+/// ...and so long is waited for an answer, before etcd counts as away. Together less than the 5 s after which the operator is told.
+const ANSWER: Duration = Duration::from_millis(2500);
+
 /// A watch that lived this long was a good one: the next failure is a new trouble, not the same.
 const GOOD: Duration = Duration::from_secs(10);
 
@@ -60,17 +66,7 @@ impl EtcdStore {
     async fn session(&self, network: &NetworkName, sender: &watch::Sender<Snapshot>) {
         let ended = match self.list_and_watch(network, sender).await {
             Ok(ended) => ended,
-            Err(error) => {
-                let was_up = sender.borrow().down.is_none();
-                if publish_down(sender, &error) {
-                    match was_up {
-                        true => tracing::warn!("network {network}: {error}"),
-                        // Still away, for another reason.
-                        false => tracing::info!("network {network}: {error}"),
-                    }
-                }
-                return;
-            }
+            Err(error) => return tell_down(network, sender, &error),
         };
         match ended {
             Ended::Compacted { horizon } => tracing::info!(
@@ -89,14 +85,17 @@ impl EtcdStore {
     ) -> Result<Ended, StoreError> {
         let keys = self.keys(network);
         let (mut shelf, mut seen_to) = self.read(&keys).await?;
-        if sender.borrow().down.is_some() {
-            tracing::info!("network {network}: etcd is reachable again");
-        }
-        shelf.publish(sender, seen_to);
-        let mut stream = self.open(&keys, seen_to + 1).await?;
+        tell_up(network, &mut shelf, sender, seen_to);
+        let (mut stream, client) = self.open(&keys, seen_to + 1).await?;
         let mut told = Instant::now();
         loop {
-            let mut seen = match stream.message().await {
+            let next = loop {
+                tokio::select! {
+                    next = stream.message() => break next,
+                    () = self.probe(network, &client, sender, &mut shelf, seen_to) => {}
+                }
+            };
+            let mut seen = match next {
                 Ok(Some(message)) => message,
                 Ok(None) => return Ok(Ended::Broken("the server closed it".into())),
                 Err(error) => return Ok(Ended::Broken(cause(&error))),
@@ -124,8 +123,30 @@ impl EtcdStore {
                     Ok(Ok(None) | Err(_)) | Err(_) => break,
                 }
             }
-            shelf.publish(sender, seen_to);
+            tell_up(network, &mut shelf, sender, seen_to);
             told = Instant::now();
+        }
+    }
+
+    /// After a time of quiet, whether the path to etcd still carries anything: a path that drops packets without a word breaks no connection for a long time.
+    /// The server answers from what it has, without asking the others. Nothing is done about it but that it is told: a server that
+    /// is only slow is not to be asked for everything again by thousands of nodes, and a connection that is dead is found out by pings.
+    async fn probe(
+        &self,
+        network: &NetworkName,
+        client: &Client,
+        sender: &watch::Sender<Snapshot>,
+        shelf: &mut Shelf,
+        seen_to: i64,
+    ) {
+        sleep(QUIET).await;
+        let options = GetOptions::new().with_serializable().with_count_only();
+        let key = self.keys(network).config;
+        match timeout(ANSWER, client.kv_client().get(key, Some(options))).await {
+            Ok(Ok(_)) => tell_up(network, shelf, sender, seen_to),
+            // A refusal is an answer; a broken connection breaks the watch, too.
+            Ok(Err(_)) => {}
+            Err(_) => tell_down(network, sender, &self.cluster.silent("watch the network", ANSWER)),
         }
     }
 
@@ -143,7 +164,7 @@ impl EtcdStore {
     }
 
     /// One stream with two watches: the config, and the leases.
-    async fn open(&self, keys: &Keys, from: i64) -> Result<WatchStream, StoreError> {
+    async fn open(&self, keys: &Keys, from: i64) -> Result<(WatchStream, Client), StoreError> {
         let options = WatchOptions::new().with_start_revision(from);
         let prefix = options.clone().with_prefix();
         self.cluster
@@ -153,11 +174,29 @@ impl EtcdStore {
                     let mut stream =
                         client::watches(&client).watch(keys.subnets.as_str(), Some(prefix)).await?;
                     stream.watch(keys.config.as_str(), Some(options)).await?;
-                    Ok::<_, Error>(stream)
+                    Ok::<_, Error>((stream, client))
                 }
             })
             .await
     }
+}
+
+fn tell_down(network: &NetworkName, sender: &watch::Sender<Snapshot>, error: &StoreError) {
+    let was_up = sender.borrow().down.is_none();
+    if publish_down(sender, error) {
+        match was_up {
+            true => tracing::warn!("network {network}: {error}"),
+            // Still away, for another reason.
+            false => tracing::info!("network {network}: {error}"),
+        }
+    }
+}
+
+fn tell_up(network: &NetworkName, shelf: &mut Shelf, sender: &watch::Sender<Snapshot>, seen_to: i64) {
+    if sender.borrow().down.is_some() {
+        tracing::info!("network {network}: etcd is reachable again");
+    }
+    shelf.publish(sender, seen_to);
 }
 
 fn put(keys: &Keys, shelf: &mut Shelf, kv: &KeyValue) {
