@@ -1,4 +1,4 @@
-//! flanneld's life: one agent for the default network, health server, signals, systemd.
+//! flanneld's life: one agent for the network of its prefix, health server, signals, systemd.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -14,7 +14,6 @@ use super::health::{self, Counters};
 use super::settings::AgentSettings;
 use super::store::Store;
 use super::{retire, setup};
-use crate::words::name::NetworkName;
 
 /// How long a thread may still write a file when everything else has ended.
 const LAST_WORDS: Duration = Duration::from_millis(300);
@@ -114,7 +113,7 @@ fn line(status: &Status) -> String {
 /// Removes what flannel made on this host.
 pub fn cleanup(flags: &CommonFlags) -> anyhow::Result<()> {
     runtime()?.block_on(async {
-        let store = setup::etcd(flags)?.network(&NetworkName::default_network());
+        let store = setup::etcd(flags)?.network(&setup::flannelds_network(flags));
         retire::everything(flags, store).await
     })
 }
@@ -125,8 +124,7 @@ fn settings(
     counters: Counters,
     isolated_from: watch::Receiver<BTreeSet<crate::words::addr::Prefix>>,
 ) -> anyhow::Result<AgentSettings> {
-    let network = NetworkName::default_network();
-    setup::agent(flags, store, network, counters, isolated_from)
+    setup::agent(flags, store, setup::flannelds_network(flags), counters, isolated_from)
 }
 
 /// One thread: everything that takes long has its own.

@@ -25,7 +25,6 @@ use crate::words::addr::{Family, Prefix};
 use crate::words::config::NetworkConfig;
 use crate::words::fact::{Fact, Facts};
 use crate::words::lease::{LeaseSet, LeaseValue, Subnets};
-use crate::words::name::NetworkName;
 
 /// How long the store gets to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -41,7 +40,7 @@ pub struct Answer {
 
 /// Who serves the network here, with which subnet, and what was written for others. Asks nobody but this host.
 pub fn status(flags: &CommonFlags) -> anyhow::Result<Answer> {
-    let network = NetworkName::default_network();
+    let network = setup::flannelds_network(flags);
     let holder = Door::open(&flags.subnet_file, &network)?.holder()?;
     let mut text = String::new();
     match &holder {
@@ -114,7 +113,7 @@ pub fn explain(flags: &CommonFlags, address: IpAddr) -> anyhow::Result<Answer> {
         }
         Some((_, subnet, value)) => {
             writeln!(text, "{address} is in {subnet}, which {} has ({})", public(value), backend(value))?;
-            let territory = remains(&NetworkName::default_network(), cidrs.iter().copied());
+            let territory = remains(&setup::flannelds_network(flags), cidrs.iter().copied());
             let facts = about(&kernel.observe(&territory)?, subnet);
             well = !facts.is_empty();
             if facts.is_empty() {
@@ -148,7 +147,7 @@ pub fn explain(flags: &CommonFlags, address: IpAddr) -> anyhow::Result<Answer> {
 /// What the next pass would change on this host, as lines that would do so, with the flags that are given; masquerading also if
 /// the subnet file says so.
 pub fn plan(flags: &CommonFlags) -> anyhow::Result<Answer> {
-    let network = NetworkName::default_network();
+    let network = setup::flannelds_network(flags);
     let last = cache::read(&flags.state_dir, &network).with_context(|| {
         format!("nothing is known in {} yet: flanneld has had no lease here", flags.state_dir.display())
     })?;
@@ -190,7 +189,7 @@ struct Known {
 impl Known {
     /// The store's, else what the agent knew last; then that is said on stderr.
     fn find(flags: &CommonFlags) -> anyhow::Result<Self> {
-        let last = cache::read(&flags.state_dir, &NetworkName::default_network());
+        let last = cache::read(&flags.state_dir, &setup::flannelds_network(flags));
         let own = last.as_ref().and_then(|last| Some(last.own.as_ref()?.subnets));
         let parsed = |document: &str| NetworkConfig::parse(document).ok().map(|parsed| parsed.config);
         match daemon::runtime()?.block_on(Self::of_store(flags)) {
@@ -204,7 +203,7 @@ impl Known {
     }
 
     async fn of_store(flags: &CommonFlags) -> anyhow::Result<(Arc<LeaseSet>, Option<String>)> {
-        let mut snapshots = setup::etcd(flags)?.network(&NetworkName::default_network()).watch();
+        let mut snapshots = setup::etcd(flags)?.network(&setup::flannelds_network(flags)).watch();
         let known = async {
             loop {
                 snapshots.changed().await.context("the store cannot be read")?;

@@ -1,7 +1,8 @@
 //! One agent per network and host: two loops with different plans would fight for ever.
 //!
 //! **Shape** — an flock on `<directory of the subnet file>/<network>.agent`, whose text says who holds it. The file
-//! stays; the lock goes with the process.
+//! stays; the lock goes with the process. Of the default network, which further flanneld serve from other prefixes, the subnet file
+//! says which: beside `subnet.env` it is `default.agent`, beside `hostgw.env` `hostgw.env.agent`.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, Write};
@@ -30,12 +31,14 @@ impl Hold {
 #[derive(Debug, thiserror::Error)]
 pub enum HoldError {
     /// Somebody has it.
-    #[error("network {network} is served on this host by {holder}")]
+    #[error("network {network} is served on this host by {holder}, which writes {subnet_file}")]
     Held {
         /// The network.
         network: NetworkName,
         /// Program and process id.
         holder: String,
+        /// What both of them write.
+        subnet_file: Box<str>,
     },
     /// The file cannot be made or locked.
     #[error("could not lock {path}")]
@@ -58,7 +61,7 @@ pub struct Door {
 impl Door {
     /// Opens the lock of a network, without taking it.
     pub fn open(subnet_file: &Path, network: &NetworkName) -> Result<Self, HoldError> {
-        let path = subnet_file.with_file_name(format!("{network}.agent"));
+        let path = lock_file(subnet_file, network);
         let failed = |source| HoldError::Io { path: path.display().to_string(), source };
         if let Some(parent) = path.parent() {
             std::fs::create_dir_all(parent).map_err(failed)?;
@@ -113,7 +116,8 @@ impl Door {
     }
 
     fn held(&self) -> HoldError {
-        HoldError::Held { network: self.network.clone(), holder: self.signature() }
+        let subnet_file = subnet_file(&self.path).display().to_string().into();
+        HoldError::Held { network: self.network.clone(), holder: self.signature(), subnet_file }
     }
 
     fn signature(&self) -> String {
@@ -147,7 +151,26 @@ pub fn take(subnet_file: &Path, network: &NetworkName) -> Result<Hold, HoldError
 
 /// Removes the lock's file, when nothing of the network is to be left.
 pub fn remove(subnet_file: &Path, network: &NetworkName) {
-    let _ = std::fs::remove_file(subnet_file.with_file_name(format!("{network}.agent")));
+    let _ = std::fs::remove_file(lock_file(subnet_file, network));
+}
+
+fn lock_file(subnet_file: &Path, network: &NetworkName) -> PathBuf {
+    let name = match (network.is_default(), subnet_file.file_name()) {
+        (true, Some(name)) if name != "subnet.env" => name.to_string_lossy().into_owned(),
+        (true, _) => NetworkName::default_network().to_string(),
+        (false, _) => network.to_string(),
+    };
+    subnet_file.with_file_name(format!("{name}.agent"))
+}
+
+/// The subnet file whose lock this is.
+fn subnet_file(lock_file: &Path) -> PathBuf {
+    let file = lock_file.with_extension("");
+    match file.file_name() {
+        Some(name) if name == "default" => file.with_file_name("subnet.env"),
+        Some(_) if file.extension().is_none() => file.with_extension("env"),
+        _ => file,
+    }
 }
 
 #[cfg(test)]
@@ -163,6 +186,13 @@ mod tests {
         let second = take(&file, &network).unwrap_err().to_string();
         assert!(second.contains(&format!("(process {})", std::process::id())), "{second}");
         assert!(take(&file, &NetworkName::new("web").unwrap()).is_ok());
+        // A further flanneld has a file of its own; whoever says that file means that one.
+        let further = dir.path().join("flannel/hostgw.env");
+        let other = take(&further, &NetworkName::of_subnet_file(&further)).unwrap();
+        assert!(take(&further, &network).unwrap_err().to_string().ends_with("flannel/hostgw.env"));
+        let held = take(&file, &NetworkName::of_subnet_file(&file)).unwrap_err().to_string();
+        assert!(held.ends_with("flannel/subnet.env"), "{held}");
+        drop(other);
         let door = Door::open(&file, &network).unwrap();
         assert!(door.holder().unwrap().is_some() && door.is_current());
         drop(first);

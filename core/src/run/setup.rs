@@ -34,6 +34,16 @@ pub fn etcd(flags: &CommonFlags) -> anyhow::Result<Store> {
     Store::etcd(&settings).context("the etcd flags cannot be used")
 }
 
+/// The network that flanneld serves with these flags. What of the file's directory is there already counts by its real path.
+pub fn flannelds_network(flags: &CommonFlags) -> NetworkName {
+    let file = std::path::absolute(&flags.subnet_file).unwrap_or_else(|_| flags.subnet_file.clone());
+    let real = file.ancestors().skip(1).find_map(|directory| {
+        let rest = file.strip_prefix(directory).ok()?;
+        Some(directory.canonicalize().ok()?.join(rest))
+    });
+    NetworkName::of_subnet_file(&real.unwrap_or(file))
+}
+
 /// What an agent of a network is to do, by the flags. It keeps no bridge; whoever wants one says so.
 pub fn agent(
     flags: &CommonFlags,

@@ -1,6 +1,7 @@
 //! Names with the rules of whoever reads them: the kernel's interfaces, our networks, the attachments.
 
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -93,7 +94,11 @@ impl From<LinkName> for String {
     }
 }
 
-/// The name of a flannel network. The default network, which lives directly under the store prefix, is called `default`.
+/// The name of a flannel network on a host. The network that lives directly under the store prefix is called `default`.
+///
+/// A host may have several flanneld, each with a prefix and a subnet file of its own, and so several networks that live directly under a
+/// prefix. The one of the standard subnet file is `default`; those of other files have names that begin with `_`, which no network
+/// of a store has ([`Self::of_subnet_file`]). What is made on the host is called by these names, so nobody takes another's for his own.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct NetworkName(String);
@@ -101,14 +106,46 @@ pub struct NetworkName(String);
 impl NetworkName {
     const DEFAULT: &str = "default";
     const LEN_MAX: usize = 41;
+    /// What the names of further flanneld's networks begin with.
+    const FURTHER: char = '_';
 
     /// The network that every flannel cluster has.
     pub fn default_network() -> Self {
         Self(Self::DEFAULT.to_owned())
     }
 
-    /// Whether this is the default network.
+    /// The network of the flanneld that writes this subnet file, given by its real path: `default` for the standard one, `_hostgw` for
+    /// `/run/flannel/hostgw.env`. Any other file is called by what can be read of it and a hash of the whole.
+    pub fn of_subnet_file(file: &Path) -> Self {
+        const READABLE: usize = 16;
+        if file == Path::new("/run/flannel/subnet.env") {
+            return Self::default_network();
+        }
+        let shown = file.to_string_lossy();
+        let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+        let standard = shown.strip_prefix("/run/flannel/").and_then(|name| name.strip_suffix(".env"));
+        if let Some(stem) = standard
+            && (1..=READABLE).contains(&stem.len())
+            && stem.bytes().all(plain)
+        {
+            return Self(format!("{}{stem}", Self::FURTHER));
+        }
+        let stem = shown.trim_start_matches("/run/").trim_end_matches(".env").trim_end_matches("/subnet");
+        let letters =
+            stem.bytes().map(|b| b.to_ascii_lowercase()).map(|b| if plain(b) { b.into() } else { '-' });
+        let letters: String = letters.collect();
+        let readable = letters.get(letters.len().saturating_sub(READABLE)..).unwrap_or_default();
+        let hash = fingerprint(file.as_os_str().as_encoded_bytes());
+        Self(format!("{}{}-{}", Self::FURTHER, readable.trim_matches('-'), &hash[..7]))
+    }
+
+    /// Whether this is the network that lives directly under its store's prefix, which flanneld serves.
     pub fn is_default(&self) -> bool {
+        self.is_first() || self.0.starts_with(Self::FURTHER)
+    }
+
+    /// Whether what is made on the host has upstream's names.
+    fn is_first(&self) -> bool {
         self.0 == Self::DEFAULT
     }
 
@@ -132,13 +169,13 @@ impl NetworkName {
     /// What the network's ledger is called by whoever has no name for it: that of the configuration that every
     /// flannel cluster has (`cbr0` in kube-flannel.yml) for the default network, so that Go's plugins find it.
     pub fn ledger(&self) -> &str {
-        if self.is_default() { "cbr0" } else { &self.0 }
+        if self.is_first() { "cbr0" } else { &self.0 }
     }
 
     /// The node's bridge of this network, when nobody chose another name: `cni0` for the default network, as every
     /// flannel node has it; `fl-NAME` while that fits an interface name, else `fl-` and a hash of the name.
     pub fn bridge(&self) -> LinkName {
-        let name = match self.is_default() {
+        let name = match self.is_first() {
             true => "cni0".to_owned(),
             false if self.0.len() + 3 <= LINK_NAME_MAX => format!("fl-{}", self.0),
             false => format!("fl-{}", &fingerprint(self.0.as_bytes())[..12]),
@@ -150,7 +187,7 @@ impl NetworkName {
     /// The TUN device of the udp backend: `flannel0` for the default network, as every flannel node has it; `flannel-` and a
     /// hash of the name for another.
     pub fn tunnel(&self) -> LinkName {
-        let name = match self.is_default() {
+        let name = match self.is_first() {
             true => "flannel0".to_owned(),
             false => format!("flannel-{}", &fingerprint(self.0.as_bytes())[..7]),
         };
@@ -160,7 +197,7 @@ impl NetworkName {
     /// The device of the ipip backend: `flannel.ipip` for the default network, as upstream has it; `flannel.` and a hash of the
     /// name for another.
     pub fn ipip(&self) -> LinkName {
-        let name = match self.is_default() {
+        let name = match self.is_first() {
             true => "flannel.ipip".to_owned(),
             false => format!("flannel.{}", &fingerprint(self.0.as_bytes())[..7]),
         };
@@ -170,7 +207,7 @@ impl NetworkName {
     /// The WireGuard device of a family, IPv4's where there is one for both: `flannel-wg` and `flannel-wg-v6` for the default network,
     /// as every flannel node has them; with a hash of the name for another.
     pub fn wireguard(&self, family: Family) -> LinkName {
-        let name = match (self.is_default(), family) {
+        let name = match (self.is_first(), family) {
             (true, Family::V4) => "flannel-wg".to_owned(),
             (true, Family::V6) => "flannel-wg-v6".to_owned(),
             (false, Family::V4) => format!("fl-wg-{}", &fingerprint(self.0.as_bytes())[..7]),
@@ -192,7 +229,7 @@ impl NetworkName {
     }
 
     fn table_named(&self, first: &str) -> String {
-        if self.is_default() { first.to_owned() } else { table_named(first, &self.0) }
+        if self.is_first() { first.to_owned() } else { table_named(first, &self.0) }
     }
 }
 
@@ -308,6 +345,40 @@ mod tests {
         assert_eq!(NetworkName::default_network().endpoints_table(), "flannel_endpoints");
         let long = NetworkName::new("a-rather-long-network-name").unwrap().bridge();
         assert!(long.as_str().starts_with("fl-") && long.as_str().len() == 15);
+    }
+
+    #[test]
+    fn a_further_subnet_file_is_a_further_network() {
+        let name = |file: &str| NetworkName::of_subnet_file(Path::new(file));
+        assert_eq!(name("/run/flannel/subnet.env"), NetworkName::default_network());
+        assert_eq!(name("/run/flannel/hostgw.env").as_str(), "_hostgw");
+        let files = [
+            "/run/flannel/hostgw.env",
+            "/run/flannel/default.env",
+            "/run/flannel-b/subnet.env",
+            "/run/flannel/b/subnet.env",
+            "/run/flannel/b-subnet.env",
+            "/run/flannel/B-subnet.env",
+            "/run/flannel/.env",
+            "/run/flannel/subnet",
+            "/a directory/with a rather long/name/\u{c4}\u{c4}\u{c4}\u{c4}\u{c4}\u{c4}\u{c4}/subnet.env",
+            "relative.env",
+        ];
+        let names: std::collections::BTreeSet<_> = files.iter().map(|file| name(file)).collect();
+        assert_eq!(names.len(), files.len(), "{names:?}");
+        for name in &names {
+            assert!(name.is_default() && *name != NetworkName::default_network(), "{name}");
+            assert!(NetworkName::new(name.as_str()).is_err(), "{name} can be a network of a store");
+            assert!(name.as_str().len() <= NetworkName::LEN_MAX, "{name}");
+            let of = |network: &NetworkName| {
+                let v4 = [network.bridge(), network.tunnel(), network.ipip(), network.wireguard(Family::V4)];
+                (v4, network.wireguard(Family::V6), network.table(), network.endpoints_table())
+            };
+            let (own, first) = (of(name), of(&NetworkName::default_network()));
+            assert!(own.0.iter().all(|link| !first.0.contains(link)) && own.1 != first.1);
+            assert!(own.2 != first.2 && own.3 != first.3);
+        }
+        assert!(name("/run/flannel-b/subnet.env").as_str().starts_with("_flannel-b-"));
     }
 
     #[test]

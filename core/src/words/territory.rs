@@ -48,9 +48,18 @@ impl Territory {
         format!("flannel network {network}")
     }
 
-    /// Whether an interface is ours.
+    /// The network whose mark this alias is.
+    pub fn network_of_alias(alias: &str) -> Option<&str> {
+        alias.strip_prefix("flannel network ")
+    }
+
+    /// Whether an interface is ours: by its mark, or by its name. One that carries another network's mark is that one's, whatever it is
+    /// called.
     pub fn holds_link(&self, link: &Link) -> bool {
-        let taken = self.ipip.contains(&link.name) && !matches!(link.kind, LinkKind::Ipip(_));
+        let others = self.alias.is_some()
+            && self.alias != link.alias
+            && link.alias.as_deref().is_some_and(|alias| Self::network_of_alias(alias).is_some());
+        let taken = others || (self.ipip.contains(&link.name) && !matches!(link.kind, LinkKind::Ipip(_)));
         (self.links.contains(&link.name) && !taken) || (self.alias.is_some() && self.alias == link.alias)
     }
 
@@ -169,6 +178,10 @@ mod tests {
         assert!(!territory.holds_link(&link(LinkKind::Bridge, None)));
         assert!(!territory.holds_link(&link(LinkKind::Given, Some("the operator's"))));
         assert!(territory.holds_link(&link(LinkKind::Given, Some(&ours))));
+        // Go's has no mark; one with another network's is another flanneld's.
+        let ipip = || LinkKind::Ipip(Ipip { local: None });
+        assert!(territory.holds_link(&link(ipip(), Some("the operator's"))));
+        assert!(!territory.holds_link(&link(ipip(), Some("flannel network _b"))));
     }
 
     #[test]

@@ -27,7 +27,6 @@ use crate::words::code::Code;
 use crate::words::exposure::Exposure;
 use crate::words::fact::Facts;
 use crate::words::lease::Subnets;
-use crate::words::name::NetworkName;
 use crate::words::report::{Finding, Reason};
 
 /// How long the other agent may be away. A service manager restarts it within seconds; a kubelet, after crashes in a
@@ -261,7 +260,7 @@ impl Reader {
         if self.alone.take().is_some() {
             tracing::info!(%network, "served again, by {holder}; reading along");
         } else if self.holder.is_none() {
-            let held = held(network, &holder);
+            let held = held(&self.settings, &holder);
             tracing::warn!(%network, "{held}; reading along: {}", self.settings.subnet_file.display());
         } else if self.holder.as_ref() != Some(&holder) {
             tracing::info!(%network, "served by {holder} now; reading along");
@@ -325,7 +324,7 @@ impl Reader {
         let waiting = match (&lease, &self.trouble) {
             (Some(_), _) => None,
             (None, trouble) => {
-                let mut finding = held(&self.settings.network, &self.holder());
+                let mut finding = held(&self.settings, &self.holder());
                 finding.text.extend(trouble.iter().flat_map(|trouble| ["; ", trouble.as_str()]));
                 Some(finding)
             }
@@ -406,8 +405,12 @@ impl Reader {
     }
 }
 
-fn held(network: &NetworkName, holder: &str) -> Finding {
-    let held = HoldError::Held { network: network.clone(), holder: holder.to_owned() };
+fn held(settings: &AgentSettings, holder: &str) -> Finding {
+    let held = HoldError::Held {
+        network: settings.network.clone(),
+        holder: holder.to_owned(),
+        subnet_file: settings.subnet_file.display().to_string().into(),
+    };
     Finding::new(Code::AGENT_HELD, held.to_string())
 }
 

@@ -12,6 +12,7 @@ use crate::touch::world::WorldError;
 use crate::words::addr::Prefix;
 use crate::words::fact::{Change, Fact, Link, LinkKind, Route};
 use crate::words::name::LinkName;
+use crate::words::territory::Territory;
 
 /// What a message may fail with although its change is made.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -234,9 +235,12 @@ impl<'a> Writer<'a> {
             LinkKind::Veth { peer: Some(peer) } if peer.in_sandbox && self.sandbox.is_none() => {
                 return Err(unsupported(change, "no container namespace was given for its other end"));
             }
-            LinkKind::Ipip(_) => self.refuse_taken_name(change, link)?,
-            LinkKind::Veth { .. } | LinkKind::Bridge | LinkKind::Wireguard => {}
-            LinkKind::Vxlan(vxlan) => underlay = Some(self.index(change, vxlan.underlay)?),
+            LinkKind::Ipip(_) | LinkKind::Wireguard => self.refuse_taken_name(change, link)?,
+            LinkKind::Veth { .. } | LinkKind::Bridge => {}
+            LinkKind::Vxlan(vxlan) => {
+                self.refuse_taken_name(change, link)?;
+                underlay = Some(self.index(change, vxlan.underlay)?);
+            }
         }
         self.push(place, &link::create(link, underlay, self.sandbox), pardon);
         if link::needs_settling(link) {
@@ -246,21 +250,35 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    /// An IPIP device does not take the place of what somebody else gave its name to, and nothing is to be put on that.
+    /// A device does not take the place of another network's, nor an IPIP device that of what somebody else gave its name to; and nothing is
+    /// to be put on those.
     fn refuse_taken_name(&mut self, change: &Change<'_>, link: &Link) -> Result<(), WorldError> {
         self.flush();
         let found = link::by_name(self.socket, &[link.name]).map_err(|e| io_error(action(change), e))?;
-        match found.into_iter().flatten().next() {
-            Some(seen) if !matches!(seen.kind, link::SeenKind::Ipip(_)) => {
-                self.indices.insert(link.name, None);
-                let name = link.name;
-                let what = format!(
-                    "there is another interface of this name that is no ipip device; rename or remove it: ip link del {name}"
-                );
-                Err(unsupported(change, &what))
+        let Some(seen) = found.into_iter().flatten().next() else { return Ok(()) };
+        let name = link.name;
+        let other = seen.alias().filter(|alias| link.alias.as_deref() != Some(*alias));
+        let what = match other.and_then(Territory::network_of_alias) {
+            Some(network) => {
+                let own = match link.kind {
+                    LinkKind::Vxlan(_) => "each network needs a Backend.VNI of its own; ",
+                    _ => "",
+                };
+                format!(
+                    "this is network {network}'s device: {own}if nobody serves that one any more: ip link del {name}"
+                )
             }
-            _ => Ok(()),
-        }
+            None if matches!(link.kind, LinkKind::Ipip(_))
+                && !matches!(seen.kind, link::SeenKind::Ipip(_)) =>
+            {
+                format!(
+                    "there is another interface of this name that is no ipip device; rename or remove it: ip link del {name}"
+                )
+            }
+            None => return Ok(()),
+        };
+        self.indices.insert(name, None);
+        Err(unsupported(change, &what))
     }
 
     /// Whether an earlier change makes a pair with this other end here.
