@@ -52,6 +52,17 @@ pub struct Recovery {
     pub lost: u32,
     /// The way that took longest.
     pub slowest: String,
+    /// Where requests were lost, how many, and when before the next answer came, in seconds after the cause's end.
+    pub outages: Vec<String>,
+}
+
+/// One way, as it is.
+#[derive(Debug, Clone, PartialEq)]
+struct Seen {
+    /// Since when it is whole.
+    since: f64,
+    /// When an answer came after requests without one, and how many these were; since before the cause.
+    lost: Vec<(f64, u32)>,
 }
 
 /// Now, in seconds as `ping -D` has them.
@@ -94,25 +105,9 @@ impl Mesh {
             let late = start.elapsed() >= deadline;
             let seen: Vec<_> = self.ways.iter().map(|way| way.seen(before)).collect();
             let calm_since = now() - pace().calm;
-            let whole = seen.iter().all(|seen| seen.as_ref().is_ok_and(|(since, _)| *since <= calm_since));
+            let whole = seen.iter().all(|seen| seen.as_ref().is_ok_and(|seen| seen.since <= calm_since));
             if whole && end <= calm_since {
-                let seen = seen.into_iter().flatten().zip(&self.ways);
-                return Ok(seen.fold(
-                    Recovery { after: Duration::ZERO, lost: 0, slowest: String::new() },
-                    |worst, ((since, lost), way)| {
-                        let after = Duration::try_from_secs_f64(since - end).unwrap_or_default();
-                        let slower = after > worst.after;
-                        Recovery {
-                            after: after.max(worst.after),
-                            lost: worst.lost + lost,
-                            slowest: if slower {
-                                format!("{} to {}", way.from, way.to)
-                            } else {
-                                worst.slowest
-                            },
-                        }
-                    },
-                ));
+                return Ok(self.recovery(seen.into_iter().flatten(), end));
             }
             if late {
                 let broken = seen.iter().zip(&self.ways).filter_map(|(seen, way)| {
@@ -126,6 +121,24 @@ impl Mesh {
         }
     }
 
+    /// What all ways together saw.
+    fn recovery(&self, seen: impl Iterator<Item = Seen>, end: f64) -> Recovery {
+        let nothing =
+            Recovery { after: Duration::ZERO, lost: 0, slowest: String::new(), outages: Vec::new() };
+        self.ways.iter().zip(seen).fold(nothing, |mut worst, (way, seen)| {
+            let name = format!("{} to {}", way.from, way.to);
+            let after = Duration::try_from_secs_f64(seen.since - end).unwrap_or_default();
+            for (time, lost) in &seen.lost {
+                worst.lost += lost;
+                worst.outages.push(format!("{name}: {lost} until {:.2}", time - end));
+            }
+            if after > worst.after {
+                (worst.after, worst.slowest) = (after, name);
+            }
+            worst
+        })
+    }
+
     /// Ends all pings.
     pub fn stop(self) -> Result<()> {
         self.ways.iter().try_for_each(Way::stop)
@@ -133,8 +146,7 @@ impl Mesh {
 }
 
 impl Way {
-    /// Since when it is whole, and how many requests were lost since before the cause.
-    fn seen(&self, before: f64) -> Result<(f64, u32), String> {
+    fn seen(&self, before: f64) -> Result<Seen, String> {
         seen(&self.ping.log(), pace().gap, before, now())
     }
 
@@ -147,22 +159,23 @@ impl Way {
     }
 }
 
-fn seen(log: &str, gap: f64, before: f64, now: f64) -> Result<(f64, u32), String> {
+fn seen(log: &str, gap: f64, before: f64, now: f64) -> Result<Seen, String> {
     let mut answers = log.lines().filter_map(answer);
     let Some((mut sequence, mut last)) = answers.next() else { return Err("no answer yet".to_owned()) };
-    let (mut since, mut lost) = (last, 0);
+    let mut seen = Seen { since: last, lost: Vec::new() };
     for (number, time) in answers {
-        if time >= before {
-            lost += number.saturating_sub(sequence + 1);
+        let missing = number.saturating_sub(sequence + 1);
+        if time >= before && missing > 0 {
+            seen.lost.push((time, missing));
         }
-        if number > sequence + 1 || time - last > gap {
-            since = time;
+        if missing > 0 || time - last > gap {
+            seen.since = time;
         }
         (sequence, last) = (number, time);
     }
     match now - last > gap {
         true => Err(format!("no answer for {:.1} s", now - last)),
-        false => Ok((since, lost)),
+        false => Ok(seen),
     }
 }
 
@@ -174,16 +187,18 @@ mod tests {
         format!("[{time:.6}] 64 bytes from 10.0.0.1: icmp_seq={number} ttl=64 time=0.05 ms\n")
     }
 
-    const GAP: f64 = REAL.gap;
-
     #[test]
     fn a_way_is_whole_since_its_last_outage() {
         let log = line(1, 100.0) + &line(2, 100.1) + &line(12, 101.0) + &line(13, 101.1) + &line(14, 101.2);
-        assert_eq!(seen(&log, GAP, 100.05, 101.3), Ok((101.0, 9)));
-        assert_eq!(seen(&log, GAP, 101.05, 101.3), Ok((101.0, 0)));
-        assert_eq!(seen(&(log.clone() + &line(16, 101.25)), GAP, 101.05, 101.3), Ok((101.25, 1)));
-        assert_eq!(seen(&(log.clone() + &line(15, 101.5)), GAP, 101.05, 101.6), Ok((101.5, 0)));
-        assert_eq!(seen(&log, GAP, 100.05, 102.0), Err("no answer for 0.8 s".to_owned()));
-        assert_eq!(seen("connect: Network is unreachable\n", GAP, 0.0, 1.0), Err("no answer yet".to_owned()));
+        let seen = |log: &str, before, now| {
+            seen(log, REAL.gap, before, now).map(|Seen { since, lost }| (since, lost))
+        };
+        assert_eq!(seen(&log, 100.05, 101.3), Ok((101.0, vec![(101.0, 9)])));
+        assert_eq!(seen(&log, 101.05, 101.3), Ok((101.0, vec![])));
+        let more = |number, time| log.clone() + &line(number, time);
+        assert_eq!(seen(&more(16, 101.25), 101.05, 101.3), Ok((101.25, vec![(101.25, 1)])));
+        assert_eq!(seen(&more(15, 101.5), 101.05, 101.6), Ok((101.5, vec![])));
+        assert_eq!(seen(&log, 100.05, 102.0), Err("no answer for 0.8 s".to_owned()));
+        assert_eq!(seen("connect: Network is unreachable\n", 0.0, 1.0), Err("no answer yet".to_owned()));
     }
 }

@@ -327,6 +327,9 @@ impl<'a> Cluster<'a> {
             Cause::Join | Cause::Leave => 0,
             _ => u32::MAX,
         };
+        if allowed < u32::MAX {
+            seen.outages.iter().for_each(|outage| eprintln!("    {outage}"));
+        }
         ensure!(seen.lost <= allowed, "{seen:?}");
         for (host, env) in self.lab.hosts().iter().zip(envs) {
             ensure!(SubnetEnv::read(host)?.subnet() == env.subnet(), "{} has another subnet", host.name());

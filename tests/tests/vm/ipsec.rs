@@ -178,7 +178,8 @@ fn leaves_and_returns(lab: &Lab, daemons: &mut [Flanneld], pods: &[Pod]) -> Resu
     daemons[1].daemon().stop(secs(30))?;
     lab.etcdctl(&["del", &format!("{PREFIX}/subnets/{key}")])?;
     eventually("the other forgets it", FOLLOW, || {
-        let said = one.sh("ip xfrm policy; ip xfrm state; timeout 60 swanctl --list-conns")?;
+        // Keys of charons that were killed stay until they expire, and nothing says any more what to use them for.
+        let said = one.sh("ip xfrm policy; timeout 60 swanctl --list-conns")?;
         ensure!(!said.contains("10.77.0.12"), "{said}");
         Ok(())
     })?;
