@@ -283,12 +283,15 @@ struct Cluster<'a> {
     daemons: Vec<Flanneld>,
     pods: Vec<Pod>,
     mesh: Mesh,
+    /// When the config was, if that was the cause.
+    written: Option<f64>,
 }
 
 impl<'a> Cluster<'a> {
     fn start(lab: &'a Lab, row: &'a Row<'a>) -> Result<Self> {
         put_config(lab, row.config)?;
-        let mut cluster = Self { lab, row, daemons: Vec::new(), pods: Vec::new(), mesh: Mesh::default() };
+        let mut cluster =
+            Self { lab, row, daemons: Vec::new(), pods: Vec::new(), mesh: Mesh::default(), written: None };
         for host in &lab.hosts()[..3] {
             cluster.daemons.push(Flanneld::start(lab, host)?);
         }
@@ -311,7 +314,11 @@ impl<'a> Cluster<'a> {
         let before = now();
         let envs = self.lab.hosts()[..3].iter().map(SubnetEnv::read).collect::<Result<Vec<_>>>()?;
         self.happens(cause, victim)?;
-        let seen = self.mesh.recovers(before, now_or(cause, before), deadline())?;
+        let end = match cause {
+            Cause::Restart | Cause::Kill => before,
+            _ => self.written.unwrap_or_else(now),
+        };
+        let seen = self.mesh.recovers(before, end, deadline())?;
         eprintln!(
             "{:24} {:10} of h{victim}: everybody reaches everybody {:4} ms after its end, {:3} requests lost; slowest: {}",
             self.row.name,
@@ -324,6 +331,8 @@ impl<'a> Cluster<'a> {
         ensure!(seen.after < soon, "{seen:?}");
         let allowed = match cause {
             Cause::Restart | Cause::Kill => self.row.restart_costs,
+            // An emulated processor with too much to do loses some by itself.
+            Cause::Join | Cause::Leave if vm::is_inside() => 10,
             Cause::Join | Cause::Leave => 0,
             _ => u32::MAX,
         };
@@ -338,6 +347,7 @@ impl<'a> Cluster<'a> {
     }
 
     fn happens(&mut self, cause: Cause, victim: usize) -> Result<()> {
+        self.written = None;
         let host = self.lab.host(victim);
         match cause {
             Cause::Join => self.join(host),
@@ -370,8 +380,8 @@ impl<'a> Cluster<'a> {
                 let device = self.row.device.unwrap_or_default();
                 host.sh(&format!("ip link set {device} address 02:aa:aa:aa:aa:0{victim}")).map(drop)
             }
-            Cause::Switch => put_config(self.lab, self.row.other),
-            Cause::SwitchBack => put_config(self.lab, self.row.config),
+            Cause::Switch => self.switch(self.row.other),
+            Cause::SwitchBack => self.switch(self.row.config),
             Cause::Move => {
                 let [a, b, c, d] = host.ip().octets();
                 let (old, new) = (host.ip(), Ipv4Addr::new(a, b, c, d + 100));
@@ -379,6 +389,17 @@ impl<'a> Cluster<'a> {
                 self.readdress(host, new, &script)
             }
         }
+    }
+
+    /// Over when it is written; what comes before everybody has heard of it tells nothing.
+    fn switch(&mut self, config: &str) -> Result<()> {
+        let heard = |daemon: &Flanneld| daemon.said("Found network config").len();
+        let before: Vec<usize> = self.daemons.iter().map(heard).collect();
+        put_config(self.lab, config)?;
+        self.written = Some(now());
+        eventually("everybody hears of it", SOON, || {
+            self.daemons.iter().map(heard).zip(&before).all(|(now, before)| now > *before)
+        })
     }
 
     /// What a network script does when an interface or its address changes: routes by the old one are gone.
@@ -455,12 +476,4 @@ impl<'a> Cluster<'a> {
 
 fn deadline() -> Duration {
     if vm::is_inside() { DEADLINE_EMULATED } else { DEADLINE }
-}
-
-/// The moment a cause is over: a switch is over when it is written, what a daemon does then is already the repair.
-fn now_or(cause: Cause, before: f64) -> f64 {
-    match cause {
-        Cause::Restart | Cause::Kill => before,
-        _ => now(),
-    }
 }
