@@ -117,10 +117,10 @@ impl EtcdStore {
                 if gathered.elapsed() > GATHER_MAX {
                     break;
                 }
-                match timeout(pause, stream.message()).await {
-                    Ok(Ok(Some(message))) => seen = message,
+                match within(pause, stream.message()).await {
+                    Some(Ok(Some(message))) => seen = message,
                     // The end of the stream is seen again in the next round, after what came before it was told.
-                    Ok(Ok(None) | Err(_)) | Err(_) => break,
+                    Some(Ok(None) | Err(_)) | None => break,
                 }
             }
             tell_up(network, &mut shelf, sender, seen_to);
@@ -199,6 +199,19 @@ fn tell_up(network: &NetworkName, shelf: &mut Shelf, sender: &watch::Sender<Snap
     shelf.publish(sender, seen_to);
 }
 
+/// What comes within a time. Without any, what is there already: the runtime's timer would sleep for up to two milliseconds, and a
+/// sleeper on a busy host is late.
+async fn within<T>(time: Duration, what: impl Future<Output = T>) -> Option<T> {
+    if !time.is_zero() {
+        return timeout(time, what).await.ok();
+    }
+    tokio::select! {
+        biased;
+        come = what => Some(come),
+        () = std::future::ready(()) => None,
+    }
+}
+
 fn put(keys: &Keys, shelf: &mut Shelf, kv: &KeyValue) {
     let key = text(kv.key());
     match key.strip_prefix(&keys.subnets) {
@@ -230,4 +243,18 @@ fn apply(keys: &Keys, shelf: &mut Shelf, message: &WatchResponse) -> i64 {
         }
     }
     last
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn without_time_there_is_what_is_there() {
+        assert_eq!(within(Duration::ZERO, std::future::ready(7)).await, Some(7));
+        assert_eq!(within(Duration::ZERO, std::future::pending::<u8>()).await, None);
+        let start = Instant::now();
+        assert_eq!(within(GATHER, std::future::pending::<u8>()).await, None);
+        assert!(start.elapsed() >= GATHER);
+    }
 }
