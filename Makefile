@@ -46,9 +46,9 @@ bench: dist ## the benchmarks: ratios measured in one run
 	$(CARGO) build --locked --release -p flannel-tests --bins
 	FLANNEL_BIN_DIR=$(CURDIR)/$(DIST) target/release/bench all
 
-bench-flanneld: dist ## those about flanneld alone, in eight minutes
-	$(CARGO) build --locked --release -p flannel-tests --bins
-	FLANNEL_BIN_DIR=$(CURDIR)/$(DIST) target/release/bench flanneld
+bench-flanneld: setup ## those about flanneld alone, in eight minutes
+	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --locked --release --target $(TARGET) -p flannel-core -p flannel-tests --bins
+	FLANNEL_BIN_DIR=$(CURDIR)/$(DIST) $(DIST)/bench flanneld
 
 check: ## format, lints, documentation
 	$(CARGO) fmt --all --check
