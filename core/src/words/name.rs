@@ -194,20 +194,20 @@ impl NetworkName {
         LinkName::new(&name).unwrap_or(LinkName([b'f'; LINK_NAME_MAX + 1]))
     }
 
-    /// The device of the ipip backend: `flannel.ipip` for the default network, as upstream has it; `flannel.` and a hash of the
-    /// name for another.
+    /// The device of the ipip backend: `flannel.ipip` for every flanneld's network, as upstream has it: the kernel has room for one with
+    /// the host's address, and that may be the one that Go's flanneld left. `flannel.` and a hash of the name for another.
     pub fn ipip(&self) -> LinkName {
-        let name = match self.is_first() {
+        let name = match self.is_default() {
             true => "flannel.ipip".to_owned(),
             false => format!("flannel.{}", &fingerprint(self.0.as_bytes())[..7]),
         };
         LinkName::new(&name).unwrap_or(LinkName([b'f'; LINK_NAME_MAX + 1]))
     }
 
-    /// The WireGuard device of a family, IPv4's where there is one for both: `flannel-wg` and `flannel-wg-v6` for the default network,
-    /// as every flannel node has them; with a hash of the name for another.
+    /// The WireGuard device of a family, IPv4's where there is one for both: `flannel-wg` and `flannel-wg-v6` for every flanneld's
+    /// network, as every flannel node has them: one that Go's flanneld left has the port. With a hash of the name for another.
     pub fn wireguard(&self, family: Family) -> LinkName {
-        let name = match (self.is_first(), family) {
+        let name = match (self.is_default(), family) {
             (true, Family::V4) => "flannel-wg".to_owned(),
             (true, Family::V6) => "flannel-wg-v6".to_owned(),
             (false, Family::V4) => format!("fl-wg-{}", &fingerprint(self.0.as_bytes())[..7]),
@@ -371,12 +371,14 @@ mod tests {
             assert!(NetworkName::new(name.as_str()).is_err(), "{name} can be a network of a store");
             assert!(name.as_str().len() <= NetworkName::LEN_MAX, "{name}");
             let of = |network: &NetworkName| {
-                let v4 = [network.bridge(), network.tunnel(), network.ipip(), network.wireguard(Family::V4)];
-                (v4, network.wireguard(Family::V6), network.table(), network.endpoints_table())
+                ([network.bridge(), network.tunnel()], [network.table(), network.endpoints_table()])
             };
             let (own, first) = (of(name), of(&NetworkName::default_network()));
-            assert!(own.0.iter().all(|link| !first.0.contains(link)) && own.1 != first.1);
-            assert!(own.2 != first.2 && own.3 != first.3);
+            assert!(own.0.iter().all(|link| !first.0.contains(link)));
+            assert!(own.1.iter().all(|table| !first.1.contains(table)));
+            // What is Go's is taken over, whatever its subnet file is called.
+            assert_eq!(name.wireguard(Family::V4).to_string(), "flannel-wg");
+            assert_eq!(name.ipip().to_string(), "flannel.ipip");
         }
         assert!(name("/run/flannel-b/subnet.env").as_str().starts_with("_flannel-b-"));
     }
