@@ -14,6 +14,7 @@ use flannel_core::words::fact::{
     RouteProtocol, RouteScope, Sysctl,
 };
 use flannel_core::words::name::LinkName;
+use flannel_core::words::rule::TableName;
 use flannel_core::words::territory::Territory;
 use flannel_core::words::units::{Mtu, Overhead};
 
@@ -152,6 +153,9 @@ impl FakeWorld {
                 }
             }
             Fact::Route(route) => return self.create_route(route),
+            Fact::TunnelHost(host) => {
+                self.facts.get(&Key::Table(TableName::clone(&host.table))).ok_or(libc::ENOENT)?;
+            }
             Fact::Sysctl(Sysctl { link: Some(link), .. }) => {
                 self.link(*link).ok_or(libc::ENOENT)?;
             }
@@ -354,6 +358,11 @@ impl FakeWorld {
     fn delete(&mut self, fact: &Fact) {
         match fact {
             Fact::Link(link) => self.delete_link(link.name),
+            // With everything in it.
+            Fact::Table(gone) => {
+                self.facts.remove(&fact.key());
+                self.facts.retain(|fact| !matches!(fact, Fact::TunnelHost(host) if *host.table == gone.name));
+            }
             // Only the very route, the very destination goes; another may be in its place by now.
             Fact::Route(_) | Fact::Forward(_) => {
                 if self.facts.get(&fact.key()) == Some(fact) {
@@ -405,6 +414,7 @@ impl FakeWorld {
                 Fact::Route(route) => territory.holds_route(&ours, route),
                 Fact::Policy(policy) => territory.holds_policy(policy),
                 Fact::Table(table) => territory.holds_table(&table.name),
+                Fact::TunnelHost(host) => territory.holds_tunnel_host(host),
                 Fact::SharedChain(chain) => {
                     let ours = |one| territory.cidrs.iter().any(|cidr| cidr.overlaps(&one));
                     territory.shared_chains && chain.cidrs().any(ours)

@@ -24,6 +24,10 @@ use flannel_core::words::secret::Secret;
 use flannel_core::words::units::Mtu;
 use flannel_core::words::wireguard::{KeyPair, PublicKey};
 
+#[path = "plan/overlaps.rs"]
+mod overlaps;
+#[path = "plan/tunnel_guard.rs"]
+mod tunnel_guard;
 #[path = "plan/udp.rs"]
 mod udp;
 #[path = "plan/wireguard.rs"]
@@ -71,6 +75,7 @@ fn node() -> Node {
         ],
         forward_chains: Default::default(),
         iptables: Default::default(),
+        nftables: true,
         ipv6: true,
         ra_at_risk: false,
         wireguard: true,
@@ -89,6 +94,7 @@ struct Case {
     masquerade: bool,
     fully_random: bool,
     forward: bool,
+    guard: bool,
     blackhole: bool,
     isolated_from: BTreeSet<Prefix>,
     exposure: Option<Exposure>,
@@ -116,6 +122,7 @@ impl Case {
             masquerade: false,
             fully_random: true,
             forward: false,
+            guard: false,
             blackhole: false,
             isolated_from: BTreeSet::new(),
             exposure: None,
@@ -140,6 +147,7 @@ impl Case {
             masquerade: self.masquerade,
             fully_random: self.fully_random,
             forward: self.forward,
+            guard: self.guard,
             blackhole: self.blackhole,
             isolated_from: &self.isolated_from,
             exposure: self.exposure.as_ref(),
@@ -526,9 +534,9 @@ fn a_plan_may_touch_what_is_left_of_its_network_and_what_it_wants() {
     assert_eq!(left.cidrs.iter().map(Prefix::to_string).collect::<Vec<_>>(), ["10.100.0.0/16"]);
     let names =
         |tables: &BTreeSet<TableName>| tables.iter().map(|table| table.name.clone()).collect::<Vec<_>>();
-    assert_eq!(names(&left.tables), ["flannel", "flannel_endpoints"]);
+    assert_eq!(names(&left.tables), ["flannel", "flannel_endpoints", "flannel_tunnel"]);
     assert_eq!((planned.alias, planned.cidrs), (left.alias, left.cidrs));
-    assert_eq!(names(&planned.tables), ["flannel"], "the endpoints are somebody else's");
+    assert_eq!(names(&planned.tables), ["flannel", "flannel_tunnel"], "the endpoints are somebody else's");
     let case = Case { exposure: Some(Exposure::default()), ..case };
     assert_eq!(case.plan().territory.tables, left.tables);
     assert_eq!(planned.links.iter().map(|link| link.as_str()).collect::<Vec<_>>(), ["flannel.1"]);
@@ -555,46 +563,4 @@ fn four_thousand_peers_take_milliseconds() {
     println!("planned {} facts in {took:?}", plan.facts.len());
     // Generous: a debug build on a loaded machine. Quadratic work would take minutes.
     assert!(took.as_secs() < 2, "{took:?}");
-}
-
-#[test]
-fn routes_of_the_host_that_a_network_may_not_cover() {
-    let config = NetworkConfig::parse(HOST_GW).unwrap().config;
-    let found = |destination: &str, via: Option<&str>, link: &str, bridge: bool| {
-        let route = HostRoute {
-            destination: destination.parse().unwrap(),
-            via: via.map(|via| via.parse().unwrap()),
-            link: Some(LinkName::new(link).unwrap()),
-            bridge,
-            protocol: RouteProtocol::BOOT,
-            scope_link: via.is_none(),
-        };
-        overlap(&config, &[route]).map(|finding| finding.text)
-    };
-    for (destination, via, link, bridge) in [
-        ("0.0.0.0/0", Some("192.168.100.254"), "eth0", false),
-        ("10.101.0.0/16", None, "eth0", false),
-        ("10.100.0.0/16", None, "flannel0", false),
-        ("10.100.5.0/24", Some("10.100.5.0"), "flannel.1", false),
-        ("10.100.5.0/24", None, "docker0", true),
-        ("10.100.5.0/24", None, "cni0", true),
-        ("10.100.9.0/24", Some("192.168.100.2"), "eth0", false),
-    ] {
-        assert_eq!(found(destination, via, link, bridge), None, "{destination} {link}");
-    }
-    for (destination, via, link, bridge) in [
-        ("10.100.5.0/24", None, "eth0", false),
-        ("10.0.0.0/8", None, "eth0", false),
-        ("10.0.0.0/8", Some("192.168.100.254"), "eth0", false),
-        ("10.100.0.0/17", Some("192.168.100.254"), "eth0", false),
-        ("10.100.0.0/16", None, "br0", true),
-    ] {
-        let via_text = via.map(|via| format!(" via {via}")).unwrap_or_default();
-        assert_eq!(
-            found(destination, via, link, bridge),
-            Some(format!(
-                "the network is 10.100.0.0/16, this host has the route {destination}{via_text} dev {link}"
-            )),
-        );
-    }
 }

@@ -5,6 +5,7 @@
 //! fact that goes must be in it, and none that comes.
 
 use std::cmp::Ordering;
+use std::net::Ipv4Addr;
 
 use super::backend::PLAIN_METRIC_PEERS;
 use super::plan::{Inputs, Plan, plan_among};
@@ -27,7 +28,9 @@ pub fn delta(before: &Inputs<'_>, now: &LeaseSet) -> Option<(Plan, Plan)> {
     if crowd <= PLAIN_METRIC_PEERS || changed.len() > CHANGES_MAX {
         return None;
     }
-    if changed.iter().any(|subnets| overlaps_a_neighbor(now, subnets)) {
+    if changed.iter().any(|subnets| overlaps_a_neighbor(now, subnets))
+        || (before.guard && shares_an_address(old, now, &changed))
+    {
         return None;
     }
     let planned = |set: &LeaseSet| {
@@ -61,6 +64,20 @@ fn changes(old: &LeaseSet, now: &LeaseSet) -> Vec<Subnets> {
             changed.extend(one.or(other).map(|(subnets, _)| *subnets));
         }
     }
+}
+
+/// Whether a lease that stays has the public address of one that differs: the guard of the tunnel has that once for both.
+fn shares_an_address(old: &LeaseSet, now: &LeaseSet, changed: &[Subnets]) -> bool {
+    let of = |set: &LeaseSet, subnets| set.leases.get(subnets).map(|value| value.public_ip);
+    let addresses = changed.iter().flat_map(|subnets| [of(old, subnets), of(now, subnets)]);
+    let mut addresses: Vec<Ipv4Addr> = addresses.flatten().collect();
+    addresses.sort_unstable();
+    // Both in the order of their subnets.
+    let mut differ = changed.iter().peekable();
+    now.leases.iter().any(|(subnets, value)| {
+        while differ.next_if(|one| *one < subnets).is_some() {}
+        differ.peek() != Some(&subnets) && addresses.binary_search(&value.public_ip).is_ok()
+    })
 }
 
 /// Whether a lease that is there overlaps the one before it or behind it. If no changed one does, and none did before, none does.

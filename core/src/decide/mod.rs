@@ -18,4 +18,5 @@ pub mod ranges;
 pub mod reader;
 pub mod scene;
 pub mod shaping;
+mod tunnel_guard;
 pub mod vanished;

@@ -5,13 +5,13 @@ use std::collections::BTreeSet;
 use super::firewall::{self, FirewallScene, Range};
 use super::publish::PublishScene;
 use super::scene::{Draft, Scene};
-use super::{backend, bridge, publish};
+use super::{backend, bridge, publish, tunnel_guard};
 use crate::words::addr::{Family, InterfaceAddress, Prefix};
 use crate::words::code::Code;
 use crate::words::config::{BackendConfig, NetworkConfig};
 use crate::words::exposure::Exposure;
 use crate::words::extension::Errands;
-use crate::words::fact::{Blackhole, BridgePort, Fact, Facts, Link, LinkKind, LinkModes, Sysctl};
+use crate::words::fact::{Blackhole, BridgePort, Fact, Facts, Link, LinkKind, LinkModes, Sysctl, TunnelHost};
 use crate::words::ipsec::Associations;
 use crate::words::lease::{LeaseSet, OwnLease};
 use crate::words::name::{LinkName, NetworkName};
@@ -43,6 +43,8 @@ pub struct Inputs<'a> {
     pub fully_random: bool,
     /// Accept what is forwarded from and to the network (`--iptables-forward-rules`).
     pub forward: bool,
+    /// Take packets into the kernel's tunnels from holders of leases only (`--tunnel-guard`).
+    pub guard: bool,
     /// Throw away what is sent to our own subnet while nothing here takes it (`--ip-blackhole-route`).
     pub blackhole: bool,
     /// CIDRs of this node's other networks, which this one must not reach.
@@ -112,6 +114,9 @@ pub(super) fn plan_among(inputs: &Inputs<'_>, crowd: usize) -> Result<Plan, Plan
     scene.crowd = crowd;
     plan_uplink(&scene, &mut draft);
     backend.plan(&scene, &mut draft);
+    if inputs.guard && node.nftables {
+        tunnel_guard::plan(&scene, leases, &mut draft);
+    }
     let ranges = ranges(inputs, scene.families());
     plan_firewall(inputs, &ranges, &mut draft);
     if let Some(bridge) = inputs.bridge {
@@ -124,8 +129,9 @@ pub(super) fn plan_among(inputs: &Inputs<'_>, crowd: usize) -> Result<Plan, Plan
         }
     }
 
+    let keeps_tunnel_hosts = tunnel_guard::keeps_hosts(&draft);
     let Draft { facts, findings, tunnel, associations, wireguard, errands } = draft;
-    let territory = territory(inputs, &facts);
+    let territory = Territory { keeps_tunnel_hosts, ..territory(inputs, &facts) };
     Ok(Plan { facts, tunnel, associations, wireguard, errands, territory, findings, mtu, ranges })
 }
 
@@ -212,7 +218,11 @@ pub fn remains(network: &NetworkName, cidrs: impl IntoIterator<Item = Prefix>) -
     Territory {
         alias: Some(Territory::alias_of(network)),
         cidrs: cidrs.into_iter().collect(),
-        tables: BTreeSet::from([firewall::table_name(network), publish::table_name(network)]),
+        tables: BTreeSet::from([
+            firewall::table_name(network),
+            publish::table_name(network),
+            TunnelHost::table_of(network),
+        ]),
         accepts: !network.is_default(),
         policies: true,
         shared_chains: network.is_default(),

@@ -127,6 +127,10 @@ pub struct CommonFlags {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = true, default_missing_value = "true", value_parser = go_syntax::parse_bool)]
     pub iptables_forward_rules: bool,
 
+    /// Take VXLAN and IPIP packets from hosts only that hold a lease; whoever else sends into the tunnel is dropped and counted
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = true, default_missing_value = "true", value_parser = go_syntax::parse_bool)]
+    pub tunnel_guard: bool,
+
     /// Throw away what is sent to this host's subnet while no bridge of it is up, instead of sending it back where it came from
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true", value_parser = go_syntax::parse_bool)]
     pub ip_blackhole_route: bool,

@@ -23,7 +23,7 @@ use crate::touch::world::World as _;
 use crate::touch::world::kernel::Kernel;
 use crate::words::addr::{Family, Prefix};
 use crate::words::config::NetworkConfig;
-use crate::words::fact::{Fact, Facts};
+use crate::words::fact::{Fact, Facts, TunnelHost};
 use crate::words::lease::{LeaseSet, LeaseValue, Subnets};
 
 /// How long the store gets to answer.
@@ -98,6 +98,7 @@ pub fn explain(flags: &CommonFlags, address: IpAddr) -> anyhow::Result<Answer> {
     let mut text = String::new();
     let cidrs: Vec<Prefix> = known.config.iter().flat_map(|config| config.cidrs()).collect();
     let mut kernel = Kernel::open()?;
+    let seen = kernel.observe(&remains(&setup::flannelds_network(flags), cidrs.iter().copied()))?;
     let mut well = true;
     match known
         .leases
@@ -113,8 +114,7 @@ pub fn explain(flags: &CommonFlags, address: IpAddr) -> anyhow::Result<Answer> {
         }
         Some((_, subnet, value)) => {
             writeln!(text, "{address} is in {subnet}, which {} has ({})", public(value), backend(value))?;
-            let territory = remains(&setup::flannelds_network(flags), cidrs.iter().copied());
-            let facts = about(&kernel.observe(&territory)?, subnet);
+            let facts = about(&seen, subnet, &[value.public(Family::V4), value.public(Family::V6)]);
             well = !facts.is_empty();
             if facts.is_empty() {
                 writeln!(text, "the kernel of this host has nothing for that subnet")?;
@@ -127,6 +127,7 @@ pub fn explain(flags: &CommonFlags, address: IpAddr) -> anyhow::Result<Answer> {
             let place =
                 if of_network { "in the network, and in nobody's subnet" } else { "not in the network" };
             writeln!(text, "{address} is {place}")?;
+            text.extend(guarded(&mut kernel, &seen, address)?);
         }
     }
     match kernel.way_to(address)? {
@@ -225,8 +226,27 @@ fn holding(subnets: &Subnets, address: IpAddr) -> Option<Prefix> {
     subnets.of(Family::of(address)).filter(|subnet| subnet.contains(address))
 }
 
-/// What is there for a peer's subnet: its route, and the neighbor and the forwarding entry that belong to that; or its policies.
-fn about(facts: &Facts, subnet: Prefix) -> Vec<Fact> {
+/// Whether tunnels of this host take packets from an address, if there is a guard that minds.
+fn guarded(kernel: &mut Kernel, facts: &Facts, address: IpAddr) -> anyhow::Result<Option<String>> {
+    let set = TunnelHost::set(Family::of(address));
+    let guard = facts.iter().find_map(|fact| match fact {
+        Fact::Table(table) if TunnelHost::are_in(&table.name) => Some(table),
+        _ => None,
+    });
+    let Some(guard) = guard.filter(|guard| guard.sets.contains_key(set)) else { return Ok(None) };
+    let is_let_in = |fact: &Fact| matches!(fact, Fact::TunnelHost(host) if host.address == address);
+    if facts.iter().any(is_let_in) {
+        return Ok(Some("the tunnel takes packets from it: it is a host's with a lease\n".to_owned()));
+    }
+    let dropped = kernel.netfilter()?.strangers(&guard.name)?.unwrap_or_default();
+    Ok(Some(format!(
+        "no lease names it: what it sends into the tunnel is dropped; packets dropped so far, of all strangers: {dropped}\n"
+    )))
+}
+
+/// What is there for a peer's subnet: its route, the neighbor and the forwarding entry that belong to that, and the peer's place in
+/// the tunnel's guard; or its policies.
+fn about(facts: &Facts, subnet: Prefix, publics: &[Option<IpAddr>]) -> Vec<Fact> {
     let mac = facts.iter().find_map(|fact| match fact {
         Fact::Neighbor(neighbor) if neighbor.ip == subnet.base() => Some(neighbor.mac),
         _ => None,
@@ -235,6 +255,7 @@ fn about(facts: &Facts, subnet: Prefix) -> Vec<Fact> {
         Fact::Route(route) => route.destination == subnet,
         Fact::Neighbor(neighbor) => neighbor.ip == subnet.base(),
         Fact::Forward(entry) => Some(entry.mac) == mac,
+        Fact::TunnelHost(host) => publics.contains(&Some(host.address)),
         Fact::Policy(policy) => policy.source == subnet || policy.destination == subnet,
         _ => false,
     };
@@ -272,9 +293,9 @@ mod tests {
             [Fact::Neighbor(Neighbor { link, ip, mac }), Fact::Forward(Forward { link, mac, remote })]
         };
         let facts: Facts = peer(1).into_iter().chain(peer(2)).collect();
-        let found: Facts = about(&facts, "10.100.2.0/24".parse().unwrap()).into_iter().collect();
+        let found: Facts = about(&facts, "10.100.2.0/24".parse().unwrap(), &[]).into_iter().collect();
         assert_eq!(found, peer(2).into_iter().collect());
-        assert!(about(&facts, "10.100.3.0/24".parse().unwrap()).is_empty());
+        assert!(about(&facts, "10.100.3.0/24".parse().unwrap(), &[]).is_empty());
         let key = Subnets::parse_key("10.100.2.0-24").unwrap();
         assert!(holding(&key, "10.100.2.9".parse().unwrap()).is_some());
         assert!(holding(&key, "10.100.3.9".parse().unwrap()).is_none());

@@ -41,6 +41,7 @@ struct Inner {
     peers: Family<Labels, Gauge>,
     store: Latencies,
     store_up: Family<Labels, Gauge>,
+    strangers: Family<Labels, Counter>,
     commands: Family<Labels, Counter>,
     commands_failing: Family<Labels, Gauge>,
     ready: Mutex<BTreeMap<String, bool>>,
@@ -57,6 +58,7 @@ impl Default for Inner {
             // 1 ms to 4 s: a call has 2.8 s.
             store: Latencies::new_with_constructor(|| Histogram::new(exponential_buckets(0.001, 2.0, 13))),
             store_up: Family::default(),
+            strangers: Family::default(),
             commands: Family::default(),
             commands_failing: Family::default(),
             ready: Mutex::default(),
@@ -106,6 +108,11 @@ impl Counters {
         self.0.peers.get_or_create(&only).set(peers as i64);
     }
 
+    /// Packets that the tunnels' guard has dropped since it was last asked.
+    pub fn strangers(&self, network: &str, dropped: u64) {
+        self.0.strangers.get_or_create(&vec![("network", network.to_owned())]).inc_by(dropped);
+    }
+
     /// One more command of the extension backend has ended.
     pub fn command(&self, network: &str, occasion: Occasion, worked: bool) {
         let mut labels = labels(network, "command", &occasion.to_string());
@@ -152,6 +159,11 @@ impl Counters {
         registry.register("ready", "Whether the data path is as planned and the subnet file written", ready);
         registry.register("build", "The program", Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]));
         registry.register("peers", "Leases of other nodes that are planned for", self.0.peers.clone());
+        let (name, help) = (
+            "tunnel_strangers_dropped",
+            "Packets for the tunnel that were dropped because they came from an address that holds no lease",
+        );
+        registry.register(name, help, self.0.strangers.clone());
         let (name, help) = ("extension_commands", "Commands of the extension backend that have ended");
         registry.register(name, help, self.0.commands.clone());
         let (name, help) = ("extension_commands_failing", "Commands of the extension backend that fail now");

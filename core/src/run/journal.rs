@@ -127,7 +127,7 @@ fn one_line(text: &str) -> String {
         return format!("{program} -t {} -S", rest.lines().next().unwrap_or_default());
     }
     let text = match text.split_once('{') {
-        Some((head, _)) if text.starts_with("nft") => {
+        Some((head, _)) if text.starts_with("nft 'table") => {
             head.trim_end().trim_end_matches('\'').replace('\'', "")
         }
         _ => text.to_owned(),

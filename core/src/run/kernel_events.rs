@@ -48,14 +48,18 @@ impl KernelEvents {
         let route = open(protocols::NETLINK_ROUTE, ROUTE_GROUPS)?;
         // Thousands of forwarding entries are told one by one. Where this is not allowed, some may be lost, and that is a notice too.
         let _ = setsockopt(route.socket_ref(), sockopt::RcvBufForce, &ROOM);
-        own.listen(route.socket_ref().as_fd().try_clone_to_owned()?);
+        own.routes.listen(route.socket_ref().as_fd().try_clone_to_owned()?);
         let nftables = open(protocols::NETLINK_NETFILTER, NFTABLES_GROUP)?;
+        own.rules.listen(nftables.socket_ref().as_fd().try_clone_to_owned()?);
         let mut tasks = vec![
             tokio::spawn(listen(route, wake.clone(), {
                 let own = own.clone();
                 move |datagram: &[u8]| of_interest(datagram, &own)
             })),
-            tokio::spawn(listen(nftables, wake.clone(), |_: &[u8]| true)),
+            tokio::spawn(listen(nftables, wake.clone(), {
+                let own = own.clone();
+                move |datagram: &[u8]| any(datagram, |_, sender, _| !own.rules.is(sender))
+            })),
         ];
         // Not every kernel has IPsec.
         if let Ok(policies) = open(NETLINK_XFRM, POLICY_GROUP) {
@@ -120,6 +124,8 @@ fn any(datagram: &[u8], mut wanted: impl FnMut(u16, u32, &[u8]) -> bool) -> bool
     false
 }
 
+/// Whether a message may concern us. A busy host sends many that cannot: every container that comes or goes, every neighbor
+/// that is confirmed.
 fn message_of_interest(kind: u16, body: &[u8]) -> bool {
     match kind {
         libc::RTM_NEWLINK | libc::RTM_DELLINK => {

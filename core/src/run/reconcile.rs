@@ -5,7 +5,9 @@
 
 mod endpoints;
 mod follow;
+mod guard;
 mod known;
+mod newest;
 mod ports;
 
 use std::collections::BTreeSet;
@@ -18,7 +20,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use self::endpoints::{Endpoints, Reply};
+use self::guard::TunnelGuard;
 use self::known::Known;
+use self::newest::newest;
 use self::ports::ports;
 use super::health::Counters;
 use super::journal::Journal;
@@ -60,6 +64,7 @@ pub(super) struct Place {
     pub(super) fully_random: bool,
     pub(super) forward: bool,
     pub(super) udp_offload: bool,
+    pub(super) guard: bool,
     pub(super) blackhole: bool,
     /// The bridge, if the agent keeps one.
     pub(super) bridge: Option<LinkName>,
@@ -75,6 +80,7 @@ impl Place {
             fully_random: settings.fully_random,
             forward: settings.forward,
             udp_offload: settings.udp_offload,
+            guard: settings.guard,
             blackhole: settings.blackhole,
             bridge: settings.bridge,
         }
@@ -256,6 +262,7 @@ enum PassError {
 struct Thread {
     place: Place,
     journal: Journal,
+    counters: Counters,
     endpoints: Endpoints,
     kernel: Option<Kernel>,
     /// What the last pass left, if it was clean.
@@ -265,6 +272,7 @@ struct Thread {
     carrier: Carrier,
     /// Whether it was said that there is no iptables.
     told_of_no_iptables: bool,
+    guard: TunnelGuard,
     wireguard: Wireguard,
     done: watch::Sender<Outcome>,
 }
@@ -288,13 +296,16 @@ impl Thread {
     fn new(place: Place, exposure: Option<Exposure>, counters: Counters) -> (Self, watch::Receiver<Outcome>) {
         let (done, outcome) = watch::channel(Outcome::default());
         let endpoints = Endpoints::new(place.network.clone(), place.bridge, exposure);
-        let journal = Journal::new(&place.network, counters);
+        let journal = Journal::new(&place.network, counters.clone());
+        let guard = TunnelGuard::new(&place.network, place.guard);
         let carrier = Carrier::new(place.udp_offload);
         let own_writes = Arc::new(OwnWrites::default());
         let told_of_no_iptables = false;
         let thread = Self {
             journal,
+            counters,
             place,
+            guard,
             endpoints,
             kernel: None,
             known: None,
@@ -338,6 +349,9 @@ impl Thread {
 
     fn pass(&mut self, sight: &Sight, reason: Reason, look: Look) {
         let started = Instant::now();
+        if self.guard.begins_again(reason) {
+            self.known = None;
+        }
         let mut outcome = Outcome { passes: self.done.borrow().passes + 1, ..Outcome::default() };
         let followed = if look == Look::IfInDoubt { self.follow(sight) } else { None };
         match followed.map_or_else(|| self.try_pass(sight), Ok) {
@@ -406,17 +420,23 @@ impl Thread {
         let kernel = open(&mut self.kernel)?;
         self.endpoints.prepare(kernel, &mut plan.facts, &mut plan.territory)?;
         let report = converge(&mut self.own_writes.signed(kernel), &plan.territory, &plan.facts)?;
+        if self.guard.is_refused(&report) {
+            return self.pass_once(sight, ports);
+        }
         self.endpoints.passed(kernel, plan.ranges.clone(), &report);
         // Only now: until here the packets of a network that leaves this backend had it still.
         if plan.tunnel.is_none() {
             self.carrier.stop();
         }
         self.wireguard.keep_only(&plan);
-        let mut found = None;
+        let mut found = Vec::new();
+        if node.is_some() {
+            found.extend(self.guard.count(open(&mut self.kernel)?, &self.counters)?);
+        }
         if self.place.forward
             && let Some(hint) = self.kernel()?.netfilter()?.hint()
         {
-            found = Some(Finding::new(Code::FORWARD_DROPPED, hint));
+            found.push(Finding::new(Code::FORWARD_DROPPED, hint));
         }
         let facts = std::mem::take(&mut plan.facts);
         if report.clean {
@@ -442,6 +462,7 @@ impl Thread {
     ) -> Result<(Plan, Node), PassError> {
         let node = self.node(inputs, ports)?;
         self.tell_of_iptables(inputs, &node);
+        self.guard.tell(&inputs.config, &node);
         // What endpoints want is not among the inputs.
         let known = known.filter(|_| self.endpoints.exposure().is_none());
         if let Some(plan) = known.and_then(|known| known.again(inputs, &node)) {
@@ -456,6 +477,7 @@ impl Thread {
     fn plan_for(&self, inputs: &Inputs, node: &Node) -> Result<Plan, PlanError> {
         let mut plan = plan(&self.plan_inputs(inputs, node))?;
         plan.territory.cidrs.extend(&inputs.former);
+        self.guard.let_be(&mut plan.territory);
         Ok(plan)
     }
 
@@ -470,6 +492,7 @@ impl Thread {
             masquerade: self.place.masquerade,
             fully_random: self.place.fully_random,
             forward: self.place.forward,
+            guard: self.guard.is_wanted(),
             blackhole: self.place.blackhole,
             isolated_from: &inputs.isolated_from,
             exposure: self.endpoints.exposure(),
@@ -521,6 +544,7 @@ impl Thread {
             routes: kernel.routes_of_others(&remains(&place.network, inputs.config.cidrs()))?,
             forward_chains: kernel.netfilter()?.forward_chains()?,
             iptables: kernel.netfilter()?.iptables()?,
+            nftables: kernel.netfilter()?.is_present()?,
             ipv6: kernel.has_ipv6(),
             ra_at_risk: inputs.config.v6.is_some() && kernel.loses_router_advertisements(inputs.uplink)?,
             wireguard,
@@ -555,25 +579,6 @@ fn open(kernel: &mut Option<Kernel>) -> Result<&mut Kernel, WorldError> {
         Some(kernel) => Ok(kernel),
         empty => Ok(empty.insert(Kernel::open()?)),
     }
-}
-
-/// What endpoints want comes first. Of the passes that are waiting only the newest inputs count, and the weightiest reason; one that
-/// must look makes all of them look. Retiring comes last.
-fn newest(first: Work, todo: &Receiver<Work>) -> Vec<Work> {
-    let mut pass: Option<(Box<Sight>, Reason, Look)> = None;
-    let (mut exposed, mut rest) = (Vec::new(), Vec::new());
-    for work in std::iter::once(first).chain(todo.try_iter()) {
-        match work {
-            Work::Pass(inputs, reason, look) => {
-                let earlier = pass.as_ref().map_or((reason, look), |(_, reason, look)| (*reason, *look));
-                pass = Some((inputs, reason.min(earlier.0), look.min(earlier.1)));
-            }
-            expose @ Work::Expose(..) => exposed.push(expose),
-            retire @ Work::Retire(..) => rest.push(retire),
-        }
-    }
-    let pass = pass.map(|(inputs, reason, look)| Work::Pass(inputs, reason, look));
-    exposed.into_iter().chain(pass).chain(rest).collect()
 }
 
 /// How long until a pass that left something undone is tried again: 0.2 s, doubling to 30 s.

@@ -37,6 +37,8 @@ pub struct AgentSettings {
     pub forward: bool,
     /// Let the kernel cut and put together what the udp backend carries.
     pub udp_offload: bool,
+    /// Take packets into the kernel's tunnels from holders of leases only.
+    pub guard: bool,
     /// Throw away what is sent to our own subnet while nothing here takes it.
     pub blackhole: bool,
     /// Run the commands of a config that came from elsewhere.

@@ -66,6 +66,7 @@ pub fn agent(
         fully_random: !flags.ip_masq_fully_random_disable,
         forward: flags.iptables_forward_rules,
         udp_offload: flags.udp_offload,
+        guard: flags.tunnel_guard,
         blackhole: flags.ip_blackhole_route,
         allow_extension: flags.allow_extension,
         bridge: None,

@@ -171,6 +171,7 @@ pub(super) fn take(
         routes,
         forward_chains: Default::default(),
         iptables: Default::default(),
+        nftables: true,
         ipv6: kernel.has_ipv6(),
         ra_at_risk: false,
         // What is advertised does not depend on it.

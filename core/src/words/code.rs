@@ -96,6 +96,8 @@ catalogue! {
         "put a key as `wg genkey` prints it into the file, or delete the file: a new key is made, and the peers learn it";
     PEER_SILENT = 136, "a WireGuard peer does not answer",
         "see that both hosts have the same PSK, that no firewall drops UDP to the port, and that the peer's flanneld runs";
+    TUNNEL_STRANGER = 137, "packets come into the tunnel from a host that holds no lease",
+        "see who it is: tcpdump -ni any 'udp port 8472 or proto 4'; a host of this network whose packets arrive from another address than its lease says must say that one (--public-ip), or all hosts do without the guard (--tunnel-guard=false)";
     LEASES_VANISHED = 138, "leases vanished all at once",
         "see who emptied the store, or restored a backup of it; hosts that run write their leases again within seconds";
     LEASE_FENCED = 139, "a bridge of this host has the subnet of another host's lease",

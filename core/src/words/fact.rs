@@ -11,8 +11,10 @@ mod port;
 mod route;
 pub mod shared_chain;
 mod tally;
+mod tunnel_host;
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use super::addr::{InterfaceAddress, Mac, Prefix};
 use super::name::LinkName;
@@ -26,6 +28,7 @@ pub use port::{BridgePort, Guard, PortVlans, VlanMember};
 pub use route::{Blackhole, Route, RouteExtras, RouteProtocol, RouteScope, RouteTable};
 use shared_chain::{ChainName, SharedChain};
 pub use tally::{Rest, Tally};
+pub use tunnel_host::TunnelHost;
 
 /// One thing that is true of a kernel, or should be. Holds only fields that we set; a `None` in a desired fact means
 /// that any value will do.
@@ -55,6 +58,8 @@ pub enum Fact {
     WireguardPeer(Box<WireguardPeer>),
     /// An nftables table of ours.
     Table(Box<Table>),
+    /// A tunnel takes packets from an address.
+    TunnelHost(TunnelHost),
     /// Traffic from and to a network is accepted by the FORWARD chain that iptables keeps, through our chain
     /// FLANNEL-FWD in it: another table's accept does not outweigh a drop there.
     Accept(Accept),
@@ -97,6 +102,8 @@ pub enum Key {
     WireguardPeer(LinkName, PublicKey),
     /// A table.
     Table(TableName),
+    /// An address in a tunnel's guard, by the guard's table. Before the routes: whoever is sent something may answer.
+    TunnelHost(Arc<TableName>, IpAddr),
     /// A network in the FORWARD chain.
     Accept(Prefix),
     /// Packets of a direction, from a subnet to another.
@@ -180,6 +187,7 @@ impl Fact {
             Self::WireguardDevice(device) => Key::WireguardDevice(device.link),
             Self::WireguardPeer(peer) => Key::WireguardPeer(peer.link, peer.key),
             Self::Table(table) => Key::Table(table.name.clone()),
+            Self::TunnelHost(host) => Key::TunnelHost(host.table.clone(), host.address),
             Self::Accept(accept) => Key::Accept(accept.cidr),
             Self::Policy(policy) => Key::Policy(policy.direction, policy.source, policy.destination),
             Self::Route(route) => {
@@ -205,6 +213,7 @@ impl Fact {
             Self::Route(route) => Some(route.link),
             Self::SharedChain(_)
             | Self::Table(_)
+            | Self::TunnelHost(_)
             | Self::Accept(_)
             | Self::Policy(_)
             | Self::Blackhole(_) => None,
@@ -225,7 +234,9 @@ impl Fact {
             Self::SharedChain(_) => "chain",
             Self::WireguardDevice(_) => "wireguard_device",
             Self::WireguardPeer(_) => "wireguard_peer",
+            Self::Table(table) if TunnelHost::are_in(&table.name) => TunnelHost::TABLE_KIND,
             Self::Table(_) => "table",
+            Self::TunnelHost(_) => TunnelHost::KIND,
             Self::Accept(_) => "accept",
             Self::Policy(_) => "policy",
             Self::Route(_) => "route",

@@ -228,6 +228,11 @@ impl NetworkName {
         self.table_named("flannel_endpoints")
     }
 
+    /// Name of the nftables table that guards the network's tunnels: `flannel_tunnel`, and further as [`Self::table`].
+    pub fn tunnel_table(&self) -> String {
+        self.table_named("flannel_tunnel")
+    }
+
     fn table_named(&self, first: &str) -> String {
         if self.is_first() { first.to_owned() } else { table_named(first, &self.0) }
     }

@@ -90,6 +90,8 @@ pub struct Node {
     pub forward_chains: BTreeSet<Family>,
     /// Its iptables.
     pub iptables: Iptables,
+    /// Whether the kernel has nf_tables.
+    pub nftables: bool,
     /// Whether the kernel has IPv6 at all (`/proc/sys/net/ipv6/conf` exists: it does not after `ipv6.disable=1`).
     pub ipv6: bool,
     /// Whether the uplink follows router advertisements and would stop doing so when the host begins to forward IPv6.

@@ -10,6 +10,7 @@ use std::net::IpAddr;
 use super::addr::{Family, Prefix};
 use super::exposure::Transport;
 use super::name::LinkName;
+use super::units::{Port, Vni};
 
 /// The family of a table. `Inet` sees both IPv4 and IPv6.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -255,6 +256,8 @@ pub enum Match {
     },
     /// `meta nfproto ipv4`. Needless before a test of an address, which implies it.
     Family(Family),
+    /// What a tunnel's packets look like when they arrive.
+    Encapsulated(Encapsulation),
     /// `fib daddr type local`: the destination is an address of this host.
     LocalDestination,
     /// `ct state [!] established,related`: of a connection that is known, or that belongs to one.
@@ -274,6 +277,20 @@ pub enum Match {
         /// What they must be.
         value: u32,
     },
+}
+
+/// How packets of a tunnel are wrapped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Encapsulation {
+    /// `udp dport PORT @th,96,24 VNI`: VXLAN of one network identifier (RFC 7348 §5).
+    Vxlan {
+        /// The UDP port.
+        port: Port,
+        /// The network identifier: others may have the port for theirs.
+        vni: Vni,
+    },
+    /// `meta l4proto ipencap`: IPv4 in IP (RFC 2003).
+    Ipip,
 }
 
 /// What happens to a packet that matched.
@@ -320,6 +337,10 @@ impl fmt::Display for Match {
             Self::Output { negated, link } => write!(f, "oifname {}\"{link}\"", not(negated)),
             Self::Family(Family::V4) => f.write_str("meta nfproto ipv4"),
             Self::Family(Family::V6) => f.write_str("meta nfproto ipv6"),
+            Self::Encapsulated(Encapsulation::Vxlan { port, vni }) => {
+                write!(f, "udp dport {port} @th,96,24 {:#x}", vni.id())
+            }
+            Self::Encapsulated(Encapsulation::Ipip) => f.write_str("meta l4proto ipencap"),
             Self::LocalDestination => f.write_str("fib daddr type local"),
             Self::Established { negated } => write!(f, "ct state {}established,related", no(negated)),
             Self::Translated { negated } => write!(f, "ct status {}dnat", no(negated)),

@@ -6,7 +6,9 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use super::addr::Prefix;
-use super::fact::{Address, Fact, Link, LinkKind, Policy, Route, RouteProtocol, RouteTable, Sysctl};
+use super::fact::{
+    Address, Fact, Link, LinkKind, Policy, Route, RouteProtocol, RouteTable, Sysctl, TunnelHost,
+};
 use super::name::{LinkName, NetworkName};
 use super::rule::TableName;
 
@@ -38,6 +40,8 @@ pub struct Territory {
     pub vlans: BTreeSet<LinkName>,
     /// Interfaces whose guard is looked at.
     pub guards: BTreeSet<LinkName>,
+    /// Whether tunnels' guards keep the hosts that they know: these are then not looked at.
+    pub keeps_tunnel_hosts: bool,
     /// Tables of routes that are looked at beside the main one.
     pub route_tables: BTreeSet<RouteTable>,
 }
@@ -102,6 +106,11 @@ impl Territory {
         self.tables.contains(name)
     }
 
+    /// Whether a host that a tunnel's guard knows is ours to remove.
+    pub fn holds_tunnel_host(&self, host: &TunnelHost) -> bool {
+        !self.keeps_tunnel_hosts && self.holds_table(&host.table)
+    }
+
     /// A territory that holds what these facts are about, and nothing more.
     pub fn of<'a>(facts: impl IntoIterator<Item = &'a Fact>) -> Self {
         let mut territory = Self::default();
@@ -122,6 +131,9 @@ impl Territory {
                 }
                 Fact::Table(table) => {
                     territory.tables.insert(table.name.clone());
+                }
+                Fact::TunnelHost(host) => {
+                    territory.tables.insert(TableName::clone(&host.table));
                 }
                 Fact::Accept(accept) => {
                     territory.accepts = true;

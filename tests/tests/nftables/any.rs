@@ -5,8 +5,10 @@ use std::collections::BTreeMap;
 use flannel_core::words::addr::{Family, Prefix};
 use flannel_core::words::name::LinkName;
 use flannel_core::words::rule::{
-    Base, Chain, ChainKind, Hook, Match, Rule, Set, Side, Table, TableFamily, TableName, Verdict,
+    Base, Chain, ChainKind, Encapsulation, Hook, Match, Rule, Set, Side, Table, TableFamily, TableName,
+    Verdict,
 };
+use flannel_core::words::units::{Port, Vni};
 use proptest::prelude::*;
 
 use super::prefix;
@@ -75,12 +77,20 @@ fn test(family: Family, sets: Vec<String>) -> BoxedStrategy<Match> {
     let output = (any::<bool>(), link()).prop_map(|(negated, link)| Match::Output { negated, link });
     let mark =
         (1..=u32::MAX, any::<u32>()).prop_map(|(mask, value)| Match::Mark { mask, value: value & mask });
+    let encapsulated = prop_oneof![
+        Just(Encapsulation::Ipip),
+        (1..=u64::from(u16::MAX), 0..1u64 << 24).prop_map(|(port, vni)| Encapsulation::Vxlan {
+            port: Port::new(port).unwrap(),
+            vni: Vni::new(vni).unwrap(),
+        }),
+    ]
+    .prop_map(Match::Encapsulated);
     if sets.is_empty() {
-        return prop_oneof![address, input, output, mark].boxed();
+        return prop_oneof![address, encapsulated, input, output, mark].boxed();
     }
     let lookup = (side(), any::<bool>(), proptest::sample::select(sets))
         .prop_map(move |(side, negated, set)| Match::AddressIn { side, negated, family, set });
-    prop_oneof![address, lookup, input, output, mark].boxed()
+    prop_oneof![address, encapsulated, lookup, input, output, mark].boxed()
 }
 
 fn rule(family: Family, sets: Vec<String>, verdicts: Vec<Verdict>) -> impl Strategy<Value = Rule> {

@@ -20,7 +20,7 @@ use flannel_core::decide::firewall::{FirewallScene, Range, plan, table_name};
 use flannel_core::touch::world::WorldError;
 use flannel_core::touch::world::kernel::nftables::Netfilter;
 use flannel_core::words::addr::{Family, Prefix};
-use flannel_core::words::fact::{Accept, Change, Fact, Facts, Key, diff};
+use flannel_core::words::fact::{Accept, Change, Fact, Facts, Tally, Key, diff};
 use flannel_core::words::name::NetworkName;
 use flannel_core::words::rule::{
     Base, Chain, ChainKind, Hook, Match, Rule, Set, Side, Table, TableFamily, TableName, Verdict,
@@ -82,9 +82,10 @@ fn settle(netfilter: &mut Netfilter, territory: &Territory, desired: &Facts) -> 
 }
 
 fn look(netfilter: &mut Netfilter, territory: &Territory) -> Facts {
-    let mut facts = Facts::default();
-    netfilter.observe(territory, &mut facts).unwrap();
-    facts
+    let nothing = Facts::default();
+    let mut tally = Tally::new(&nothing);
+    netfilter.observe(territory, &mut tally).unwrap();
+    tally.close().found
 }
 
 fn facts(facts: impl IntoIterator<Item = Fact>) -> (Territory, Facts) {

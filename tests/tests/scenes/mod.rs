@@ -1,5 +1,6 @@
 //! Scenes: a host with a past, and the plan it should come to. One generator for the fake kernel and the real one.
 
+mod keeps;
 pub(crate) mod peers;
 
 use std::collections::BTreeSet;
@@ -23,6 +24,8 @@ use flannel_tests::fake::FakeWorld;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::Index;
+
+use self::keeps::{Keeps, keeps};
 
 /// A world whose interfaces somebody else can set up and down.
 pub(crate) trait Bench: World {
@@ -83,15 +86,6 @@ pub(crate) struct Scene {
     reverse: bool,
 }
 
-/// What the agent does beside the backend.
-#[derive(Clone, Debug)]
-pub(crate) struct Keeps {
-    bridge: bool,
-    masquerade: bool,
-    forward: bool,
-    chains: bool,
-}
-
 const BACKENDS: &[&str] = &[
     r#"{"Type":"vxlan"}"#,
     r#"{"Type":"vxlan","VNI":2}"#,
@@ -130,11 +124,6 @@ fn mischief() -> impl Strategy<Value = Mischief> {
         1 => Just(Mischief::Impostor),
         3 => any::<Index>().prop_map(Mischief::Junk),
     ]
-}
-
-fn keeps() -> impl Strategy<Value = Keeps> {
-    (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>())
-        .prop_map(|(bridge, masquerade, forward, chains)| Keeps { bridge, masquerade, forward, chains })
 }
 
 pub(crate) fn scene() -> impl Strategy<Value = Scene> {
@@ -200,6 +189,7 @@ impl Wish {
             masquerade: keeps.masquerade,
             fully_random: true,
             forward: keeps.forward,
+            guard: keeps.guard,
             blackhole: false,
             isolated_from: &isolated_from,
             exposure: None,
@@ -229,7 +219,7 @@ impl Scene {
         let peer = |n: u8| Other { subnet: n, host: n, mac: n, far: false };
         let now =
             Wish { backend: BACKENDS[backend], network: 0, own: 1, peers: vec![peer(2), peer(3), peer(4)] };
-        let keeps = Keeps { bridge: true, masquerade: true, forward: true, chains: false };
+        let keeps = Keeps { bridge: true, masquerade: true, forward: true, chains: false, guard: true };
         Self { name: "default", past: None, mischief: Vec::new(), now, keeps, reverse: false }
     }
 
@@ -591,6 +581,7 @@ fn node() -> Node {
         forward_chains: Default::default(),
         iptables: Default::default(),
         ipv6: true,
+        nftables: true,
         ra_at_risk: false,
         wireguard: true,
         ports: Default::default(),

@@ -36,6 +36,7 @@ use crate::words::addr::{Family, Prefix};
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
 use crate::words::extension::Errands;
+use crate::words::fact::TunnelHost;
 use crate::words::lease::{LeaseSet, OwnLease, Subnets};
 use crate::words::report::{Finding, Reason};
 use crate::words::units::Mtu;
@@ -201,6 +202,7 @@ impl Work {
                         self.memory.hurry();
                         self.save().await;
                         self.memory.settle().await;
+                        self.lift_guard().await;
                         self.reconciler.end().await;
                         let _ = reply.send(());
                         return End::Over;
@@ -234,8 +236,17 @@ impl Work {
         if let Err(error) = self.reconciler.retire_table(firewall::table_name(network)).await {
             tracing::warn!(%network, "our rules may be left: {error}");
         }
+        self.lift_guard().await;
         self.reconciler.end().await;
         End::Yielded(Box::new(self.settings), self.publish)
+    }
+
+    /// Nobody keeps the tunnels' guard from now on: it would keep out whoever comes later.
+    async fn lift_guard(&self) {
+        let table = TunnelHost::table_of(&self.settings.network);
+        if let Err(error) = self.reconciler.retire_table(table).await {
+            tracing::warn!(network = %self.settings.network, "the tunnel guard may be left: {error}");
+        }
     }
 
     /// A start without the store goes on with what was true last: local containers must not wait for it.

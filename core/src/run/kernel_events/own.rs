@@ -1,7 +1,7 @@
 //! What the reconciler writes itself, so that it is not woken to look at its own work: after a lease that came, and after the thousands of
 //! a start.
 //!
-//! The kernel tells routes and neighbors with the number of the socket that changed them. Two kinds of notices carry none: those of
+//! The kernel tells routes, neighbors and rules with the number of the socket that changed them. Two kinds of notices carry none: those of
 //! a VXLAN device's forwarding entries (drivers/net/vxlan/vxlan_core.c `vxlan_fdb_notify`), and the last word about a neighbor that
 //! was deleted (net/core/neighbour.c `neigh_cleanup_and_release`). These are expected one by one.
 
@@ -31,13 +31,46 @@ const NEIGHBOR_HEADER: usize = 12;
 /// What one writer changes.
 #[derive(Default)]
 pub struct OwnWrites {
-    /// The number of its socket; 0 while it has none.
-    socket: AtomicU32,
-    /// That of its socket for policies of IPsec.
+    /// Links, addresses, neighbors, routes.
+    pub(super) routes: Signature,
+    /// nf_tables.
+    pub(super) rules: Signature,
+    /// The number of its socket for policies of IPsec; 0 while it has none.
     policies: AtomicU32,
     expected: Mutex<HashSet<Unsigned>>,
+}
+
+/// By what a part of the kernel tells whose change a notice is about.
+#[derive(Default)]
+pub(super) struct Signature {
+    /// The number of the writer's socket; 0 while it has none.
+    socket: AtomicU32,
     /// Where notices come in.
     listener: OnceLock<OwnedFd>,
+}
+
+impl Signature {
+    /// Notices of our own are to be kept from this socket.
+    pub(super) fn listen(&self, listener: OwnedFd) {
+        let _ = self.listener.set(listener);
+    }
+
+    /// Whether the number is that of the writer's socket.
+    pub(super) fn is(&self, sender: u32) -> bool {
+        sender != 0 && sender == self.socket.load(Ordering::Relaxed)
+    }
+
+    fn sign(&self, socket: u32) {
+        if self.socket.swap(socket, Ordering::Relaxed) == socket || socket == 0 {
+            return;
+        }
+        // Without the filter they are read and passed over.
+        if let Some(listener) = self.listener.get()
+            && let Err(error) = turn_away(listener, socket)
+        {
+            tracing::debug!("notices of our own changes cannot be kept away: {error}");
+        }
+    }
 }
 
 /// A notice that does not say whose change it is about.
@@ -56,7 +89,7 @@ impl OwnWrites {
 
     /// Whether a notice is about a change of the writer's own. Says so once.
     pub(super) fn made(&self, sender: u32, kind: u16, body: &[u8]) -> bool {
-        if sender != 0 && sender == self.socket.load(Ordering::Relaxed) {
+        if self.routes.is(sender) {
             return true;
         }
         Unsigned::read(kind, body).is_some_and(|notice| self.expected().remove(&notice))
@@ -65,23 +98,6 @@ impl OwnWrites {
     /// Whether a notice about a policy of IPsec is about a change of the writer's own.
     pub(super) fn made_policy(&self, sender: u32) -> bool {
         sender != 0 && sender == self.policies.load(Ordering::Relaxed)
-    }
-
-    /// Notices of our own are to be kept from this socket.
-    pub(super) fn listen(&self, listener: OwnedFd) {
-        let _ = self.listener.set(listener);
-    }
-
-    fn sign(&self, socket: u32) {
-        if self.socket.swap(socket, Ordering::Relaxed) == socket || socket == 0 {
-            return;
-        }
-        // Without the filter they are read and passed over.
-        if let Some(listener) = self.listener.get()
-            && let Err(error) = turn_away(listener, socket)
-        {
-            tracing::debug!("notices of our own changes cannot be kept away: {error}");
-        }
     }
 
     fn expect(&self, changes: &[Change<'_>]) {
@@ -184,7 +200,8 @@ impl World for Signed<'_> {
     }
 
     fn apply(&mut self, changes: &[Change<'_>]) -> Vec<Result<(), WorldError>> {
-        self.own.sign(self.kernel.port());
+        self.own.routes.sign(self.kernel.port());
+        self.own.rules.sign(self.kernel.filter_port());
         self.own.policies.store(self.kernel.policy_port(), Ordering::Relaxed);
         self.own.expect(changes);
         self.kernel.apply(changes)
@@ -230,7 +247,7 @@ mod tests {
         assert!(!own.made(0, libc::RTM_DELNEIGH, &went));
         // Nobody has number 0.
         assert!(!own.made(0, libc::RTM_NEWROUTE, &[]));
-        own.socket.store(77, Ordering::Relaxed);
+        own.routes.socket.store(77, Ordering::Relaxed);
         assert!(own.made(77, libc::RTM_NEWROUTE, &[]) && !own.made(78, libc::RTM_NEWROUTE, &[]));
         assert!(!own.made_policy(0) && !own.made_policy(77));
         own.policies.store(88, Ordering::Relaxed);

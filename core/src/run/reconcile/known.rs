@@ -28,7 +28,7 @@ pub(super) struct Known {
     /// What the last plan said beside its facts.
     outline: Plan,
     /// What the look found that no plan says.
-    found: Option<Finding>,
+    found: Vec<Finding>,
 }
 
 impl Known {
@@ -43,7 +43,7 @@ impl Known {
         node: Node,
         rest: Facts,
         facts: Facts,
-        (outline, found): (Plan, Option<Finding>),
+        (outline, found): (Plan, Vec<Finding>),
     ) -> Self {
         let (inputs, node) = (inputs.clone(), Arc::new(node));
         Self { inputs, node, peers: peers_of(facts), rest, outline, found }
@@ -85,7 +85,8 @@ impl Known {
         inputs: &Inputs,
         plan: &mut Plan,
     ) -> Option<(Self, Report)> {
-        if !self.is_rest(plan) {
+        // Who stays in a tunnel's guard although no lease speaks of him, only a look knows.
+        if !self.is_rest(plan) || plan.territory.keeps_tunnel_hosts {
             return None;
         }
         let peers = peers_of(std::mem::take(&mut plan.facts));
@@ -144,7 +145,12 @@ fn peers_of(mut facts: Facts) -> Facts {
 fn is_about_peers(fact: &Fact) -> bool {
     matches!(
         fact,
-        Fact::Neighbor(_) | Fact::Forward(_) | Fact::WireguardPeer(_) | Fact::Policy(_) | Fact::Route(_)
+        Fact::Neighbor(_)
+            | Fact::Forward(_)
+            | Fact::WireguardPeer(_)
+            | Fact::TunnelHost(_)
+            | Fact::Policy(_)
+            | Fact::Route(_)
     )
 }
 

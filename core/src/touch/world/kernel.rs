@@ -111,6 +111,11 @@ impl Kernel {
         self.xfrm.as_ref().and_then(Option::as_ref).map_or(0, Socket::port)
     }
 
+    /// The same of the socket for the packet filter.
+    pub fn filter_port(&self) -> u32 {
+        self.netfilter.as_ref().map_or(0, Netfilter::socket_number)
+    }
+
     /// Does something in this kernel's namespace: here, or on a short-lived thread inside.
     fn here<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
         match &self.namespace {
@@ -410,7 +415,7 @@ impl Kernel {
         self.observe_vlans(territory, &ours, tally)?;
         let filtered = !territory.tables.is_empty() || territory.accepts || territory.shared_chains;
         if filtered || !territory.guards.is_empty() {
-            self.netfilter()?.observe(territory, tally.few())?;
+            self.netfilter()?.observe(territory, tally)?;
         }
         Ok(())
     }
@@ -471,7 +476,11 @@ impl Part {
     fn of(change: &Change<'_>) -> Self {
         match change.fact() {
             Fact::Sysctl(_) => Self::Settings,
-            Fact::SharedChain(_) | Fact::Table(_) | Fact::Accept(_) | Fact::Guard(_) => Self::Netfilter,
+            Fact::SharedChain(_)
+            | Fact::Table(_)
+            | Fact::TunnelHost(_)
+            | Fact::Accept(_)
+            | Fact::Guard(_) => Self::Netfilter,
             Fact::Policy(_) => Self::Xfrm,
             Fact::WireguardDevice(_) | Fact::WireguardPeer(_) => Self::Wireguard,
             Fact::Link(_)

@@ -60,6 +60,7 @@ impl fmt::Display for Fact {
             Self::WireguardDevice(device) => write!(f, "{device}"),
             Self::WireguardPeer(peer) => write!(f, "{peer}"),
             Self::Table(table) => write!(f, "nft '{table}'"),
+            Self::TunnelHost(host) => write!(f, "{host}"),
             Self::Accept(a) => {
                 let iptables = if a.cidr.base().is_ipv4() { "iptables" } else { "ip6tables" };
                 write!(

@@ -86,7 +86,7 @@ impl<'a> Tally<'a> {
 /// Every peer has them, and nothing else depends on them. Links stay in sight whether or not they are as wanted: one can stand in the
 /// way of another one.
 fn is_one_of_many(fact: &Fact) -> bool {
-    matches!(fact, Fact::Neighbor(_) | Fact::Forward(_) | Fact::Route(_))
+    matches!(fact, Fact::Neighbor(_) | Fact::Forward(_) | Fact::TunnelHost(_) | Fact::Route(_))
 }
 
 #[cfg(test)]

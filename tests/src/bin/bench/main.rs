@@ -12,6 +12,7 @@ mod idle;
 mod scale;
 mod table;
 mod throughput;
+mod tunnel_guard;
 mod udp;
 
 use std::process::ExitCode;
@@ -33,6 +34,7 @@ const ALL: &[Bench] = &[
     ("docker", "networks, containers and ports of Docker, beside its bridge driver", docker::run),
     ("docker-throughput", "containers of two engines, beside Docker's overlay", docker_throughput::run),
     ("throughput", "TCP between containers of two hosts, beside a plain routed veth pair", throughput::run),
+    ("tunnel-guard", "TCP over vxlan with the tunnel guard, beside without", tunnel_guard::run),
     ("udp", "TCP over the udp backend, beside vxlan and one packet for each system call", udp::run),
 ];
 

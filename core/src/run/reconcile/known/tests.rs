@@ -130,6 +130,7 @@ fn host(backend: &str) -> Node {
         },
         routes: vec![route(if backend == "vxlan" { "10.52.0.0/16" } else { "10.48.0.0/13" })],
         forward_chains: BTreeSet::new(),
+        nftables: true,
         ipv6: false,
         ra_at_risk: false,
         ports: BTreeSet::new(),
@@ -173,7 +174,7 @@ fn plays(backend: &str, steps: &[Vec<Event>]) -> Result<usize, TestCaseError> {
     let mut world = Paper(whole.facts.clone());
     let rest = Known::rest(&whole.facts);
     let facts = std::mem::take(&mut whole.facts);
-    let mut known = Known::after(&now, host(backend), rest, facts, (whole, None));
+    let mut known = Known::after(&now, host(backend), rest, facts, (whole, Vec::new()));
     let mut by_themselves = 0;
     for step in steps {
         step.iter().for_each(|event| event.play(backend, &mut leases));
@@ -224,6 +225,7 @@ fn planned<'a>(
         masquerade: true,
         fully_random: true,
         forward: true,
+        guard: true,
         blackhole: false,
         isolated_from,
         exposure: None,

@@ -16,6 +16,7 @@ mod packet;
 mod port_map;
 mod revise;
 mod shared_chain;
+mod tunnel_guard;
 mod wire;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,7 +28,7 @@ use super::iptables::{Commands, Legacy};
 use crate::touch::world::WorldError;
 use crate::words::addr::{Family, Prefix};
 use crate::words::fact::shared_chain::{ChainName, Home, Job};
-use crate::words::fact::{Accept, Change, Fact, Facts};
+use crate::words::fact::{Accept, Change, Fact, Facts, Tally, TunnelHost};
 use crate::words::name::LinkName;
 use crate::words::node::Iptables;
 use crate::words::rule::{Table, TableName};
@@ -64,35 +65,54 @@ impl Netfilter {
     ///
     /// # Errors
     /// `Refused` if the kernel does not let us look.
-    pub fn observe(&mut self, territory: &Territory, facts: &mut Facts) -> Result<(), WorldError> {
+    pub fn observe(&mut self, territory: &Territory, tally: &mut Tally<'_>) -> Result<(), WorldError> {
         let asked = !territory.tables.is_empty() || territory.accepts || !territory.guards.is_empty();
         if !asked && !territory.shared_chains {
             return Ok(());
         }
         let absent = self.is_absent()?;
         if territory.shared_chains {
-            self.observe_shared_chains(territory, absent, facts)?;
+            self.observe_shared_chains(territory, absent, tally.few())?;
         }
         if absent {
             return Ok(());
         }
         if !territory.guards.is_empty() {
             let guards = mac_guard::look(&mut self.socket, &territory.guards)?;
-            guards.into_iter().for_each(|guard| facts.set(Fact::Guard(guard)));
+            guards.into_iter().for_each(|guard| tally.see(Fact::Guard(guard)));
         }
         for name in &territory.tables {
-            if let Some(table) = self.look(name)? {
-                facts.set(Fact::Table(Box::new(table)));
+            let Some(table) = self.look(name)? else { continue };
+            if !TunnelHost::are_in(name) {
+                tally.see(Fact::Table(Box::new(table)));
+                continue;
             }
+            let (table, hosts) = tunnel_guard::part(table);
+            tally.see(Fact::Table(Box::new(table)));
+            let ours = hosts.into_iter().filter(|host| territory.holds_tunnel_host(host));
+            ours.for_each(|host| tally.see(Fact::TunnelHost(host)));
         }
         if territory.accepts {
             for family in [Family::V4, Family::V6] {
                 for cidr in self.accepted(family, territory)? {
-                    facts.set(Fact::Accept(Accept { cidr }));
+                    tally.see(Fact::Accept(Accept { cidr }));
                 }
             }
         }
         Ok(())
+    }
+
+    /// Whether the kernel has nf_tables.
+    ///
+    /// # Errors
+    /// `Refused` if the kernel does not let us look.
+    pub fn is_present(&mut self) -> Result<bool, WorldError> {
+        Ok(!self.is_absent()?)
+    }
+
+    /// The number of the socket: notices of what it changed carry it.
+    pub fn socket_number(&self) -> u32 {
+        self.socket.number()
     }
 
     /// A kernel without nf_tables refuses every question about it (net/netfilter/nfnetlink.c `nfnetlink_rcv_msg`): there
@@ -279,8 +299,13 @@ impl Netfilter {
             shared_changes(changes).into_iter().partition(|(_, group)| leaving(group));
         self.apply_shared_chains(first, &mut results);
         for (change, result) in changes.iter().zip(&mut results) {
-            if !matches!(change.fact(), Fact::SharedChain(_)) {
+            if !matches!(change.fact(), Fact::SharedChain(_)) && !tunnel_guard::is_meant(change) {
                 *result = self.apply_alone(change);
+            }
+        }
+        for (name, group) in tunnel_guard::groups(changes) {
+            if let Err(error) = tunnel_guard::change(&mut self.socket, &name, &group) {
+                share(&error, &group.places, &mut results);
             }
         }
         self.apply_shared_chains(last, &mut results);

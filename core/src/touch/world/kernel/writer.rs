@@ -170,6 +170,7 @@ impl<'a> Writer<'a> {
             Fact::Sysctl(_)
             | Fact::SharedChain(_)
             | Fact::Table(_)
+            | Fact::TunnelHost(_)
             | Fact::Accept(_)
             | Fact::Guard(_)
             | Fact::Policy(_)

@@ -39,6 +39,8 @@ pub(super) enum Expression {
     Masquerade { flags: u32 },
     /// Load the protocol above the network header, or the destination port, into a register: part of a map's key.
     KeyPart { part: KeyPart, register: u32 },
+    /// Load bytes of what follows the network header.
+    Transport { offset: u32, length: u32 },
     /// Replace what was loaded, from the first register on, by what a map of the table has for it; go on only if it has.
     Translate { map: String },
     /// Load whether the destination is an address of this host (an RTN_ number, in the host's byte order).
@@ -169,6 +171,7 @@ impl Expression {
             Self::Masquerade { .. } => "masq",
             Self::KeyPart { part: KeyPart::Protocol, .. } => "meta",
             Self::KeyPart { part: KeyPart::Port, .. } => "payload",
+            Self::Transport { .. } => "payload",
             Self::Translate { .. } => "lookup",
             Self::DestinationType => "fib",
             Self::Connection(_) => "ct",
@@ -228,6 +231,9 @@ impl Expression {
                 let (offset, length) = DESTINATION_PORT;
                 out.number(1, *register).number(2, TRANSPORT_HEADER).number(3, offset).number(4, length);
             }
+            Self::Transport { offset, length } => {
+                out.number(1, REGISTER).number(2, TRANSPORT_HEADER).number(3, *offset).number(4, *length);
+            }
             Self::Translate { map } => {
                 out.text(1, map).number(2, REGISTER).number(3, REGISTER);
             }
@@ -262,9 +268,11 @@ impl Expression {
             "meta" if in_register(3) => (number(arguments, 2)? == Meta::Mark.code()).then_some(Self::SetMark),
             "meta" if in_register(1) => Some(Self::Meta(Meta::of(number(arguments, 2)?)?)),
             "payload" if number(arguments, 2)? == TRANSPORT_HEADER => {
-                let place = (number(arguments, 3)?, number(arguments, 4)?);
-                (place == DESTINATION_PORT).then_some(())?;
-                Some(Self::KeyPart { part: KeyPart::Port, register: number(arguments, 1)? })
+                let (offset, length) = (number(arguments, 3)?, number(arguments, 4)?);
+                match (offset, length) == DESTINATION_PORT {
+                    true => Some(Self::KeyPart { part: KeyPart::Port, register: number(arguments, 1)? }),
+                    false => in_register(1).then_some(Self::Transport { offset, length }),
+                }
             }
             "payload" if in_register(1) && number(arguments, 2)? == NETWORK_HEADER => {
                 Some(Self::Payload { offset: number(arguments, 3)?, length: number(arguments, 4)? })

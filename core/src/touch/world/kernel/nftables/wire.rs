@@ -8,8 +8,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, setsockopt,
-    socket, sockopt,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, getsockname, recv, send,
+    setsockopt, socket, sockopt,
 };
 
 use crate::touch::world::WorldError;
@@ -313,6 +313,11 @@ impl Socket {
             source: errno.into(),
         })?;
         Ok(Self { fd, subsystem, sequence: 0, buffer: vec![0; BUFFER], room: 0 })
+    }
+
+    /// The number that the kernel gave it.
+    pub(super) fn number(&self) -> u32 {
+        getsockname::<NetlinkAddr>(self.fd.as_raw_fd()).map_or(0, |address| address.pid())
     }
 
     /// The number of the rule set: it changes with every transaction of anybody in this namespace.
