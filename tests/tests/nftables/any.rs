@@ -10,6 +10,7 @@ use flannel_core::words::rule::{
 };
 use flannel_core::words::units::{Port, Vni};
 use proptest::prelude::*;
+use proptest::sample::Index;
 
 use super::prefix;
 
@@ -77,29 +78,33 @@ fn test(family: Family, sets: Vec<String>) -> BoxedStrategy<Match> {
     let output = (any::<bool>(), link()).prop_map(|(negated, link)| Match::Output { negated, link });
     let mark =
         (1..=u32::MAX, any::<u32>()).prop_map(|(mask, value)| Match::Mark { mask, value: value & mask });
-    let encapsulated = prop_oneof![
-        Just(Encapsulation::Ipip),
-        (1..=u64::from(u16::MAX), 0..1u64 << 24).prop_map(|(port, vni)| Encapsulation::Vxlan {
-            port: Port::new(port).unwrap(),
-            vni: Vni::new(vni).unwrap(),
-        }),
-    ]
-    .prop_map(Match::Encapsulated);
     if sets.is_empty() {
-        return prop_oneof![address, encapsulated, input, output, mark].boxed();
+        return prop_oneof![address, input, output, mark].boxed();
     }
     let lookup = (side(), any::<bool>(), proptest::sample::select(sets))
         .prop_map(move |(side, negated, set)| Match::AddressIn { side, negated, family, set });
-    prop_oneof![address, encapsulated, lookup, input, output, mark].boxed()
+    prop_oneof![address, lookup, input, output, mark].boxed()
+}
+
+/// A packet has one encapsulation.
+fn encapsulated() -> impl Strategy<Value = Option<Match>> {
+    let vxlan = (1..=u64::from(u16::MAX), 0..1u64 << 24).prop_map(|(port, vni)| Encapsulation::Vxlan {
+        port: Port::new(port).unwrap(),
+        vni: Vni::new(vni).unwrap(),
+    });
+    let one = prop_oneof![Just(Encapsulation::Ipip), vxlan].prop_map(Match::Encapsulated);
+    proptest::option::weighted(0.3, one)
 }
 
 fn rule(family: Family, sets: Vec<String>, verdicts: Vec<Verdict>) -> impl Strategy<Value = Rule> {
-    let tests = proptest::collection::vec(test(family, sets), 0..4);
-    (tests, any::<bool>(), proptest::sample::select(verdicts)).prop_map(|(matches, counter, verdict)| Rule {
-        matches,
-        counter,
-        verdict,
-    })
+    let tests = (encapsulated(), proptest::collection::vec(test(family, sets), 0..4), any::<Index>());
+    (tests, any::<bool>(), proptest::sample::select(verdicts)).prop_map(
+        |((encapsulated, mut matches, place), counter, verdict)| {
+            let place = place.index(matches.len() + 1);
+            matches.splice(place..place, encapsulated);
+            Rule { matches, counter, verdict }
+        },
+    )
 }
 
 fn base() -> impl Strategy<Value = Option<Base>> {

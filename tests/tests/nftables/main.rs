@@ -20,7 +20,7 @@ use flannel_core::decide::firewall::{FirewallScene, Range, plan, table_name};
 use flannel_core::touch::world::WorldError;
 use flannel_core::touch::world::kernel::nftables::Netfilter;
 use flannel_core::words::addr::{Family, Prefix};
-use flannel_core::words::fact::{Accept, Change, Fact, Facts, Tally, Key, diff};
+use flannel_core::words::fact::{Accept, Change, Fact, Facts, Key, Tally, diff};
 use flannel_core::words::name::NetworkName;
 use flannel_core::words::rule::{
     Base, Chain, ChainKind, Hook, Match, Rule, Set, Side, Table, TableFamily, TableName, Verdict,
