@@ -67,8 +67,10 @@ fn listing(env: &SubnetEnv, policy: &str, others: &str) -> String {
     text + &lines(&filter)
 }
 
+/// Without the tunnel guard, which has a table of its own.
 fn start(lab: &Lab, host: &Host, flags: &[&str]) -> Result<(Flanneld, SubnetEnv)> {
-    let daemon = Flanneld::start_with(lab, host, &[&["--iface=eth0"], flags].concat())?;
+    let daemon =
+        Flanneld::start_with(lab, host, &[&["--iface=eth0", "--tunnel-guard=false"], flags].concat())?;
     let env = daemon.ready()?;
     Ok((daemon, env))
 }
