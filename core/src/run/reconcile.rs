@@ -284,8 +284,10 @@ struct Thread {
 pub(super) fn preview(place: Place, inputs: &Inputs) -> Result<Vec<String>, String> {
     let (mut thread, _) = Thread::new(place, None, Counters::default());
     let ports = thread.ports().map_err(|error| chain(&error))?;
-    let (plan, _) = thread.plan(inputs, &ports, None).map_err(|error| chain(&error))?;
-    let seen = thread.kernel().and_then(|kernel| kernel.observe(&plan.territory));
+    let (mut plan, _) = thread.plan(inputs, &ports, None).map_err(|error| chain(&error))?;
+    let kernel = open(&mut thread.kernel).map_err(|error| chain(&error))?;
+    thread.guard.spare_others(kernel, &mut plan).map_err(|error| chain(&error))?;
+    let seen = kernel.observe(&plan.territory);
     let seen = seen.map_err(|error| chain(&error))?;
     let findings = plan.findings.iter().map(|finding| format!("! {finding}"));
     let changes = diff(&plan.facts, &seen);
@@ -407,6 +409,7 @@ impl Thread {
             Sight::Others(inputs) => (self.plan_reader(inputs, ports), None),
         };
         let public = node.as_ref().map(|(_, node)| Public::of_node(node)).unwrap_or_default();
+        self.guard.spare_others(open(&mut self.kernel)?, &mut plan)?;
         let rest = Known::rest(&plan.facts);
         if let Some(bridge) = self.place.bridge
             && let Some(link) = self.kernel()?.link(bridge)?

@@ -2,12 +2,13 @@
 
 use std::time::{Duration, Instant};
 
+use crate::decide::plan::Plan;
 use crate::run::health::Counters;
 use crate::touch::world::WorldError;
 use crate::touch::world::kernel::Kernel;
 use crate::words::code::Code;
 use crate::words::config::{BackendConfig, NetworkConfig};
-use crate::words::fact::TunnelHost;
+use crate::words::fact::{Fact, LinkKind, TunnelHost};
 use crate::words::name::NetworkName;
 use crate::words::node::Node;
 use crate::words::report::{Finding, Reason, Report};
@@ -71,6 +72,25 @@ impl TunnelGuard {
             network,
             "no tunnel guard: {cause}; whoever can send to this host can send into the tunnel, unless another firewall keeps them out"
         );
+    }
+
+    /// Guards no tunnel whose place another device has: its packets are that one's.
+    pub(super) fn spare_others(&self, kernel: &mut Kernel, plan: &mut Plan) -> Result<(), WorldError> {
+        let is_part = |fact: &Fact| match fact {
+            Fact::Table(table) => TunnelHost::are_in(&table.name),
+            fact => matches!(fact, Fact::TunnelHost(_)),
+        };
+        if !plan.facts.iter().any(is_part) {
+            return Ok(());
+        }
+        let tunnels = plan.facts.iter().filter_map(|fact| match fact {
+            Fact::Link(link) if matches!(link.kind, LinkKind::Vxlan(_) | LinkKind::Ipip(_)) => Some(&**link),
+            _ => None,
+        });
+        if kernel.is_taken(&plan.territory, &tunnels.collect::<Vec<_>>())? {
+            plan.facts.retain(|fact| !is_part(fact));
+        }
+        Ok(())
     }
 
     /// What was given up is left as it is.

@@ -233,6 +233,16 @@ impl Kernel {
         Ok(Some(seen.fact(|index| names.get(&index).copied())))
     }
 
+    /// Whether an interface that is not in the territory is in the place of one of these: under its name, or with what only one
+    /// can have.
+    pub fn is_taken(&mut self, territory: &Territory, wanted: &[&Link]) -> Result<bool, WorldError> {
+        let links = settled("look at the interfaces", link::all(&mut self.socket))?;
+        let names: HashMap<u32, LinkName> = links.iter().map(|seen| (seen.index, seen.name)).collect();
+        let facts = links.iter().map(|seen| seen.fact(|index| names.get(&index).copied()));
+        let mut others = facts.filter(|link| !territory.holds_link(link));
+        Ok(others.any(|other| wanted.iter().any(|link| link.name == other.name || link.excludes(&other))))
+    }
+
     /// Whether there is an interface of this name.
     pub fn link_exists(&mut self, name: LinkName) -> Result<bool, WorldError> {
         let failed = |e| io_error(format!("look at the interface {name}"), e);
