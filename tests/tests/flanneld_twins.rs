@@ -58,7 +58,9 @@ impl One {
     fn start(&self, lab: &Lab, host: &Host, turn: &str) -> Result<Daemon> {
         let [endpoints, prefix, file] = self.flags(lab);
         let name = format!("{turn}{}", self.prefix.replace('/', "-"));
-        host.spawn(&name, &["flanneld", &endpoints, &prefix, &file, "--iface=eth0", "--ip-masq"], &[])
+        // The guard of a tunnel goes when its flanneld is stopped; everything else stays.
+        let flags = ["--iface=eth0", "--ip-masq", "--tunnel-guard=false"];
+        host.spawn(&name, &[&["flanneld", &endpoints, &prefix, &file], &flags[..]].concat(), &[])
     }
 
     fn cleanup(&self, lab: &Lab, host: &Host) -> Result<()> {
