@@ -17,8 +17,10 @@ use crate::command;
 /// How much of a log goes into an error message.
 const TAIL: usize = 4000;
 
-/// How long a killed program may take to be gone.
-const KILL_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a program may take to be there, and a killed one to be gone.
+fn deadline() -> Duration {
+    Duration::from_secs(if crate::vm::is_inside() { 100 } else { 10 })
+}
 
 /// A program started with [`Host::spawn`](crate::Host::spawn). Dropping it leaves the program running: it ends with
 /// [`stop`](Self::stop), [`kill`](Self::kill), or with the lab.
@@ -62,9 +64,9 @@ impl Daemon {
             if child.try_wait()?.is_some() {
                 break 0; // it was quicker than this look; `wait` and `log` say how it went
             }
-            if start.elapsed() > KILL_DEADLINE {
+            if start.elapsed() > deadline() {
                 command::kill_group(&child);
-                bail!("{host}: {name} did not start within {KILL_DEADLINE:?}");
+                bail!("{host}: {name} did not start within {:?}", deadline());
             }
             thread::sleep(Duration::from_millis(1));
         };
@@ -132,7 +134,7 @@ impl Daemon {
         if self.alive() {
             self.kill(Signal::SIGKILL)?;
         }
-        let gone = self.wait_until(KILL_DEADLINE)?;
+        let gone = self.wait_until(deadline())?;
         gone.map(|_| ()).ok_or_else(|| anyhow!("{}: {} does not die", self.host, self.name))
     }
 

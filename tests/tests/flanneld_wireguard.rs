@@ -306,7 +306,10 @@ fn wireguard_carries_both_families_in_every_mode() {
         }
         reach("IPv6 alone", false)?;
         for daemon in &daemons {
-            ensure!(daemon.said(" ERROR ").is_empty(), "{}", daemon.daemon().tail());
+            // But for an etcd that answers late, emulated.
+            let mut errors = daemon.said(" ERROR ");
+            errors.retain(|line| !line.contains("E112"));
+            ensure!(errors.is_empty(), "{errors:#?}");
         }
         Ok(())
     });

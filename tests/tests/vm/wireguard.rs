@@ -111,7 +111,7 @@ fn hosts_with_and_without_the_module() {
         without.daemon().crash()?;
         lab.etcdctl(&["del", &format!("{PREFIX}/subnets/{key}")])?;
         eventually("one peer is left", FOLLOW, || peers(one, "peers").is_ok_and(|peers| peers.len() == 1))?;
-        ensure!(with.said(" ERROR ").is_empty(), "{}", with.daemon().tail());
+        ensure!(with.said(" ERROR ").is_empty(), "{:#?}", with.said(" ERROR "));
 
         // Another backend takes the device away.
         put_config(lab, r#"{"Network":"10.100.0.0/16","Backend":{"Type":"vxlan"}}"#)?;
