@@ -205,6 +205,7 @@ const SETTINGS: &[(&str, &str)] = &[
     ("FLANNELD_PUBLIC_IP", "192.0.2.77"),
     ("FLANNELD_IP_MASQ", "false"),
     ("FLANNELD_IPTABLES_FORWARD_RULES", "false"),
+    ("FLANNELD_TUNNEL_GUARD", "false"),
     ("FLANNELD_IPTABLES_RESYNC", "1"),
     ("FLANNELD_HEALTHZ_PORT", "8081"),
     ("FLANNELD_V", "1"),
@@ -324,7 +325,9 @@ fn settings_are_in_effect(host: &Host, dockerd: &Daemon) -> Result<()> {
     let env = host.read("/run/flannel/subnet.env")?;
     ensure!(env.contains("FLANNEL_IPMASQ=false"), "{env}");
     let rules = host.sh("nft list ruleset; iptables-save")?;
-    ensure!(!rules.contains("flanneld masq") && !rules.contains("flanneld forward"), "{rules}");
+    for without in ["flanneld masq", "flanneld forward", "flannel_tunnel"] {
+        ensure!(!rules.contains(without), "{without} in\n{rules}");
+    }
     host.sh("echo 0 > /proc/sys/net/ipv4/ip_forward")?;
     eventually("forwarding is on again", secs(15), || {
         ensure!(host.out(&["cat", "/proc/sys/net/ipv4/ip_forward"])? == "1");
