@@ -245,9 +245,12 @@ fn a_killed_flanneld_costs_no_packet() {
             unchanged(host.name(), before, &host.network_state()?)?;
         }
         for daemon in &daemons {
+            // The guard of the tunnel goes with who ends in order, and comes back.
+            let is_guard = |line: &String| line.contains(" tunnel_guard ") || line.contains(" tunnel_host ");
             let changed: Vec<_> = ["added:", "removed:", "replaced:", "restored:", "corrected:"]
                 .iter()
                 .flat_map(|verb| daemon.said(verb))
+                .filter(|line| !is_guard(line))
                 .collect();
             ensure!(changed.is_empty(), "a restart changed what it found: {changed:#?}");
         }
