@@ -414,7 +414,7 @@ impl FakeWorld {
                 Fact::Route(route) => territory.holds_route(&ours, route),
                 Fact::Policy(policy) => territory.holds_policy(policy),
                 Fact::Table(table) => territory.holds_table(&table.name),
-                Fact::TunnelHost(host) => territory.holds_tunnel_host(host),
+                Fact::TunnelHost(host) => territory.holds_table(&host.table),
                 Fact::SharedChain(chain) => {
                     let ours = |one| territory.cidrs.iter().any(|cidr| cidr.overlaps(&one));
                     territory.shared_chains && chain.cidrs().any(ours)

@@ -62,12 +62,6 @@ fn follows(world: &mut dyn Bench, scene: &Scene, changes: Vec<Vec<Other>>) -> Re
     reaches(world, &plan)?;
     for peers in changes {
         let next = scene.among(peers).plan();
-        // Who stays in the tunnel's guard although no lease speaks of him, only a look knows.
-        if plan.territory.keeps_tunnel_hosts || next.territory.keeps_tunnel_hosts {
-            reaches(world, &next)?;
-            plan = next;
-            continue;
-        }
         let report = step(world, &plan.facts, &next.facts);
         prop_assert!(report.clean && report.failed.is_empty() && report.looks == 0, "{report:#?}");
         let kinds = ["neighbor", "forward", "tunnel_host", "route"];

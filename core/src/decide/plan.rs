@@ -129,9 +129,8 @@ pub(super) fn plan_among(inputs: &Inputs<'_>, crowd: usize) -> Result<Plan, Plan
         }
     }
 
-    let keeps_tunnel_hosts = tunnel_guard::keeps_hosts(&draft);
     let Draft { facts, findings, tunnel, associations, wireguard, errands } = draft;
-    let territory = Territory { keeps_tunnel_hosts, ..territory(inputs, &facts) };
+    let territory = territory(inputs, &facts);
     Ok(Plan { facts, tunnel, associations, wireguard, errands, territory, findings, mtu, ranges })
 }
 

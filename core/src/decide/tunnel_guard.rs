@@ -57,13 +57,6 @@ pub(super) fn plan(scene: &Scene<'_>, leases: &LeaseSet, draft: &mut Draft) {
     }
 }
 
-/// Whether the guard keeps the hosts that it knows already: the store names no other than this one, which rather means that it was
-/// emptied than that everybody has left.
-pub(super) fn keeps_hosts(draft: &Draft) -> bool {
-    let guarded = |fact: &Fact| matches!(fact, Fact::Table(table) if TunnelHost::are_in(&table.name));
-    draft.facts.iter().any(guarded) && !draft.facts.iter().any(|fact| matches!(fact, Fact::TunnelHost(_)))
-}
-
 /// What a device unwraps: the outer family, and the tests that such packets pass.
 fn arriving(device: &LinkKind) -> Option<(Family, Vec<Match>)> {
     match device {

@@ -6,9 +6,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use super::addr::Prefix;
-use super::fact::{
-    Address, Fact, Link, LinkKind, Policy, Route, RouteProtocol, RouteTable, Sysctl, TunnelHost,
-};
+use super::fact::{Address, Fact, Link, LinkKind, Policy, Route, RouteProtocol, RouteTable, Sysctl};
 use super::name::{LinkName, NetworkName};
 use super::rule::TableName;
 
@@ -40,8 +38,6 @@ pub struct Territory {
     pub vlans: BTreeSet<LinkName>,
     /// Interfaces whose guard is looked at.
     pub guards: BTreeSet<LinkName>,
-    /// Whether tunnels' guards keep the hosts that they know: these are then not looked at.
-    pub keeps_tunnel_hosts: bool,
     /// Tables of routes that are looked at beside the main one.
     pub route_tables: BTreeSet<RouteTable>,
 }
@@ -104,11 +100,6 @@ impl Territory {
     /// Whether a table is ours.
     pub fn holds_table(&self, name: &TableName) -> bool {
         self.tables.contains(name)
-    }
-
-    /// Whether a host that a tunnel's guard knows is ours to remove.
-    pub fn holds_tunnel_host(&self, host: &TunnelHost) -> bool {
-        !self.keeps_tunnel_hosts && self.holds_table(&host.table)
     }
 
     /// A territory that holds what these facts are about, and nothing more.

@@ -263,8 +263,11 @@ fn an_emptied_etcd_cuts_nobody_off() {
             daemons[0].daemon().wait_log("have not written them again", secs(75))?;
             let third = held.keys().find(|key| envs.iter().all(|env| env.key() != **key));
             let third = third.context("the third host's lease")?.replace('-', "/");
-            eventually("the third host's route is gone", FOLLOW, || {
-                h1.out(&["ip", "route"]).is_ok_and(|routes| !routes.contains(&third))
+            eventually("the third host's route is gone, and it is a stranger", FOLLOW, || {
+                let (routes, guard) =
+                    (h1.out(&["ip", "route"])?, h1.sh("nft list set inet flannel_tunnel hosts")?);
+                ensure!(!routes.contains(&third) && !guard.contains("10.77.0.13"), "{routes}{guard}");
+                Ok(())
             })?;
         }
         Ok(())

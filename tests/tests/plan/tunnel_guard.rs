@@ -57,7 +57,10 @@ fn nothing_is_guarded_where_nothing_needs_it() {
         let config = format!(r#"{{"Network":"10.100.0.0/16","Backend":{{"Type":"{kind}"}}}}"#);
         let plan = peer(guarded(&config, "10.100.5.0-24")).plan();
         assert!(!plan.facts.to_string().contains("flannel_tunnel"), "{kind}: {}", plan.facts);
-        assert!(!plan.territory.keeps_tunnel_hosts, "{kind}: what another backend left goes");
+        assert!(
+            plan.territory.tables.iter().any(TunnelHost::are_in),
+            "{kind}: what another backend left goes"
+        );
     }
     let mut case = peer(guarded(VXLAN, "10.100.5.0-24"));
     case.node.nftables = false;
@@ -91,17 +94,12 @@ fn who_comes_is_let_in_before_he_is_sent_anything_and_who_goes_is_kept_out_after
 }
 
 #[test]
-fn a_store_without_other_leases_makes_nobody_a_stranger() {
+fn alone_in_the_network_nobody_is_let_in() {
     let alone = guarded(VXLAN, "10.100.5.0-24").plan();
-    assert!(alone.territory.keeps_tunnel_hosts && hosts(&alone.facts).is_empty());
+    assert_eq!(hosts(&alone.facts), [""; 0]);
     assert!(alone.facts.to_string().contains("ip saddr != @hosts counter drop"));
-    let host = TunnelHost {
-        table: TunnelHost::table_of(&NetworkName::default_network()).into(),
-        address: "192.168.100.2".parse().unwrap(),
-    };
-    assert!(!alone.territory.holds_tunnel_host(&host), "so it is not removed");
-    let plan = guarded(VXLAN, "10.100.5.0-24").peer("10.100.9.0-24", &vxlan_peer(3)).plan();
-    assert!(plan.territory.holds_tunnel_host(&host));
+    let table = TunnelHost::table_of(&NetworkName::default_network());
+    assert!(alone.territory.holds_table(&table), "who was let in before is a stranger now");
     let left = remains(&NetworkName::default_network(), []);
-    assert!(left.holds_tunnel_host(&host) && left.holds_table(&host.table), "clean-up takes all of it");
+    assert!(left.holds_table(&table), "clean-up takes all of it");
 }

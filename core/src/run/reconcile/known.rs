@@ -11,7 +11,7 @@ use crate::act::pass;
 use crate::decide::plan::Plan;
 use crate::touch::world::World;
 use crate::words::config::BackendConfig;
-use crate::words::fact::{Fact, Facts, TunnelHost};
+use crate::words::fact::{Fact, Facts};
 use crate::words::lease::LeaseSet;
 use crate::words::node::Node;
 use crate::words::report::{Finding, Report};
@@ -85,8 +85,7 @@ impl Known {
         inputs: &Inputs,
         plan: &mut Plan,
     ) -> Option<(Self, Report)> {
-        // Who stays in a tunnel's guard although no lease speaks of him, only a look knows; and when he goes.
-        if !self.is_rest(plan) || plan.territory.keeps_tunnel_hosts || self.keeps_tunnel_hosts() {
+        if !self.is_rest(plan) {
             return None;
         }
         let peers = peers_of(std::mem::take(&mut plan.facts));
@@ -129,12 +128,6 @@ impl Known {
         new.findings.extend(self.found.clone());
         report.desired = self.peers.len();
         report.clean.then_some((self, new, report))
-    }
-
-    /// Whether there is a guard of tunnels, and no lease speaks of anybody in it.
-    fn keeps_tunnel_hosts(&self) -> bool {
-        let guarded = |fact: &Fact| matches!(fact, Fact::Table(table) if TunnelHost::are_in(&table.name));
-        self.rest.iter().any(guarded) && !self.peers.iter().any(|fact| matches!(fact, Fact::TunnelHost(_)))
     }
 
     fn is_rest(&self, plan: &Plan) -> bool {

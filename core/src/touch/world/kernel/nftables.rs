@@ -89,8 +89,7 @@ impl Netfilter {
             }
             let (table, hosts) = tunnel_guard::part(table);
             tally.see(Fact::Table(Box::new(table)));
-            let ours = hosts.into_iter().filter(|host| territory.holds_tunnel_host(host));
-            ours.for_each(|host| tally.see(Fact::TunnelHost(host)));
+            hosts.into_iter().for_each(|host| tally.see(Fact::TunnelHost(host)));
         }
         if territory.accepts {
             for family in [Family::V4, Family::V6] {
