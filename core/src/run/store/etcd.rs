@@ -9,6 +9,7 @@ mod cause;
 mod client;
 mod follow;
 mod leases;
+mod pulse;
 mod tls;
 
 use std::collections::BTreeSet;

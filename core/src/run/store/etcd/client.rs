@@ -11,6 +11,7 @@ use tokio::time::{Instant, timeout};
 
 use super::EtcdSettings;
 use super::cause::cause;
+use super::pulse::Pulse;
 use super::tls::Tls;
 use crate::run::health::Counters;
 use crate::run::store::{CALL_DEADLINE, StoreError};
@@ -47,13 +48,20 @@ struct Endpoint {
     options: ConnectOptions,
     /// For https.
     tls: Option<Arc<Tls>>,
-    client: Mutex<Option<Connection>>,
+    connection: Mutex<Option<Connection>>,
 }
 
 /// A client, and which of the certificates it has.
 struct Connection {
-    client: Client,
+    line: Line,
     generation: u64,
+}
+
+/// A connection, with what all who use it know of it.
+#[derive(Clone)]
+pub(super) struct Line {
+    pub(super) client: Client,
+    pub(super) pulse: Arc<Pulse>,
 }
 
 /// Why a call on one endpoint failed.
@@ -112,7 +120,7 @@ impl Cluster {
                 }
                 // As upstream: certificates given for a plain endpoint are not used.
                 let tls = tls.clone().filter(|_| secure);
-                Ok(Endpoint { url, options: options.clone(), tls, client: Mutex::new(None) })
+                Ok(Endpoint { url, options: options.clone(), tls, connection: Mutex::new(None) })
             })
             .collect::<Result<_, _>>()?;
         match endpoints.is_empty() {
@@ -163,6 +171,18 @@ impl Cluster {
     where
         F: Future<Output = Result<T, Error>>,
     {
+        self.call_on(tried, |line| call(line.client)).await
+    }
+
+    /// The same for who stays on the connection.
+    pub(super) async fn call_on<T, F>(
+        &self,
+        tried: &'static str,
+        call: impl Fn(Line) -> F,
+    ) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
         let start = Instant::now();
         let answer = self.call_any(tried, call).await;
         if let Some(counters) = self.counters.get() {
@@ -176,7 +196,7 @@ impl Cluster {
         answer
     }
 
-    async fn call_any<T, F>(&self, tried: &'static str, call: impl Fn(Client) -> F) -> Result<T, StoreError>
+    async fn call_any<T, F>(&self, tried: &'static str, call: impl Fn(Line) -> F) -> Result<T, StoreError>
     where
         F: Future<Output = Result<T, Error>>,
     {
@@ -214,43 +234,44 @@ impl Cluster {
 }
 
 impl Endpoint {
-    async fn attempt<T, F>(&self, call: &impl Fn(Client) -> F) -> Result<T, Failure>
+    async fn attempt<T, F>(&self, call: &impl Fn(Line) -> F) -> Result<T, Failure>
     where
         F: Future<Output = Result<T, Error>>,
     {
-        match call(self.client().await?).await {
+        match call(self.line().await?).await {
             // Users or roles were changed since we got our token; the library asks for a new one only when it has expired.
             Err(error) if error.to_string().contains("revision of auth store is old") => {
                 self.forget().await;
-                Ok(call(self.client().await?).await?)
+                Ok(call(self.line().await?).await?)
             }
             answer => Ok(answer?),
         }
     }
 
     /// Lazy: without a user nothing is sent before the first call.
-    async fn client(&self) -> Result<Client, Failure> {
+    async fn line(&self) -> Result<Line, Failure> {
         let mut options = self.options.clone();
         let mut generation = 0;
         if let Some(tls) = &self.tls {
             let (now, tls) = tls.current().await.map_err(Failure::Settings)?;
             (generation, options) = (now, options.with_tls(tls));
         }
-        let mut connection = self.client.lock().await;
-        if let Some(Connection { client, .. }) =
+        let mut connection = self.connection.lock().await;
+        if let Some(Connection { line, .. }) =
             connection.as_ref().filter(|connection| connection.generation == generation)
         {
-            return Ok(client.clone());
+            return Ok(line.clone());
         }
         let client = Client::connect([&self.url], Some(options)).await?;
-        *connection = Some(Connection { client: client.clone(), generation });
-        Ok(client)
+        let line = Line { client, pulse: Arc::new(Pulse::new()) };
+        *connection = Some(Connection { line: line.clone(), generation });
+        Ok(line)
     }
 
     /// The next call gets a new connection: this one may come from an address that this host has no more, and nobody would
     /// notice for as long as TCP repeats itself.
     async fn forget(&self) {
-        *self.client.lock().await = None;
+        *self.connection.lock().await = None;
     }
 
     /// The cause with its endpoint. A server that wants a certificate and gets none says so after the handshake of TLS 1.3,

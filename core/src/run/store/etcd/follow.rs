@@ -9,6 +9,8 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::cause::cause;
+use super::client::Line;
+use super::pulse::Path;
 use super::{EtcdStore, Keys, all_found, client, revision, text};
 use crate::run::store::shelf::{Shelf, publish_down};
 use crate::run::store::sign::Sign;
@@ -22,11 +24,12 @@ const GATHER: Duration = Duration::from_millis(3);
 /// For how long changes are gathered at most.
 const GATHER_MAX: Duration = Duration::from_millis(30);
 
-/// A watch that has said nothing for so long is asked whether anything still comes this way...
-const QUIET: Duration = Duration::from_secs(2);
+/// A connection by which nothing has come for so long is asked whether anything still does...
+const QUIET: Duration = Duration::from_secs(3);
 
 /// ...and so long is waited for an answer, before etcd counts as away. Together less than the 5 s after which the operator is told.
-const ANSWER: Duration = Duration::from_millis(2500);
+/// Every host of a cluster asks, again and again: so what is left over is not given to the waiting.
+const ANSWER: Duration = Duration::from_millis(1500);
 
 /// A watch that lived this long was a good one: the next failure is a new trouble, not the same.
 const GOOD: Duration = Duration::from_secs(10);
@@ -86,17 +89,26 @@ impl EtcdStore {
         let keys = self.keys(network);
         let (mut shelf, mut seen_to) = self.read(&keys).await?;
         tell_up(network, &mut shelf, sender, seen_to);
-        let (mut stream, client) = self.open(&keys, seen_to + 1).await?;
+        let (mut stream, line) = self.open(&keys, seen_to + 1).await?;
         let mut told = Instant::now();
         loop {
             let next = loop {
                 tokio::select! {
                     next = stream.message() => break next,
-                    () = self.probe(network, &client, sender, &mut shelf, seen_to) => {}
+                    path = line.pulse.after(QUIET, self.ask_path(network, &line.client)) => match path {
+                        Path::Carries => tell_up(network, &mut shelf, sender, seen_to),
+                        Path::Silent => {
+                            tell_down(network, sender, &self.cluster.silent("watch the network", ANSWER));
+                        }
+                        Path::Unclear => {}
+                    }
                 }
             };
             let mut seen = match next {
-                Ok(Some(message)) => message,
+                Ok(Some(message)) => {
+                    line.pulse.beat();
+                    message
+                }
                 Ok(None) => return Ok(Ended::Broken("the server closed it".into())),
                 Err(error) => return Ok(Ended::Broken(cause(&error))),
             };
@@ -128,25 +140,17 @@ impl EtcdStore {
         }
     }
 
-    /// After a time of quiet, whether the path to etcd still carries anything: a path that drops packets without a word breaks no connection for a long time.
+    /// Whether the path to etcd still carries anything: one that drops packets without a word breaks no connection for a long time.
     /// The server answers from what it has, without asking the others. Nothing is done about it but that it is told: a server that
     /// is only slow is not to be asked for everything again by thousands of nodes, and a connection that is dead is found out by pings.
-    async fn probe(
-        &self,
-        network: &NetworkName,
-        client: &Client,
-        sender: &watch::Sender<Snapshot>,
-        shelf: &mut Shelf,
-        seen_to: i64,
-    ) {
-        sleep(QUIET).await;
+    async fn ask_path(&self, network: &NetworkName, client: &Client) -> Path {
         let options = GetOptions::new().with_serializable().with_count_only();
         let key = self.keys(network).config;
         match timeout(ANSWER, client.kv_client().get(key, Some(options))).await {
-            Ok(Ok(_)) => tell_up(network, shelf, sender, seen_to),
+            Ok(Ok(_)) => Path::Carries,
             // A refusal is an answer; a broken connection breaks the watch, too.
-            Ok(Err(_)) => {}
-            Err(_) => tell_down(network, sender, &self.cluster.silent("watch the network", ANSWER)),
+            Ok(Err(_)) => Path::Unclear,
+            Err(_) => Path::Silent,
         }
     }
 
@@ -164,17 +168,17 @@ impl EtcdStore {
     }
 
     /// One stream with two watches: the config, and the leases.
-    async fn open(&self, keys: &Keys, from: i64) -> Result<(WatchStream, Client), StoreError> {
+    async fn open(&self, keys: &Keys, from: i64) -> Result<(WatchStream, Line), StoreError> {
         let options = WatchOptions::new().with_start_revision(from);
         let prefix = options.clone().with_prefix();
         self.cluster
-            .call("watch the network", |client: Client| {
+            .call_on("watch the network", |line: Line| {
                 let (options, prefix) = (options.clone(), prefix.clone());
                 async move {
                     let mut stream =
-                        client::watches(&client).watch(keys.subnets.as_str(), Some(prefix)).await?;
+                        client::watches(&line.client).watch(keys.subnets.as_str(), Some(prefix)).await?;
                     stream.watch(keys.config.as_str(), Some(options)).await?;
-                    Ok::<_, Error>((stream, client))
+                    Ok::<_, Error>((stream, line))
                 }
             })
             .await
