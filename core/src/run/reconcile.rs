@@ -544,7 +544,7 @@ impl Thread {
             public_v4: public.v4,
             public_v6: public.v6,
             identity: inputs.identity.clone(),
-            routes: kernel.routes_of_others(&remains(&place.network, inputs.config.cidrs()))?,
+            routes: kernel.glance_at_routes(&remains(&place.network, inputs.config.cidrs()))?,
             forward_chains: kernel.netfilter()?.forward_chains()?,
             iptables: kernel.netfilter()?.iptables()?,
             nftables: kernel.netfilter()?.is_present()?,

@@ -76,8 +76,7 @@ impl Territory {
     /// Routes that the kernel made (RTPROT_KERNEL) go with their addresses and are nobody's. A marked route without a
     /// gateway belongs to the bridge it leaves by: where the CNI plugin made that, it is not the agent's.
     pub fn holds_route(&self, ours: &BTreeSet<LinkName>, route: &Route) -> bool {
-        const KERNEL: RouteProtocol = RouteProtocol(2);
-        if route.protocol == KERNEL {
+        if route.protocol == RouteProtocol::KERNEL {
             return false;
         }
         ours.contains(&route.link)

@@ -500,6 +500,14 @@ fn nothing_outside_the_territory_is_seen() {
             let others: BTreeSet<String> = others.iter().map(|route| route.destination.to_string()).collect();
             let wanted = ["192.168.77.0/24", "10.100.1.0/24", "10.200.2.0/24", "10.201.0.0/16", "fd77::/64"];
             ensure!(others == wanted.map(str::to_owned).into(), "{others:?}");
+            // One dump serves a glance and the look behind it, and no other look.
+            let (glance, before) = (kernel.glance_at_routes(&territory)?, kernel.observe(&territory)?);
+            ensure!(glance == kernel.routes_of_others(&territory)?);
+            ensure!(before == kernel.observe(&territory)?);
+            kernel.glance_at_routes(&territory)?;
+            sh("ip route del 10.100.2.0/24 proto 70")?;
+            ensure!(kernel.observe(&territory)? == before && kernel.observe(&territory)? != before);
+            sh("ip route add 10.100.2.0/24 via 192.168.77.2 dev up0 proto 70")?;
         }
         Ok(())
     });

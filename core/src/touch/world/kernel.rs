@@ -15,6 +15,7 @@ mod neighbor;
 mod netlink;
 mod netns;
 pub mod nftables;
+mod own_routes;
 mod policy;
 mod port_vlan;
 mod read;
@@ -39,10 +40,7 @@ pub use self::read::{DefaultRoute, HostAddress, Interface, Way};
 pub use self::shaper::{MadeFunnel, SeenBucket, SeenShaping};
 use self::writer::Writer;
 use super::{World, WorldError};
-use crate::words::addr::Family;
-use crate::words::fact::{
-    Address, Blackhole, Change, Fact, Facts, Forward, Neighbor, PortVlans, Rest, Sysctl, Tally,
-};
+use crate::words::fact::{Address, Change, Fact, Facts, Forward, Neighbor, PortVlans, Rest, Sysctl, Tally};
 use crate::words::name::LinkName;
 use crate::words::territory::Territory;
 use crate::words::wireguard::PublicKey;
@@ -64,13 +62,15 @@ pub struct Kernel {
     namespace: Option<Namespace>,
     /// Where veth peers are born that belong into the container.
     sandbox: Option<Namespace>,
+    /// The host's routes as they were a moment ago, for the next look; none after any change.
+    glanced: Option<Vec<route::Seen>>,
 }
 
 impl Kernel {
     /// The kernel as the calling thread sees it.
     pub fn open() -> Result<Self, WorldError> {
         let socket = Socket::open(Protocol::Route, None).map_err(|e| io_error("open a netlink socket", e))?;
-        Ok(Self { socket, netfilter: None, xfrm: None, wireguard: None, namespace: None, sandbox: None })
+        Ok(Self::with(socket, None))
     }
 
     /// The kernel of another namespace, given by path.
@@ -86,14 +86,12 @@ impl Kernel {
 
     fn inside(namespace: Namespace) -> io::Result<Self> {
         let socket = Socket::open(Protocol::Route, Some(&namespace))?;
-        Ok(Self {
-            socket,
-            netfilter: None,
-            xfrm: None,
-            wireguard: None,
-            namespace: Some(namespace),
-            sandbox: None,
-        })
+        Ok(Self::with(socket, Some(namespace)))
+    }
+
+    fn with(socket: Socket, namespace: Option<Namespace>) -> Self {
+        let (netfilter, xfrm, wireguard) = (None, None, None);
+        Self { socket, netfilter, xfrm, wireguard, namespace, sandbox: None, glanced: None }
     }
 
     /// Says where the peers of veth pairs are born that belong into the container.
@@ -283,57 +281,6 @@ impl Kernel {
         Ok(())
     }
 
-    fn observe_routes(
-        &mut self,
-        t: &Territory,
-        ours: &Ours,
-        tally: &mut Tally<'_>,
-    ) -> Result<(), WorldError> {
-        let mut filters: Vec<route::Filter> = ours
-            .asked()
-            .map(|index| route::Filter { index, unicast: true, ..route::Filter::default() })
-            .collect();
-        if !t.cidrs.is_empty() && filters.iter().all(|filter| filter.index.is_some()) {
-            let marked = Some(crate::words::fact::RouteProtocol::FLANNEL.0);
-            filters.push(route::Filter { protocol: marked, unicast: true, ..route::Filter::default() });
-        }
-        for table in &t.route_tables {
-            let unicast = true;
-            filters.push(route::Filter { unicast, table: *table, ..route::Filter::default() });
-        }
-        for family in [Family::V4, Family::V6] {
-            for filter in &filters {
-                let found = route::dump(&mut self.socket, family, *filter, |seen| {
-                    let route = seen.fact(|index| ours.names.get(&index).copied())?;
-                    t.holds_route(&ours.links, &route).then_some(route)
-                });
-                settled("look at the routes", found)?
-                    .into_iter()
-                    .for_each(|route| tally.see(Fact::Route(route)));
-            }
-        }
-        self.observe_blackholes(t, tally)
-    }
-
-    /// Only for whoever looks at a whole network: an endpoint has none.
-    fn observe_blackholes(&mut self, t: &Territory, tally: &mut Tally<'_>) -> Result<(), WorldError> {
-        if t.cidrs.is_empty() || t.alias.is_none() {
-            return Ok(());
-        }
-        let filter = route::Filter { blackhole: true, ..route::Filter::default() };
-        for family in [Family::V4, Family::V6] {
-            let found = route::dump(&mut self.socket, family, filter, |seen| {
-                let protocol = crate::words::fact::RouteProtocol(seen.protocol);
-                let ours = seen.blackhole && t.holds_blackhole(&seen.destination, protocol);
-                ours.then_some(seen.destination)
-            });
-            for destination in settled("look at the routes", found)? {
-                tally.see(Fact::Blackhole(Blackhole { destination }));
-            }
-        }
-        Ok(())
-    }
-
     fn observe_vlans(&mut self, t: &Territory, ours: &Ours, tally: &mut Tally<'_>) -> Result<(), WorldError> {
         if t.vlans.is_empty() {
             return Ok(());
@@ -371,28 +318,6 @@ impl Kernel {
         // It may have come meanwhile.
         self.xfrm = None;
         changes.iter().map(unsupported).collect()
-    }
-
-    /// Names of the interfaces that routes with our mark leave by, when they are not ours.
-    fn name_outsiders(&mut self, t: &Territory, ours: &mut Ours) -> Result<(), WorldError> {
-        if t.alias.is_some() || t.cidrs.is_empty() {
-            return Ok(());
-        }
-        let marked = Some(crate::words::fact::RouteProtocol::FLANNEL.0);
-        let filter = route::Filter { protocol: marked, unicast: true, ..route::Filter::default() };
-        let mut missing = BTreeSet::new();
-        for family in [Family::V4, Family::V6] {
-            let found = route::dump(&mut self.socket, family, filter, |seen| {
-                missing.extend(seen.index.filter(|index| !ours.names.contains_key(index)));
-                None::<()>
-            });
-            settled("look at the routes", found)?;
-        }
-        let missing: Vec<_> = missing.into_iter().collect();
-        let found =
-            link::by_index(&mut self.socket, &missing).map_err(|e| io_error("look at the interfaces", e))?;
-        ours.names.extend(found.into_iter().flatten().map(|seen| (seen.index, seen.name)));
-        Ok(())
     }
 
     /// Shows everything that is true inside the territory.
@@ -436,6 +361,7 @@ impl World for Kernel {
     }
 
     fn apply(&mut self, changes: &[Change<'_>]) -> Vec<Result<(), WorldError>> {
+        self.glanced = None;
         let mut results = Vec::with_capacity(changes.len());
         // Neighbors in the list that the same part of the kernel answers for go to it together.
         for run in changes.chunk_by(|a, b| Part::of(a) == Part::of(b)) {

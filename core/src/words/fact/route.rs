@@ -23,6 +23,8 @@ impl Blackhole {
 pub struct RouteProtocol(pub u8);
 
 impl RouteProtocol {
+    /// `RTPROT_KERNEL`: it came with an address, and goes with that.
+    pub const KERNEL: Self = Self(2);
     /// `RTPROT_BOOT`, what upstream and a plain `ip route add` write.
     pub const BOOT: Self = Self(3);
     /// Ours: marks routes that do not leave by a device of ours (docs/adr: route protocol number).

@@ -134,6 +134,27 @@ impl Kernel {
     /// Routes of the main table that are not in the territory, of both families: what the host had before us. Routes that
     /// leave by an interface of ours are left out whoever made them, and so are IPv6 link-local ones.
     pub fn routes_of_others(&mut self, territory: &Territory) -> Result<Vec<HostRoute>, WorldError> {
+        self.sift_routes(territory, |_| {})
+    }
+
+    /// The same for a look at the kernel that follows at once: the routes, which may be thousands, are dumped for both. What is
+    /// changed meanwhile by others the kernel tells, and there is another look.
+    pub fn glance_at_routes(&mut self, territory: &Territory) -> Result<Vec<HostRoute>, WorldError> {
+        let mut glanced = Vec::new();
+        let others = self.sift_routes(territory, |seen| {
+            if seen.may_be_ours() {
+                glanced.push(seen.clone());
+            }
+        })?;
+        self.glanced = Some(glanced);
+        Ok(others)
+    }
+
+    fn sift_routes(
+        &mut self,
+        territory: &Territory,
+        mut passes: impl FnMut(&route::Seen),
+    ) -> Result<Vec<HostRoute>, WorldError> {
         let links = settled("look at the interfaces", link::all(&mut self.socket))?;
         let names: HashMap<u32, LinkName> = links.iter().map(|seen| (seen.index, seen.name)).collect();
         let name_of = |index: u32| names.get(&index).copied();
@@ -150,6 +171,7 @@ impl Kernel {
         let mut routes = Vec::new();
         for family in [Family::V4, Family::V6] {
             let found = route::dump(&mut self.socket, family, route::Filter::default(), |seen| {
+                passes(&seen);
                 let link = seen.index.filter(|_| seen.unicast).and_then(name_of);
                 let held = seen.fact(name_of).is_some_and(|route| territory.holds_route(&ours, &route));
                 // What throws packets away inside of our network takes them from nobody: Go's flanneld leaves one for its
@@ -236,6 +258,16 @@ impl Kernel {
     /// Whether an interface that is not in the territory is in the place of one of these: under its name, or with what only one
     /// can have.
     pub fn is_taken(&mut self, territory: &Territory, wanted: &[&Link]) -> Result<bool, WorldError> {
+        let mut in_place = true;
+        for link in wanted {
+            let have = self.link(link.name)?;
+            in_place &=
+                have.is_some_and(|have| territory.holds_link(&have) && link.kind.same_device(&have.kind));
+        }
+        // Where ours are, nobody else can be.
+        if in_place {
+            return Ok(false);
+        }
         let links = settled("look at the interfaces", link::all(&mut self.socket))?;
         let names: HashMap<u32, LinkName> = links.iter().map(|seen| (seen.index, seen.name)).collect();
         let facts = links.iter().map(|seen| seen.fact(|index| names.get(&index).copied()));

@@ -198,6 +198,11 @@ fn seen(asked: Family, asked_table: RouteTable, body: &[u8]) -> Option<Seen> {
 }
 
 impl Seen {
+    /// Whether it can be ours in any territory: those that the kernel made are nobody's.
+    pub(super) fn may_be_ours(&self) -> bool {
+        (self.unicast || self.blackhole) && self.protocol != RouteProtocol::KERNEL.0
+    }
+
     /// The fact; none if it is not a unicast route out of one interface. IPv6 routes have no scope (the kernel keeps
     /// and shows global).
     pub(super) fn fact(
