@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::allocate;
-use crate::words::addr::Family;
 use crate::words::code::Code;
 use crate::words::lease::{LeaseSet, LeaseValue, Subnets};
 use crate::words::report::Finding;
@@ -44,7 +43,7 @@ impl Vanished {
     fn drop_replaced(&mut self, before: &LeaseSet, now: &LeaseSet) {
         let fresh = now.leases.iter().filter(|(subnets, value)| before.leases.get(*subnets) != Some(*value));
         for (subnets, value) in fresh {
-            self.kept.retain(|kept, of| !overlap(kept, subnets) && !allocate::same_holder(of, value));
+            self.kept.retain(|kept, of| !kept.overlap(subnets) && !allocate::same_holder(of, value));
         }
     }
 
@@ -70,11 +69,6 @@ impl Vanished {
         all.findings.push(Finding::new(Code::LEASES_VANISHED, text));
         Arc::new(all)
     }
-}
-
-fn overlap(one: &Subnets, other: &Subnets) -> bool {
-    let both = |family| Some((one.of(family)?, other.of(family)?));
-    Family::BOTH.into_iter().filter_map(both).any(|(one, other)| one.overlaps(&other))
 }
 
 #[cfg(test)]
