@@ -10,7 +10,7 @@ use super::icmp::{self, Limiter, Trouble};
 use super::mmsg::{Headers, Received, SLOT};
 use super::packet::{Header, age};
 use super::route_table::RouteTable;
-use super::shared::{Complaint, Lane};
+use super::shared::{Complaint, Lane, Turn};
 
 /// One queue's way in.
 pub(super) struct Inbound {
@@ -40,24 +40,19 @@ impl Inbound {
         }
     }
 
-    /// Runs until the tunnel is stopped.
-    pub(super) fn run(mut self) {
-        loop {
-            match self.headers.receive(&self.lane.socket, &mut self.buffer, &mut self.received) {
-                Ok(()) => self.take(),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if !self.lane.wait_readable(&self.lane.socket) {
-                        return;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Errors that the network reported for what was sent earlier.
-                Err(_) if self.lane.pause() => {}
-                Err(_) => return,
+    /// Carries what is there, as far as there is room for it.
+    pub(super) fn turn(&mut self) -> Turn {
+        match self.headers.receive(&self.lane.socket, &mut self.buffer, &mut self.received) {
+            Ok(()) => {
+                // As many as there is room for: there may be more.
+                let is_full = self.received.len() >= self.lane.mode.slots;
+                self.take();
+                if is_full { Turn::Again } else { Turn::Wait }
             }
-            if self.lane.shared.is_over() {
-                return;
-            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Turn::Wait,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Turn::Again,
+            // Errors that the network reported for what was sent earlier.
+            Err(_) => Turn::Failed,
         }
     }
 

@@ -1,8 +1,8 @@
 //! The data path of the udp backend: packets between a TUN device and UDP sockets, by threads of this process.
 //!
-//! **Shape** — a queue of the device and a socket make a lane, with one thread for each way. Out: read a batch, look up the
-//! holder, cut what the kernel left uncut, send it as few messages. In: receive a batch, check that the sender holds the
-//! source's subnet, put segments together, write. What the kernel cannot do is found by trying, at the start, and then done
+//! **Shape** — a queue of the device and a socket make a lane, with one thread that takes turns at both ways. Out: read a batch,
+//! look up the holder, cut what the kernel left uncut, send it as few messages. In: receive a batch, check that the sender holds
+//! the source's subnet, put segments together, write. What the kernel cannot do is found by trying, at the start, and then done
 //! without: one packet for each call in the end.
 //! **Wire** — a datagram is exactly one IPv4 packet; its TTL is one less after either end (upstream pkg/backend/udp).
 //! **Life** — device and sockets are open files and nothing else: whatever happens to this process, they go with it.
@@ -19,6 +19,7 @@ pub(super) mod packet;
 mod route_table;
 pub(super) mod shared;
 pub(super) mod socket;
+mod ways;
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -26,8 +27,6 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use self::device::{CONTROL, Offload, Queue, Refused};
-use self::inbound::Inbound;
-use self::outbound::Outbound;
 use self::route_table::RouteTable;
 use self::shared::{Lane, Mode, Shared};
 use crate::words::name::LinkName;
@@ -157,9 +156,7 @@ impl Running {
         let queue = lanes.first().map(|lane| lane.queue.clone());
         let mut running = Self { device, local, port, queue, shared, threads: Vec::new() };
         for (n, lane) in lanes.into_iter().enumerate() {
-            let (out, into) = (lane.clone(), lane);
-            running.thread(format!("udp-out-{n}"), move || Outbound::new(out).run())?;
-            running.thread(format!("udp-in-{n}"), move || Inbound::new(into).run())?;
+            running.thread(format!("udp-{n}"), move || ways::run(&lane))?;
         }
         Ok(running)
     }

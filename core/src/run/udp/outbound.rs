@@ -38,22 +38,14 @@ impl Outbound {
         }
     }
 
-    /// Runs until the tunnel is stopped or the device is gone.
-    pub(super) fn run(mut self) {
-        loop {
-            match self.turn() {
-                Ok(Turn::Again) => {}
-                Ok(Turn::Wait) if self.lane.wait_readable(&self.lane.queue) => {}
-                Ok(Turn::Wait) => return,
-                // The device is gone (EBADFD), or down (EIO): the next pass finds out and mends it.
-                Err(_) if self.lane.pause() => {}
-                Err(_) => return,
-            }
-        }
+    /// Carries what is there, as far as there is room for it.
+    pub(super) fn turn(&mut self) -> Turn {
+        // The device is gone (EBADFD), or down (EIO): the next pass finds out and mends it.
+        self.read().unwrap_or(Turn::Failed)
     }
 
     /// Reads what is there, as far as there is room, and sends it.
-    fn turn(&mut self) -> io::Result<Turn> {
+    fn read(&mut self) -> io::Result<Turn> {
         self.batch.clear();
         self.table = self.lane.shared.table();
         let mut turn = Turn::Again;

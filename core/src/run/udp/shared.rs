@@ -1,12 +1,11 @@
 //! What the threads of a tunnel share, and how they wait.
 
 use std::net::UdpSocket;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::device::{Offload, Queue};
@@ -68,6 +67,11 @@ impl Shared {
         let _ = self.over.write(1);
     }
 
+    /// Readable once the tunnel is over.
+    pub(super) fn over(&self) -> BorrowedFd<'_> {
+        self.over.as_fd()
+    }
+
     pub(super) fn is_over(&self) -> bool {
         self.is_over.load(Ordering::Acquire)
     }
@@ -104,27 +108,8 @@ pub(super) enum Turn {
     Again,
     /// There was no more.
     Wait,
-}
-
-impl Lane {
-    /// Waits until there is something to read; false once the tunnel is over.
-    pub(super) fn wait_readable(&self, source: &impl AsFd) -> bool {
-        let mut sources = [
-            PollFd::new(source.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.shared.over.as_fd(), PollFlags::POLLIN),
-        ];
-        // Errors and interruptions are seen by whoever reads next.
-        let _ = poll(&mut sources, PollTimeout::NONE);
-        !self.shared.is_over()
-    }
-
-    /// Waits a moment after an error, so that one that stays costs little; false once the tunnel is over.
-    pub(super) fn pause(&self) -> bool {
-        const MOMENT: u16 = 20;
-        let mut sources = [PollFd::new(self.shared.over.as_fd(), PollFlags::POLLIN)];
-        let _ = poll(&mut sources, PollTimeout::from(MOMENT));
-        !self.shared.is_over()
-    }
+    /// Nothing can be read now.
+    Failed,
 }
 
 /// Something that may happen a million times and is told once a minute.

@@ -87,7 +87,7 @@ fn measure(backend: &str) -> Result<()> {
 }
 
 fn throughput(from: &Container, to: &str) -> Result<f64> {
-    let said = from.out(&["iperf3", "-c", to, "-t", "1", "-A", "0", "-J"])?;
+    let said = from.out(&["iperf3", "-c", to, "-t", "1", "-A", "0", "-C", "cubic", "-J"])?;
     let said: serde_json::Value = serde_json::from_str(&said)?;
     let bits = said["end"]["sum_received"]["bits_per_second"].as_f64();
     Ok(bits.with_context(|| format!("no figure from iperf3: {}", said["error"]))? / 1e9)

@@ -166,10 +166,11 @@ impl Place for Namespace {
     }
 }
 
-/// What iperf3 receives in a second, in Gb/s.
+/// What iperf3 receives in a second, in Gb/s. Under Linux's usual congestion control, whatever this machine's own is: BBR, for one,
+/// paces by its own idea of the path, and then it is that which is measured.
 pub(crate) fn gigabits(from: &dyn Place, to: &str, streams: u32) -> Result<f64> {
     let streams = streams.to_string();
-    let said = from.out(&["iperf3", "-c", to, "-t", "1", "-A", "0", "-P", &streams, "-J"])?;
+    let said = from.out(&["iperf3", "-c", to, "-t", "1", "-A", "0", "-C", "cubic", "-P", &streams, "-J"])?;
     let said: serde_json::Value = serde_json::from_str(&said)?;
     let bits = said["end"]["sum_received"]["bits_per_second"].as_f64();
     Ok(bits.with_context(|| format!("no figure from iperf3: {}", said["error"]))? / 1e9)
