@@ -84,7 +84,8 @@ fn strangers_are_kept_out_and_holders_never() {
         // Nobody would let in who comes next.
         first.daemon().stop(secs(10))?;
         ensure!(!one.sh("nft list tables")?.contains(TABLE), "a guard without a keeper");
-        ping(&pod, pod_two.ip())
+        ping(&pod, pod_two.ip())?;
+        a_guard_that_the_kernel_refuses(lab, one, &pod, &pod_two)
     });
 }
 
@@ -215,6 +216,43 @@ fn another_flanneld_with_the_same_vni(lab: &Lab, host: &Host, pod: &Pod, far: &P
     ensure!(!tables.contains("flannel_tunnel-"), "{tables}");
     ping(pod, far.ip())?;
     daemon.stop(secs(10)).map(drop)
+}
+
+/// Its table is the property of another program's socket. That is said once, everything else works, and as soon as it is free there is a
+/// guard.
+fn a_guard_that_the_kernel_refuses(lab: &Lab, host: &Host, pod: &Pod, far: &Pod) -> Result<()> {
+    let script = format!("exec nft -i < <(echo 'table {TABLE} {{ flags owner; }}'; exec sleep 600)");
+    let owner = host.spawn("owner", &["bash", "-c", &script], &[])?;
+    eventually("the table is taken", FOLLOW, || {
+        let tables = host.sh("nft list tables")?;
+        ensure!(tables.contains(TABLE), "{tables}");
+        Ok(())
+    })?;
+    let daemon = start(lab, host, &["--iptables-resync=1"])?;
+    daemon.ready()?;
+    ping(pod, far.ip())?;
+    let looks = || -> Result<u64> {
+        let (_, text) = daemon.health("/metrics")?;
+        let prefix = "flannel_passes_total{network=\"default\",reason=\"resync\"} ";
+        let line = text.lines().find_map(|line| line.strip_prefix(prefix));
+        Ok(line.unwrap_or("0").parse()?)
+    };
+    eventually("it has tried again", FOLLOW, || {
+        let looks = looks()?;
+        ensure!(looks >= 2, "{looks} regular looks");
+        Ok(())
+    })?;
+    let said = daemon.said("no tunnel guard");
+    ensure!(said.len() == 1 && said[0].contains("not permitted"), "{said:#?}");
+    ensure!(
+        daemon.health("/readyz")?.0 == 200 && daemon.said(" ERROR ").is_empty(),
+        "{}",
+        daemon.daemon().tail()
+    );
+    ping(pod, far.ip())?;
+    owner.crash()?;
+    eventually("there is a guard", FOLLOW, || lets_in(host, &["10.77.0.12", "10.77.0.113"]))?;
+    ping(pod, far.ip())
 }
 
 /// All leases are gone, and with them everybody who could come back. While there are routes to those who were known, they are let in.
