@@ -45,6 +45,27 @@ const SAME_VNI: One = One {
     device: "flannel.1",
 };
 
+/// Tunnels of flanneld itself: the first has upstream's name for the device, the second one of its own.
+const UDP: One = One {
+    prefix: PREFIX,
+    file: "/run/flannel/subnet.env",
+    config: r#"{"Network":"10.100.0.0/16","Backend":{"Type":"udp"}}"#,
+    device: "flannel0",
+};
+const UDP_2: One = One {
+    prefix: "/second/network",
+    file: "/run/flannel/second.env",
+    config: r#"{"Network":"10.3.0.0/16","Backend":{"Type":"udp","Port":8286}}"#,
+    device: "flannel-",
+};
+/// Another network of the same backend, with the port of the first.
+const SAME_PORT: One = One {
+    prefix: "/same/network",
+    file: "/run/flannel/same.env",
+    config: r#"{"Network":"10.4.0.0/16","Backend":{"Type":"udp"}}"#,
+    device: "flannel-",
+};
+
 impl One {
     fn flags(&self, lab: &Lab) -> [String; 3] {
         let endpoints = format!("--etcd-endpoints={}", lab.etcd_endpoint());
@@ -137,6 +158,46 @@ fn several_flanneld_share_a_host() {
         restarts(lab, h1, &mut here)?;
         conflicts(lab, h1)?;
         leaving(lab, [h1, h2], there)
+    });
+}
+
+#[test]
+fn two_tunnels_of_udp_share_a_host_by_their_ports() {
+    in_lab(Lab::new("udp-twins").etcd(), |lab| {
+        let (h1, h2) = (lab.host(1), lab.host(2));
+        let both = [UDP, UDP_2];
+        let mut daemons = Vec::new();
+        for one in &both {
+            one.configure(lab)?;
+            for host in [h1, h2] {
+                daemons.push(one.start(lab, host, "first")?);
+                one.bridge(host)?;
+            }
+        }
+        let reached = |one: &One| {
+            let to = one.address(h2)?;
+            eventually(format!("{to} by {}", one.device), FOLLOW, || {
+                let way = h1.out(&["ip", "route", "get", &to])?;
+                ensure!(way.contains(&format!(" dev {}", one.device)), "{way}");
+                ping(h1, &to)
+            })
+        };
+        both.iter().try_for_each(reached)?;
+
+        SAME_PORT.configure(lab)?;
+        let wrong = SAME_PORT.start(lab, h1, "wrong")?;
+        wrong.wait_log("could not receive on 10.77.0.11:8285", FOLLOW)?;
+        ensure!(wrong.log().contains("Backend.Port"), "{}", wrong.log());
+        wrong.stop(secs(10))?;
+        SAME_PORT.cleanup(lab, h1)?;
+        both.iter().try_for_each(reached)?;
+
+        // The first goes, on both hosts; the second does not notice.
+        for first in daemons.drain(..2) {
+            first.stop(secs(10))?;
+        }
+        ensure!(!h1.exists("/sys/class/net/flannel0"), "{}", h1.network_state()?);
+        ping_within(secs(2), h1, &UDP_2.address(h2)?)
     });
 }
 
