@@ -67,18 +67,11 @@ fn another_agrees(host: &Host, pid: &str) -> Result<()> {
     })
 }
 
-/// What is lost between two pods while something happens, until charon on the host has agreed with the other on new keys.
-fn lost_while(
-    (from, to): (&Pod, &Pod),
-    host: &Host,
-    what: &str,
-    happens: impl FnOnce() -> Result<()>,
-) -> Result<u32> {
-    let pid = charon(host)?;
+/// What is lost between two pods while something happens, and a while after it.
+fn lost_while((from, to): (&Pod, &Pod), what: &str, happens: impl FnOnce() -> Result<()>) -> Result<u32> {
     let stream = PingStream::start(from, to.ip(), PACE)?;
     stream.more(5)?;
     happens().context(what.to_owned())?;
-    another_agrees(host, &pid).context(what.to_owned())?;
     stream.more(20)?;
     let count = stream.stop()?;
     eprintln!("{what}: {count:?}");
@@ -116,7 +109,8 @@ fn two_hosts() {
             ensure!(udp >= 5 && esp == 0, "{udp} packets in UDP, {esp} without");
             Ok(())
         })?;
-        all_reach_all(&pods)
+        all_reach_all(&pods)?;
+        goes_for_good(lab, &mut daemons)
     });
 }
 
@@ -137,24 +131,42 @@ fn carries_large(pods: &[Pod]) -> Result<()> {
     server.stop()
 }
 
+/// charon outlives flanneld, so that nothing has to be agreed anew.
 fn restarts(lab: &Lab, daemons: &mut [Flanneld], pods: &[Pod]) -> Result<()> {
     let one = lab.host(1);
+    let pid = charon(one)?;
     let ways = [(&pods[1], &pods[0]), (&pods[0], &pods[1])];
-    let lost = lost_while(ways[0], one, "restart", || {
-        daemons[0].daemon().stop(secs(30))?;
+    let mut again = |end: fn(&Flanneld) -> Result<()>| {
+        end(&daemons[0])?;
         daemons[0] = Flanneld::start(lab, one)?;
-        daemons[0].ready().map(drop)
+        daemons[0].ready()?;
+        daemons[0].daemon().wait_log(&format!("Charon daemon runs already: process {pid}"), FOLLOW).map(drop)
+    };
+    let lost = lost_while(ways[0], "restart", || again(|one| one.daemon().stop(secs(30)).map(drop)))?;
+    ensure!(lost == 0, "{lost} packets lost by a restart");
+    let lost = lost_while(ways[1], "a crash", || again(|one| one.daemon().crash().map(drop)))?;
+    ensure!(lost == 0, "{lost} packets lost by a crash");
+    ensure!(charon(one)? == pid, "it was {pid}");
+    // Which is still looked after.
+    let lost = lost_while(ways[1], "charon killed", || {
+        one.sh(&format!("kill -9 {pid}"))?;
+        another_agrees(one, &pid)
     })?;
-    ensure!(lost <= FEW, "{lost} packets lost by a restart");
-    let lost = lost_while(ways[1], one, "a crash", || {
-        daemons[0].daemon().crash()?;
-        daemons[0] = Flanneld::start(lab, one)?;
-        daemons[0].ready().map(drop)
-    })?;
-    ensure!(lost <= FEW, "{lost} packets lost by a crash");
-    let lost =
-        lost_while(ways[1], one, "charon killed", || one.sh("kill -9 $(cat /run/charon.pid)").map(drop))?;
     ensure!(lost <= FEW, "{lost} packets lost when charon was killed");
+    Ok(())
+}
+
+/// Who goes for good takes charon along, also one that somebody else of ours started.
+fn goes_for_good(lab: &Lab, daemons: &mut Vec<Flanneld>) -> Result<()> {
+    let two = lab.host(2);
+    daemons.remove(1).daemon().stop(secs(30))?;
+    let pid = charon(two)?;
+    ensure!(two.exists(&format!("/proc/{pid}")), "{pid} went with flanneld");
+    let cleanup = format!("flanneld --etcd-endpoints={} --cleanup", lab.etcd_endpoint());
+    two.sh(&cleanup)?;
+    ensure!(!two.exists(&format!("/proc/{pid}")), "charon, process {pid}, is left");
+    let left = two.sh("ip xfrm policy; ip xfrm state")?;
+    ensure!(left.trim().is_empty(), "{left}");
     Ok(())
 }
 

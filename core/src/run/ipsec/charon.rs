@@ -1,8 +1,8 @@
-//! charon as a child of this process.
+//! A charon of ours: one that this process started, or an earlier flanneld.
 //!
-//! **Life** — it dies with this process and is killed outright, not asked to end: asked, it would tell every peer that the tunnels are
-//! over, and take them from the kernel. So the kernel's associations carry packets on while there is no charon, until the next one
-//! has agreed on new ones with the peers. Only when the network leaves this host is it asked.
+//! **Life** — it outlives this process, as everything does that carries packets: keys that were agreed on are agreed on still when the next
+//! flanneld comes, which knows it by a note. Only when the network leaves this host is it asked to end: asked, it tells every peer that the
+//! tunnels are over, and takes them from the kernel.
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,9 +12,8 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, getpid, getppid};
+use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::{Child, Command};
 use tokio::time::{sleep, timeout};
@@ -30,20 +29,34 @@ const PLACES: [&str; 4] = [
 ];
 /// Its note of its own process.
 const PID_FILE: &str = "/var/run/charon.pid";
+/// Ours of which process is ours: its number, and when it was started.
+const NOTE: &str = "/run/flannel/charon";
 /// What of our own environment is not its business.
 const SECRET: &str = "FLANNELD_ETCD_PASSWORD";
 /// How long its last words may take after its end.
 const GRACE: Duration = Duration::from_millis(50);
 /// How long it may take to say good-bye to every peer.
 const FAREWELL_MAX: Duration = Duration::from_secs(5);
+/// How often it is looked whether one that is nobody's child has ended. Its socket tells that sooner.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Of what it prints so many lines are kept, for the case that it ends.
 const WORDS_MAX: usize = 5;
 
 /// A charon of ours.
 pub(super) struct Charon {
-    child: Child,
+    process: Process,
+    /// None for one that an earlier flanneld started.
+    child: Option<Child>,
     words: Words,
+}
+
+/// A process, told from a later one with its number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Process {
+    id: i32,
+    /// In clock ticks since the machine was started (proc(5), `starttime`).
+    started: u64,
 }
 
 /// What it printed last. While it serves, its log comes by its socket and at once; what it prints comes late and is the same.
@@ -65,23 +78,47 @@ pub(super) fn places() -> String {
     format!("PATH, {}", PLACES.join(", "))
 }
 
+impl Process {
+    /// None if there is no such process, or only what its parent has not heard of yet.
+    fn of(id: i32) -> Option<Self> {
+        // The name, in parentheses, may hold anything; state and the rest come behind it.
+        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
+        let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+        let lives = !matches!(fields.next()?, "Z" | "X");
+        let started = fields.nth(18)?.parse().ok()?;
+        lives.then_some(Self { id, started })
+    }
+
+    fn lives(self) -> bool {
+        Self::of(self.id) == Some(self)
+    }
+
+    fn signal(self, signal: Signal) {
+        if self.lives() {
+            // It may just have ended.
+            let _ = kill(Pid::from_raw(self.id), signal);
+        }
+    }
+
+    /// As a note has it.
+    fn parse(note: &str) -> Option<Self> {
+        let (id, started) = note.trim().split_once(' ')?;
+        Some(Self { id: id.parse().ok()?, started: started.parse().ok()? })
+    }
+
+    fn note(self) -> String {
+        format!("{} {}\n", self.id, self.started)
+    }
+}
+
 impl Charon {
     /// Starts it.
-    #[expect(unsafe_code, reason = "a child can be told to die with its parent between fork and exec only")]
     pub(super) fn start(program: &Path) -> io::Result<Self> {
         forget_the_dead();
-        let parent = getpid();
         let mut command = Command::new(program);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        command.env_remove(SECRET).process_group(0).kill_on_drop(true);
-        // SAFETY: two system calls that take numbers; nothing is allocated and no lock is taken.
-        unsafe {
-            command.pre_exec(move || {
-                prctl::set_pdeathsig(Signal::SIGKILL)?;
-                // It may be too late for that.
-                if getppid() == parent { Ok(()) } else { Err(io::ErrorKind::Interrupted.into()) }
-            });
-        }
+        // Of its own group, so that what ends us from a terminal does not end it.
+        command.env_remove(SECRET).process_group(0);
         let mut child = command.spawn()?;
         let words = Words::default();
         if let Some(out) = child.stdout.take() {
@@ -90,16 +127,35 @@ impl Charon {
         if let Some(err) = child.stderr.take() {
             tokio::spawn(keep(err, words.clone()));
         }
-        Ok(Self { child, words })
+        let process = child.id().and_then(|id| Process::of(i32::try_from(id).ok()?));
+        let process = process.ok_or_else(|| io::Error::other("it ended at once"))?;
+        if let Err(error) = write_note(process) {
+            tracing::warn!(
+                "{NOTE} cannot be written, so the next flanneld takes this charon for somebody else's: {error}"
+            );
+        }
+        Ok(Self { process, child: Some(child), words })
     }
 
-    pub(super) fn id(&self) -> u32 {
-        self.child.id().unwrap_or(0)
+    /// The one that an earlier flanneld started and left.
+    pub(super) fn left() -> Option<Self> {
+        let process = Process::parse(&std::fs::read_to_string(NOTE).ok()?)?;
+        process.lives().then(|| Self { process, child: None, words: Words::default() })
+    }
+
+    pub(super) fn id(&self) -> i32 {
+        self.process.id
     }
 
     /// Resolves when it has ended.
     pub(super) async fn ended(&mut self) -> String {
-        let ended = self.child.wait().await;
+        let Some(child) = &mut self.child else {
+            while self.process.lives() {
+                sleep(LOOK).await;
+            }
+            return "it ended".to_owned();
+        };
+        let ended = child.wait().await;
         // What is left in the pipe is read by then.
         sleep(GRACE).await;
         let words =
@@ -113,19 +169,36 @@ impl Charon {
 
     /// How it ended, if it has.
     pub(super) fn gone(&mut self) -> Option<String> {
-        self.child.try_wait().ok().flatten().map(how)
+        match &mut self.child {
+            Some(child) => child.try_wait().ok().flatten().map(how),
+            None => (!self.process.lives()).then(|| "it ended".to_owned()),
+        }
     }
 
     /// Asks it to end, so that the peers and the kernel forget the tunnels.
     pub(super) async fn farewell(mut self) {
-        if let Some(id) = self.child.id().and_then(|id| i32::try_from(id).ok()) {
-            // It may just have ended.
-            let _ = kill(Pid::from_raw(id), Signal::SIGTERM);
+        self.process.signal(Signal::SIGTERM);
+        if timeout(FAREWELL_MAX, self.ended()).await.is_err() {
+            self.kill().await;
         }
-        if timeout(FAREWELL_MAX, self.child.wait()).await.is_err() {
-            let _ = self.child.kill().await;
-        }
+        let _ = std::fs::remove_file(NOTE);
     }
+
+    /// Ends it at once, for one that does not serve.
+    pub(super) async fn kill(mut self) {
+        self.process.signal(Signal::SIGKILL);
+        let _ = timeout(FAREWELL_MAX, self.ended()).await;
+    }
+}
+
+/// Whole, or not at all: half a number would be another process.
+fn write_note(process: Process) -> io::Result<()> {
+    let new = format!("{NOTE}.new");
+    if let Some(directory) = Path::new(NOTE).parent() {
+        std::fs::create_dir_all(directory)?;
+    }
+    std::fs::write(&new, process.note())?;
+    std::fs::rename(&new, NOTE)
 }
 
 fn how(status: ExitStatus) -> String {
@@ -155,5 +228,35 @@ async fn keep(pipe: impl AsyncRead + Unpin, words: Words) {
             }
             words.push_back(on_one_line(&line));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_known_by_its_number_and_its_start() {
+        let own = Process::of(i32::try_from(std::process::id()).unwrap()).unwrap();
+        assert!(own.lives() && own.started > 0);
+        assert_eq!(Process::parse(&own.note()), Some(own));
+        // Somebody later with the same number.
+        assert!(!Process { started: own.started + 1, ..own }.lives());
+        assert_eq!(Process::of(-1), None);
+        for note in ["", "12", "12 x", "x 12"] {
+            assert_eq!(Process::parse(note), None, "{note}");
+        }
+    }
+
+    #[test]
+    fn who_has_ended_and_was_not_waited_for_does_not_live() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let id = i32::try_from(child.id()).unwrap();
+        let ended = (0..500).any(|_| {
+            std::thread::sleep(Duration::from_millis(10));
+            Process::of(id).is_none()
+        });
+        child.wait().unwrap();
+        assert!(ended);
     }
 }

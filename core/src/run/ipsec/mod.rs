@@ -2,7 +2,7 @@
 //!
 //! It is told by whole values what charon should hold. It asks charon what it has, tells it the difference, and looks again: when
 //! charon says that something changed, and from time to time. A charon that runs already is used; it is the operator's, and only what has
-//! our names is touched. Else one is started, and again later and later when it dies.
+//! our names is touched. Else one is started, and again later and later when it dies; it outlives us, and is ours again when we come back.
 
 mod charon;
 mod client;
@@ -72,7 +72,7 @@ pub(super) struct State {
     pub(super) trouble: Option<Finding>,
 }
 
-/// The way to the task. It ends when this is dropped, and a charon of ours with it.
+/// The way to the task. It ends when this is dropped; charon does not.
 pub(super) struct Ipsec {
     wanted: watch::Sender<Option<Wanted>>,
     pub(super) state: watch::Receiver<State>,
@@ -241,7 +241,7 @@ impl Worker {
             tracing::warn!(network = %self.network, "{}", Finding::new(Code::CHARON_FAILED, text));
         }
         self.listener = None;
-        if let Some(charon) = self.charon.take() {
+        if let Some(charon) = self.charon.take().or_else(Charon::left) {
             tracing::info!(network = %self.network, "Stopped charon daemon: nothing is left for it to do");
             charon.farewell().await;
         }
@@ -255,9 +255,7 @@ impl Worker {
         if self.session.is_none() {
             let client = match Client::connect().await {
                 Ok(client) => {
-                    if self.charon.is_none() {
-                        tracing::info!(network = %self.network, "using the charon that listens on {SOCKET}");
-                    }
+                    self.take_up();
                     client
                 }
                 Err(_) => self.start().await?,
@@ -272,11 +270,28 @@ impl Worker {
         self.session.as_mut().ok_or_else(absent)
     }
 
+    /// Finds out whose the charon is that listens.
+    fn take_up(&mut self) {
+        let network = &self.network;
+        if self.charon.is_some() {
+            return;
+        }
+        self.charon = Charon::left();
+        match &self.charon {
+            Some(charon) => tracing::info!(%network, "Charon daemon runs already: process {}", charon.id()),
+            None => tracing::info!(%network, "using the charon that listens on {SOCKET}"),
+        }
+    }
+
     /// Starts one of ours, unless that runs and only does not listen yet, and waits until it listens.
     async fn start(&mut self) -> Result<Client, Finding> {
         let failed = |text: String| Finding::new(Code::CHARON_FAILED, text);
         if let Some(how) = self.charon.as_mut().and_then(Charon::gone) {
             self.died(&how);
+        }
+        if self.charon.is_none() {
+            // One that an earlier flanneld has only just started.
+            self.charon = Charon::left();
         }
         if self.charon.is_none() {
             let program = charon::find().ok_or_else(|| {
@@ -300,7 +315,9 @@ impl Worker {
                 () = sleep(START_STEP) => {}
             }
             if Instant::now() >= deadline {
-                self.charon = None;
+                if let Some(charon) = self.charon.take() {
+                    charon.kill().await;
+                }
                 let text = format!("it does not listen on {SOCKET} (plugin vici), and was killed");
                 return Err(failed(text));
             }
@@ -393,9 +410,9 @@ async fn ended(charon: Option<&mut Charon>) -> String {
     }
 }
 
-/// Takes what is ours away from a charon that runs, without an agent.
+/// Takes what is ours away from a charon that runs, without an agent, and one of ours altogether.
 pub(super) async fn retire(network: &NetworkName, networks: BTreeSet<Prefix>) {
-    if Client::connect().await.is_ok() {
+    if Client::connect().await.is_ok() || Charon::left().is_some() {
         Ipsec::spawn(network).retire(networks).await;
     }
 }
