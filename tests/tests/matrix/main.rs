@@ -233,8 +233,6 @@ fn ipsec() {
         carries: |_, _| 1446,
         flush: "ip xfrm policy flush",
         ability: Some(needs::ESP),
-        // The peer takes the new keys into use when it sends them, and this host when they come.
-        restart_costs: 40,
         sample: &[Cause::Flush],
         ..Row::usual()
     });
