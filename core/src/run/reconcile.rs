@@ -8,11 +8,12 @@ mod follow;
 mod guard;
 mod known;
 mod newest;
+mod planning;
 mod ports;
+mod sight;
 
 use std::collections::BTreeSet;
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
@@ -24,126 +25,32 @@ use self::guard::TunnelGuard;
 use self::known::Known;
 use self::newest::newest;
 use self::ports::ports;
+pub(super) use self::sight::{Inputs, Place, ReaderInputs, Sight};
 use super::health::Counters;
 use super::journal::Journal;
 use super::kernel_events::OwnWrites;
-use super::settings::AgentSettings;
 use super::survey::Public;
 use super::udp::{Carrier, UdpError};
 use super::wireguard::{Wireguard, WireguardError};
 use crate::act::pass::{chain, converge};
-use crate::decide::plan::{self, Plan, PlanError, plan, remains};
-use crate::decide::reader::{self, ReaderScene};
-use crate::decide::{bridge, firewall};
+use crate::decide::bridge;
+use crate::decide::plan::{Plan, PlanError, remains};
 use crate::touch::memory;
-use crate::touch::subnet_env::SubnetEnv;
-use crate::touch::uplink::{self, Sought, UplinkError};
+use crate::touch::uplink::UplinkError;
 use crate::touch::world::kernel::Kernel;
 use crate::touch::world::{World as _, WorldError};
 use crate::words::addr::Prefix;
 use crate::words::code::Code;
-use crate::words::config::NetworkConfig;
 use crate::words::exposure::Exposure;
 use crate::words::extension::Errands;
 use crate::words::fact::{Fact, Facts, diff};
 use crate::words::ipsec::Associations;
-use crate::words::lease::{LeaseSet, OwnLease};
-use crate::words::name::{LinkName, NetworkName};
-use crate::words::node::{Identity, Node};
+use crate::words::lease::OwnLease;
+use crate::words::name::LinkName;
 use crate::words::report::{Finding, Reason, Report};
 use crate::words::rule::TableName;
 use crate::words::territory::Territory;
 use crate::words::units::Mtu;
-
-/// What does not change while an agent runs.
-#[derive(Clone, Debug)]
-pub(super) struct Place {
-    pub(super) network: NetworkName,
-    pub(super) subnet_file: PathBuf,
-    pub(super) masquerade: bool,
-    pub(super) fully_random: bool,
-    pub(super) forward: bool,
-    pub(super) udp_offload: bool,
-    pub(super) guard: bool,
-    pub(super) blackhole: bool,
-    /// The bridge, if the agent keeps one.
-    pub(super) bridge: Option<LinkName>,
-}
-
-impl Place {
-    /// What an agent was told.
-    pub(super) fn of(settings: &AgentSettings) -> Self {
-        Self {
-            network: settings.network.clone(),
-            subnet_file: settings.subnet_file.clone(),
-            masquerade: settings.masquerade,
-            fully_random: settings.fully_random,
-            forward: settings.forward,
-            udp_offload: settings.udp_offload,
-            guard: settings.guard,
-            blackhole: settings.blackhole,
-            bridge: settings.bridge,
-        }
-    }
-}
-
-/// What a pass works from.
-#[derive(Clone, PartialEq, Debug)]
-pub(super) struct Inputs {
-    pub(super) config: Arc<NetworkConfig>,
-    pub(super) own: OwnLease,
-    pub(super) leases: Arc<LeaseSet>,
-    pub(super) uplink: LinkName,
-    pub(super) sought: Sought,
-    pub(super) identity: Identity,
-    pub(super) isolated_from: BTreeSet<Prefix>,
-    /// What the network's CIDRs were before the config changed: our routes in there are still ours to remove.
-    pub(super) former: BTreeSet<Prefix>,
-}
-
-/// What a pass works from while another agent of this node holds the lease.
-#[derive(Clone, Debug)]
-pub(super) struct ReaderInputs {
-    pub(super) env: SubnetEnv,
-    pub(super) isolated_from: BTreeSet<Prefix>,
-}
-
-/// What a pass is for.
-#[derive(Clone, Debug)]
-pub(super) enum Sight {
-    /// A lease of our own.
-    Own(Inputs),
-    /// Another agent's.
-    Others(ReaderInputs),
-}
-
-impl From<Inputs> for Sight {
-    fn from(inputs: Inputs) -> Self {
-        Self::Own(inputs)
-    }
-}
-
-impl From<ReaderInputs> for Sight {
-    fn from(inputs: ReaderInputs) -> Self {
-        Self::Others(inputs)
-    }
-}
-
-impl Sight {
-    fn own(&self) -> Option<&OwnLease> {
-        match self {
-            Self::Own(inputs) => Some(&inputs.own),
-            Self::Others(_) => None,
-        }
-    }
-
-    fn leases(&self) -> usize {
-        match self {
-            Self::Own(inputs) => inputs.leases.leases.len(),
-            Self::Others(_) => 0,
-        }
-    }
-}
 
 /// A look at more facts than this takes so much memory that it is given back.
 const MANY: usize = 1000;
@@ -455,105 +362,6 @@ impl Thread {
             memory::give_back();
         }
         Ok((plan, report, public))
-    }
-
-    fn plan(
-        &mut self,
-        inputs: &Inputs,
-        ports: &BTreeSet<LinkName>,
-        known: Option<Known>,
-    ) -> Result<(Plan, Node), PassError> {
-        let node = self.node(inputs, ports)?;
-        self.tell_of_iptables(inputs, &node);
-        self.guard.tell(&inputs.config, &node);
-        // What endpoints want is not among the inputs.
-        let known = known.filter(|_| self.endpoints.exposure().is_none());
-        if let Some(plan) = known.and_then(|known| known.again(inputs, &node)) {
-            return Ok((plan, node));
-        }
-        let plan = self.plan_for(inputs, &node)?;
-        // They stay until leases change, or longer.
-        let facts = if plan.facts.len() > MANY { plan.facts.compact() } else { plan.facts };
-        Ok((Plan { facts, ..plan }, node))
-    }
-
-    fn plan_for(&self, inputs: &Inputs, node: &Node) -> Result<Plan, PlanError> {
-        let mut plan = plan(&self.plan_inputs(inputs, node))?;
-        plan.territory.cidrs.extend(&inputs.former);
-        self.guard.let_be(&mut plan.territory);
-        Ok(plan)
-    }
-
-    fn plan_inputs<'a>(&'a self, inputs: &'a Inputs, node: &'a Node) -> plan::Inputs<'a> {
-        plan::Inputs {
-            network: &self.place.network,
-            config: &inputs.config,
-            node,
-            own: &inputs.own,
-            leases: &inputs.leases,
-            bridge: self.place.bridge,
-            masquerade: self.place.masquerade,
-            fully_random: self.place.fully_random,
-            forward: self.place.forward,
-            guard: self.guard.is_wanted(),
-            blackhole: self.place.blackhole,
-            isolated_from: &inputs.isolated_from,
-            exposure: self.endpoints.exposure(),
-        }
-    }
-
-    fn tell_of_iptables(&mut self, inputs: &Inputs, node: &Node) {
-        let chains = self.place.network.is_default() && (self.place.masquerade || self.place.forward);
-        let missing = |family| !node.iptables.written.contains_key(family);
-        if chains
-            && !inputs.config.nftables
-            && inputs.config.families().iter().any(missing)
-            && !self.told_of_no_iptables
-        {
-            self.told_of_no_iptables = true;
-            let table = firewall::table_name(&self.place.network);
-            tracing::info!(
-                "there is no iptables on this host that could be written: the rules are in table {table} of nftables"
-            );
-        }
-    }
-
-    fn plan_reader(&self, inputs: &ReaderInputs, ports: &BTreeSet<LinkName>) -> Plan {
-        let place = &self.place;
-        let ReaderInputs { env, isolated_from } = inputs;
-        reader::plan(&ReaderScene {
-            network: &place.network,
-            networks: &env.networks,
-            gateways: &env.gateways(),
-            mtu: env.mtu,
-            bridge: place.bridge,
-            ports,
-            masquerade: place.masquerade && !env.ip_masq,
-            isolated_from,
-            exposure: self.endpoints.exposure(),
-        })
-    }
-
-    fn node(&mut self, inputs: &Inputs, ports: &BTreeSet<LinkName>) -> Result<Node, PassError> {
-        let place = self.place.clone();
-        let kernel = open(&mut self.kernel)?;
-        let wireguard = self.wireguard.is_in(kernel, &inputs.config)?;
-        let uplink = uplink::read(kernel, inputs.uplink, &inputs.sought, &inputs.config.families())?;
-        let public = Public::of(&inputs.sought, &uplink, &inputs.config);
-        Ok(Node {
-            public_v4: public.v4,
-            public_v6: public.v6,
-            identity: inputs.identity.clone(),
-            routes: kernel.glance_at_routes(&remains(&place.network, inputs.config.cidrs()))?,
-            forward_chains: kernel.netfilter()?.forward_chains()?,
-            iptables: kernel.netfilter()?.iptables()?,
-            nftables: kernel.netfilter()?.is_present()?,
-            ipv6: kernel.has_ipv6(),
-            ra_at_risk: inputs.config.v6.is_some() && kernel.loses_router_advertisements(inputs.uplink)?,
-            wireguard,
-            ports: ports.clone(),
-            uplink,
-        })
     }
 
     fn retire(&mut self, going: Going) -> Result<Report, WorldError> {

@@ -1,13 +1,12 @@
 //! An agent at work: it follows the newest values and decides when the kernel is looked at.
 
 mod commands;
+mod looks;
 mod peers;
+mod subnet_file;
 mod tunnels;
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,14 +14,15 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
 use self::peers::Peers;
+use self::subnet_file::inode;
 use super::memory::Memory;
-use super::{Command, Leased, Status, WAIT, gateway};
+use super::{Command, Leased, Status, WAIT};
 use crate::decide::{changes, firewall};
 use crate::run::extension::Extension;
 use crate::run::hold::{self, Hold};
 use crate::run::ipsec::Ipsec;
 use crate::run::kernel_events::KernelEvents;
-use crate::run::reconcile::{Inputs, Look, Outcome, Place, Reconciler, backoff};
+use crate::run::reconcile::{Look, Place, Reconciler};
 use crate::run::retire;
 use crate::run::settings::AgentSettings;
 use crate::run::store::Snapshot;
@@ -39,10 +39,6 @@ use crate::words::extension::Errands;
 use crate::words::fact::TunnelHost;
 use crate::words::lease::{LeaseSet, OwnLease, Subnets};
 use crate::words::report::{Finding, Reason};
-use crate::words::units::Mtu;
-
-/// Notices from the kernel are gathered for so long before it is looked at.
-const SETTLE: Duration = Duration::from_millis(50);
 
 /// What is waited for is said again after this long.
 const REMIND: Duration = Duration::from_secs(60);
@@ -467,104 +463,6 @@ impl Work {
         });
     }
 
-    /// Plans a look at the kernel, at the latest after `delay`.
-    fn look(&mut self, reason: Reason, delay: Duration) {
-        self.pending = Some(self.pending.map_or(reason, |pending| pending.min(reason)));
-        self.next_look = self.next_look.min(Instant::now() + delay);
-    }
-
-    /// The kernel said something. Whoever keeps undoing our work is answered more and more slowly, up to a second.
-    fn noticed(&mut self) {
-        const QUIET: Duration = Duration::from_secs(3);
-        const SLOWEST: Duration = Duration::from_millis(800);
-        self.streak = if self.last_notice.elapsed() > QUIET { 0 } else { self.streak.saturating_add(1) };
-        self.last_notice = Instant::now();
-        let settle = SETTLE.saturating_mul(1 + self.streak / 8).min(SLOWEST);
-        self.look(Reason::Kernel, settle);
-    }
-
-    fn look_now(&mut self) {
-        self.file_due = true;
-        let reason = self.pending.take().unwrap_or(Reason::Resync);
-        let idle = if self.survey_trouble.is_some() { WAIT } else { self.settings.resync };
-        self.next_look = Instant::now() + idle;
-        self.survey_due |= self.survey_trouble.is_some() || self.survey.is_none();
-        if let Some(inputs) = self.inputs() {
-            self.reconciler.pass(inputs, reason, Look::Needed);
-        }
-    }
-
-    /// What passes work from, as soon as all of it is known.
-    fn inputs(&self) -> Option<Inputs> {
-        let (config, own, survey) = (self.served.as_ref()?, self.own.as_ref()?, self.survey.as_ref()?);
-        Some(Inputs {
-            config: config.clone(),
-            own: own.clone(),
-            leases: self.leases.clone(),
-            uplink: survey.uplink.link,
-            sought: self.settings.uplink.clone(),
-            identity: survey.identity.clone(),
-            isolated_from: self.settings.isolated_from.borrow().clone(),
-            former: self.former.clone(),
-        })
-    }
-
-    /// A pass has ended.
-    fn passed(&mut self) {
-        let outcome: Outcome = self.reconciler.outcome.borrow_and_update().clone();
-        if outcome.clean {
-            self.failures = 0;
-        } else {
-            self.look(Reason::Retry, backoff(self.failures));
-            self.failures = self.failures.saturating_add(1);
-        }
-        // The uplink is gone, or has another address: what we advertise must follow.
-        let moved = self.survey.as_ref().is_some_and(|survey| survey.public() != outcome.public);
-        self.survey_due |= moved;
-        self.tell_charon(&outcome);
-        self.errands = outcome.errands;
-        self.tell_commands();
-        if outcome.own.is_some() && outcome.own == self.own && self.commands_serve() && self.charon_serves() {
-            self.ready = self.write_subnet_file(outcome.mtu) && (outcome.clean || self.ready);
-        }
-    }
-
-    /// After the first pass, so that whoever waits for the file finds a data path.
-    fn write_subnet_file(&mut self, mtu: Option<Mtu>) -> bool {
-        let (Some(config), Some(own), Some(mtu)) = (&self.served, &self.own, mtu) else { return false };
-        // After a change of Network the old subnet is kept until there is one of the new; the file never names both.
-        let fits = |family| match (config.range(family), own.subnets.of(family)) {
-            (Some(range), Some(subnet)) => range.cidr.covers(&subnet),
-            (None, None) => true,
-            (Some(_), None) | (None, Some(_)) => false,
-        };
-        if !Family::BOTH.into_iter().all(fits) {
-            return false;
-        }
-        let env = SubnetEnv {
-            networks: config.cidrs().collect(),
-            subnets: Family::BOTH.into_iter().filter_map(|family| gateway(&own.subnets, family)).collect(),
-            mtu,
-            ip_masq: self.settings.masquerade,
-        };
-        if self.env.as_ref() == Some(&env) && self.settings.subnet_file.exists() {
-            return true;
-        }
-        let path = self.settings.subnet_file.display();
-        match env.write(&self.settings.subnet_file) {
-            Ok(()) => {
-                tracing::info!(network = %self.settings.network, "Wrote subnet file to {path}");
-                self.file = inode(&self.settings.subnet_file);
-                self.env = Some(env);
-                true
-            }
-            Err(error) => {
-                tracing::error!("Failed to write subnet file: {}", crate::act::pass::chain(&error));
-                false
-            }
-        }
-    }
-
     /// Takes everything of the network away from this host.
     async fn retire(self) -> Result<(), String> {
         let known = self.config.iter().flat_map(|config| config.cidrs());
@@ -592,9 +490,4 @@ impl Work {
             None => Ok(()),
         }
     }
-}
-
-/// Everybody replaces a subnet file whole, so another file is another writer's.
-fn inode(path: &Path) -> Option<u64> {
-    fs::metadata(path).ok().map(|file| file.ino())
 }
