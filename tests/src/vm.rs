@@ -73,8 +73,9 @@ pub fn again(names: &[&str], deadline: Duration) {
         return;
     }
     let binary = std::env::current_exe().expect("this test's binary").display().to_string();
-    // One after the other: the processors are emulated, and tests time what they see.
-    let argv = [&[&*binary, "--test-threads=1", "--show-output"], names].concat();
+    // One after the other: the processors are emulated, and tests time what they see. What is read below is not colored, although
+    // the guest's console is a terminal.
+    let argv = [&[&*binary, "--test-threads=1", "--show-output", "--color=never"], names].concat();
     let mut vm = Vm::default().deadline(deadline);
     if let Ok(dir) = std::env::var(BIN_DIR_VARIABLE) {
         vm = vm.env(BIN_DIR_VARIABLE, &dir);
