@@ -88,7 +88,16 @@ quoted() {
 }
 
 mkdir -p "$(dirname "$out_file")"
-made=$(mktemp "$out_file.XXXXXX")
+# A file is replaced whole. What is none (/dev/stdout), and what a link leads to, is written into.
+whole=yes
+if [ -L "$out_file" ] || { [ -e "$out_file" ] && [ ! -f "$out_file" ]; }; then
+	whole=no
+fi
+if [ $whole = yes ]; then
+	made=$(mktemp "$out_file.XXXXXX")
+else
+	made=$(mktemp)
+fi
 trap 'rm -f "$made"' EXIT
 eval "all=\${$key-}"
 [ -z "$all" ] || all="$all "
@@ -99,8 +108,13 @@ for name in $names; do
 	all="$all $option"
 done
 [ $combined = no ] || quoted "$key" "$all" >>"$made"
-chmod 0644 "$made"
-mv "$made" "$out_file"
+if [ $whole = yes ]; then
+	chmod 0644 "$made"
+	mv "$made" "$out_file"
+else
+	cat "$made" >"$out_file"
+	rm -f "$made"
+fi
 trap - EXIT
 
 # docker0 on a subnet that is routed elsewhere would take its packets away from there.

@@ -48,6 +48,20 @@ fn systemd_finds_no_fault_with_the_units() -> Result<()> {
     Ok(())
 }
 
+/// A path that systemd cannot find keeps the whole unit from starting (226/NAMESPACE), and a host with Docker has no CNI.
+#[test]
+fn flannelds_unit_needs_nothing_that_a_host_may_lack() -> Result<()> {
+    let paths = setting("flanneld.service", "ReadWritePaths")?.join(" ");
+    let (sure, lacking): (Vec<_>, Vec<_>) = paths.split_whitespace().partition(|path| !path.starts_with('-'));
+    ensure!(sure == ["/run"], "{sure:?}");
+    ensure!(lacking == ["-/var/lib/cni"], "{lacking:?}");
+    let may = setting("flanneld.service", "CapabilityBoundingSet")?.join(" ");
+    for needed in ["CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_DAC_READ_SEARCH"] {
+        ensure!(may.contains(needed), "{needed} is not in {may}");
+    }
+    Ok(())
+}
+
 /// Starts the plugin as the units do: the socket is there first, and the program comes with the first connection, with the
 /// capabilities of the service and no others.
 fn activate(host: &Host) -> Result<flannel_tests::Daemon> {

@@ -3,6 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+use std::io::Read;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -394,4 +396,20 @@ fn dockerd_gets_the_options_that_upstreams_script_makes() {
     assert!(said.contains("Invalid value of FLANNEL_IPMASQ"), "{said}");
     let (status, text, _) = mk_docker_opts(dir.path(), "", &[], &[]);
     assert_eq!((status, text.as_str()), (Some(0), "DOCKER_OPTS=\"\"\n"), "no subnet file is no error");
+    // A device, or a link, is written into: it is still there afterwards.
+    let (link, file) = (dir.path().join("link"), dir.path().join("elsewhere"));
+    std::fs::write(&file, "old\n").unwrap();
+    std::os::unix::fs::symlink(&file, &link).unwrap();
+    let (status, _, said) = run(&["-c", "-d", link.to_str().unwrap()], &[]);
+    assert!(status == Some(0) && link.is_symlink(), "{said}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), format!("DOCKER_OPTS={all}"));
+    let pipe = dir.path().join("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let mut open = std::fs::OpenOptions::new().read(true).write(true).open(&pipe).unwrap();
+    let (status, _, said) = run(&["-c", "-d", pipe.to_str().unwrap()], &[]);
+    let is_pipe = std::fs::metadata(&pipe).unwrap().file_type().is_fifo();
+    assert!(status == Some(0) && is_pipe, "{said}");
+    let mut text = [0; 200];
+    let length = open.read(&mut text).unwrap();
+    assert_eq!(text[..length], *format!("DOCKER_OPTS={all}").as_bytes());
 }
