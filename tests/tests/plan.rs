@@ -442,6 +442,16 @@ fn a_peer_that_cannot_be_served_is_a_finding_and_the_others_are_served() {
 }
 
 #[test]
+fn a_host_with_two_subnets_is_sent_what_is_for_either() {
+    let case = Case::new(VXLAN, "10.100.5.0-24")
+        .peer("10.100.9.0-24", &vxlan_peer(2))
+        .peer("10.100.10.0-24", &vxlan_peer(2));
+    let facts = case.plan().facts.to_string();
+    assert_eq!((facts.matches("ip route").count(), facts.matches("bridge fdb").count()), (2, 1), "{facts}");
+    assert_eq!(case.findings(), [""; 0]);
+}
+
+#[test]
 fn overlapping_leases_have_one_winner_whatever_their_order() {
     let case = Case::new(VXLAN, "10.100.5.0-24")
         .peer("10.100.0.0-20", &vxlan_peer(7)) // around ours

@@ -29,7 +29,7 @@ pub fn delta(before: &Inputs<'_>, now: &LeaseSet) -> Option<(Plan, Plan)> {
         return None;
     }
     if changed.iter().any(|subnets| overlaps_a_neighbor(now, subnets))
-        || (before.guard && shares_an_address(old, now, &changed))
+        || (shares_facts(before) && shares_an_address(old, now, &changed))
     {
         return None;
     }
@@ -66,7 +66,12 @@ fn changes(old: &LeaseSet, now: &LeaseSet) -> Vec<Subnets> {
     }
 }
 
-/// Whether a lease that stays has the public address of one that differs: the guard of the tunnel has that once for both.
+/// Whether two leases of one host have a fact in common: its place in the guard of the tunnel, the entry of its MAC.
+fn shares_facts(inputs: &Inputs<'_>) -> bool {
+    inputs.guard || matches!(inputs.config.backend, BackendConfig::Vxlan(_))
+}
+
+/// Whether a lease that stays has the public address of one that differs.
 fn shares_an_address(old: &LeaseSet, now: &LeaseSet, changed: &[Subnets]) -> bool {
     let of = |set: &LeaseSet, subnets| set.leases.get(subnets).map(|value| value.public_ip);
     let addresses = changed.iter().flat_map(|subnets| [of(old, subnets), of(now, subnets)]);

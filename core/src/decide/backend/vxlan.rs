@@ -167,16 +167,20 @@ impl Vxlan {
                     continue;
                 }
             };
-            if let Some(first) = macs.get(&mac) {
-                let first = first.map_or_else(
-                    || "this host".to_owned(),
-                    |first: (Prefix, IpAddr)| format!("{} of {}", first.0, first.1),
-                );
-                let text = format!("{} of {} has {mac}, as {first} has", place.subnet, place.public);
-                draft.find(Code::VTEP_MAC_SHARED, text);
-                continue;
+            match macs.get(&mac) {
+                // Another subnet of the same host.
+                Some(Some((_, public))) if *public == place.public => {}
+                Some(first) => {
+                    let first = first.map_or_else(
+                        || "this host".to_owned(),
+                        |first: (Prefix, IpAddr)| format!("{} of {}", first.0, first.1),
+                    );
+                    let text = format!("{} of {} has {mac}, as {first} has", place.subnet, place.public);
+                    draft.find(Code::VTEP_MAC_SHARED, text);
+                    continue;
+                }
+                None => drop(macs.insert(mac, Some((place.subnet, place.public)))),
             }
-            macs.insert(mac, Some((place.subnet, place.public)));
             tunnel(device, &place, mac, metric).into_iter().for_each(|fact| draft.add(fact));
         }
     }

@@ -55,6 +55,8 @@ enum Event {
     Narrow(usize, u8),
     /// Our own address is claimed.
     Impostor(usize),
+    /// A host gets another subnet beside the one it has.
+    Second(usize),
 }
 
 fn event() -> impl Strategy<Value = Event> {
@@ -65,6 +67,7 @@ fn event() -> impl Strategy<Value = Event> {
         1 => (number(), 18u8..24).prop_map(|(n, len)| Event::Wide(n, len)),
         1 => (number(), 18u8..24).prop_map(|(n, len)| Event::Narrow(n, len)),
         1 => number().prop_map(Event::Impostor),
+        2 => number().prop_map(Event::Second),
     ]
 }
 
@@ -99,6 +102,10 @@ impl Event {
             Self::Wide(n, len) => drop(leases.insert(wide(*n, *len), value(backend, "10.60.0.1", 9).into())),
             Self::Narrow(n, len) => drop(leases.remove(&wide(*n, *len))),
             Self::Impostor(n) => drop(leases.insert(key(*n), value(backend, "10.50.9.1", 8).into())),
+            Self::Second(n) => {
+                let first = leases.get(&key(*n)).cloned();
+                leases.extend(first.map(|first| (key(n + 7), first)));
+            }
         }
     }
 }
@@ -139,7 +146,7 @@ fn host(backend: &str) -> Node {
     }
 }
 
-fn plays(backend: &str, steps: &[Vec<Event>]) -> Result<usize, TestCaseError> {
+fn plays(backend: &str, guard: bool, steps: &[Vec<Event>]) -> Result<usize, TestCaseError> {
     let document = format!(
         r#"{{"Network":"10.128.0.0/9","SubnetLen":24,"Backend":{{"Type":"{backend}","DirectRouting":true}}}}"#
     );
@@ -166,6 +173,7 @@ fn plays(backend: &str, steps: &[Vec<Event>]) -> Result<usize, TestCaseError> {
     let scene = |now: &Inputs| {
         plan(&plan::Inputs {
             leases: &now.leases,
+            guard,
             ..planned(&network, &config, &node, &own, &none, &now.leases)
         })
         .unwrap()
@@ -180,7 +188,7 @@ fn plays(backend: &str, steps: &[Vec<Event>]) -> Result<usize, TestCaseError> {
         step.iter().for_each(|event| event.play(backend, &mut leases));
         now = inputs(&leases);
         prop_assert!(known.node(&now).is_some());
-        let given = planned(&network, &config, &node, &own, &none, &now.leases);
+        let given = plan::Inputs { guard, ..planned(&network, &config, &node, &own, &none, &now.leases) };
         let before = plan::Inputs { leases: &known.inputs.leases, ..given };
         let whole = scene(&now);
         let mut told = whole.clone();
@@ -239,8 +247,9 @@ proptest! {
     fn whatever_leases_do_the_plan_is_that_of_all_of_them(
         steps in prop::collection::vec(prop::collection::vec(event(), 1..4), 1..8),
         vxlan in any::<bool>(),
+        guard in any::<bool>(),
     ) {
-        plays(if vxlan { "vxlan" } else { "host-gw" }, &steps)?;
+        plays(if vxlan { "vxlan" } else { "host-gw" }, guard, &steps)?;
     }
 }
 
@@ -255,7 +264,17 @@ fn single_leases_are_planned_by_themselves() {
         vec![Event::Narrow(CROWD, 20)],
         vec![Event::Put(CROWD + 2, 1, 3, true)],
     ];
-    assert_eq!(plays("vxlan", &steps[..3]).unwrap(), 3);
-    assert_eq!(plays("vxlan", &steps).unwrap(), 3);
-    assert_eq!(plays("host-gw", &steps[..3]).unwrap(), 3);
+    assert_eq!(plays("vxlan", true, &steps[..3]).unwrap(), 3);
+    assert_eq!(plays("vxlan", true, &steps).unwrap(), 3);
+    assert_eq!(plays("host-gw", true, &steps[..3]).unwrap(), 3);
+}
+
+#[test]
+fn what_two_subnets_of_a_host_share_goes_with_the_second() {
+    let put = vec![Event::Put(CROWD + 1, 1, 590, true)];
+    let steps =
+        [put, vec![Event::Second(CROWD + 1)], vec![Event::Gone(CROWD + 1)], vec![Event::Gone(CROWD + 8)]];
+    for guard in [false, true] {
+        plays("vxlan", guard, &steps).unwrap();
+    }
 }
