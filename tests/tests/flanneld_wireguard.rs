@@ -295,6 +295,16 @@ fn wireguard_carries_both_families_in_every_mode() {
             }
             reach(mode, true)?;
         }
+        // Whoever has two devices again first meets hosts that still have one.
+        put_config(lab, &dual(""))?;
+        for host in lab.hosts() {
+            eventually("two devices again", FOLLOW, || {
+                let value = lease_of_both(lab, host)?;
+                ensure!(value.ends_with(r#","Port":51821}}"#), "{value}");
+                Ok(())
+            })?;
+        }
+        reach("separate again", true)?;
         let alone = dual("").replace(r#""Network":"10.100.0.0/16","#, r#""EnableIPv4":false,"#);
         put_config(lab, &alone)?;
         for host in lab.hosts() {

@@ -96,6 +96,21 @@ fn wireguard_on_one_device() {
 }
 
 #[test]
+fn two_devices_do_not_greet_the_one_of_a_peer() {
+    // It has not yet followed a change of Mode.
+    let peer = both(2, ["192.168.100.2", "fd00:100::2"], [51_820, 51_820]);
+    let mut case = Case::new(&dual(""), "10.5.70.0-24&fd42:cafe:0:2::-64")
+        .peer("10.5.68.0-24&fd42:cafe:0:1::-64", &peer);
+    let facts = case.plan().facts.to_string();
+    assert!(facts.contains("endpoint 192.168.100.2:51820") && !facts.contains("[fd00:100::2]"), "{facts}");
+    let said = "E110 10.5.68.0/24 fd42:cafe:0:1::/64 of 192.168.100.2 fd00:100::2 has one WireGuard device for both families, this host two";
+    assert_eq!(case.findings(), [said]);
+    case.node.wireguard = false;
+    let peers: Vec<usize> = case.plan().wireguard.iter().map(|tunnel| tunnel.peers.len()).collect();
+    assert_eq!(peers, [1, 0]);
+}
+
+#[test]
 fn wireguard_with_ipv6_alone() {
     let config = r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd42:cafe::/48","Backend":{"Type":"wireguard"}}"#;
     let lease = format!(

@@ -160,6 +160,11 @@ impl Wireguard {
             if allowed.is_empty() {
                 continue;
             }
+            if self.is_separate() && device.families == [Family::V6] && has_one_device(lease) {
+                let text = format!("{lease} has one WireGuard device for both families, this host two");
+                draft.find(Code::PEER_OTHER_BACKEND, text);
+                continue;
+            }
             let (key, endpoint) = match self.reach(scene, device, lease) {
                 Ok(reached) => reached,
                 Err(cause) => {
@@ -208,6 +213,14 @@ impl Wireguard {
             address.ok_or("it has no public address that a packet of this network can be sent to")?;
         Ok((key, SocketAddr::new(address, port.unwrap_or(device.port).number())))
     }
+}
+
+/// Whether a peer says for both families that it listens on the same port: it has another `Mode`. All devices of a host have one key. To
+/// greet the one from both of ours would make sessions across: each end has one, neither takes what comes by it, and so they stay.
+fn has_one_device(lease: &Peer<'_>) -> bool {
+    let port = |data: &Option<Box<RawValue>>| read(data.as_deref()?).ok()?.1;
+    let (v4, v6) = (port(&lease.value.advertisement.data), port(&lease.value.advertisement.v6_data));
+    v4.is_some() && v4 == v6
 }
 
 /// `Mode` auto: IPv4 where that leads anywhere, else IPv6 if it does on both ends, else IPv4. IPv4 before IPv6 in both arrays.
