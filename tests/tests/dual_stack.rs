@@ -121,6 +121,14 @@ fn a_network_that_gets_ipv6_keeps_its_ipv4_subnets() {
         })?;
         let found = eventually("every file has both", FOLLOW, || nodes(lab))?;
         reach_each_other(&pods(&found)?)?;
+        let advised = |lost: &str| -> Result<()> {
+            for daemon in &daemons {
+                let said = daemon.said("start them again");
+                ensure!(said.iter().all(|line| !lost.is_empty() && line.contains(lost)), "{said:#?}");
+            }
+            Ok(())
+        };
+        advised("")?;
         // And back.
         put_config(lab, V4_ONLY)?;
         eventually("every lease is as before", FOLLOW, || {
@@ -135,6 +143,7 @@ fn a_network_that_gets_ipv6_keeps_its_ipv4_subnets() {
                 Ok(())
             })?;
         }
+        advised("still have addresses of fd42:")?;
         ensure!(daemons.iter().all(|daemon| daemon.daemon().alive()));
         Ok(())
     });

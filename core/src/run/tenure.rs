@@ -428,12 +428,12 @@ impl Tenure {
         self.answered.iter().find(|(subnets, _)| alike(subnets)).map(|(subnets, again)| (*subnets, *again))
     }
 
-    /// Another subnet than before is something to do for the operator.
+    /// Another subnet than before is something to do for the operator. A family that comes or goes changes nothing for the other.
     fn tell_of_exchange(&self, now: &Subnets, offer: &Offer) {
-        let before = self.last.or(offer.previous);
-        if let Some(before) = before.filter(|before| before != now) {
+        let Some(before) = self.last.or(offer.previous) else { return };
+        if let Some(lost) = before.without(now) {
             tracing::warn!(
-                "this host has {now} instead of {before}: containers that still have addresses of {before} reach each other, \
+                "this host has {now} instead of {before}: containers that still have addresses of {lost} reach each other, \
                  and no other host; start them again"
             );
         }

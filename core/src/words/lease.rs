@@ -93,6 +93,12 @@ impl Subnets {
         both(self.v4, other.v4) || both(self.v6, other.v6)
     }
 
+    /// What of these is not of the others: none if that is nothing.
+    pub fn without(&self, others: &Self) -> Option<Self> {
+        let left = |ours: Option<Prefix>, theirs: Option<Prefix>| ours.filter(|_| ours != theirs);
+        Self::new(left(self.v4, others.v4), left(self.v6, others.v6))
+    }
+
     /// The last part of the key in the store.
     pub fn key(&self) -> String {
         let v4 = match self.v4 {
