@@ -39,7 +39,7 @@ use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use flannel_core::run::cli::{Environment, start_logging};
+use flannel_core::run::cli::{self, Environment, start_logging};
 use flannel_core::run::health::{self, Counters};
 use flannel_core::run::setup;
 use flannel_core::run::store::Store;
@@ -59,7 +59,10 @@ const SWEEP_EVERY: Duration = Duration::from_secs(30);
 const TRY_AGAIN: Duration = Duration::from_secs(3);
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().collect();
+    let arguments = match cli::arguments() {
+        Ok(arguments) => arguments,
+        Err(refusal) => return refusal.exit(),
+    };
     if command::is_meant(&arguments) {
         return match runtime() {
             Ok(runtime) => runtime.block_on(command::run(arguments)),

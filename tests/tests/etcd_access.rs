@@ -301,6 +301,78 @@ fn user(password: &str) -> Option<(String, Secret<String>)> {
 }
 
 #[tokio::test]
+async fn a_user_may_be_given_before_etcd_asks_for_one_and_stay_afterwards() {
+    if !has(&["etcd", "etcdctl", "timeout"]) {
+        return;
+    }
+    let etcd = Etcd::start("http", &["--bcrypt-cost", "4"]).await;
+    etcd.ctl(&["user", "add", "root:rootpw"]);
+    etcd.ctl(&["user", "grant-role", "root", "root"]);
+    add_user(&etcd);
+    let settings = EtcdSettings { user: user("hunter2"), ..etcd.settings() };
+    let store = network(&settings);
+    assert_eq!(made(&store).await, Created::Made);
+    let mut watch = store.watch();
+    timeout(START, watch.wait_for(|snapshot| snapshot.known)).await.unwrap().unwrap();
+    let held = claimed(&store).await;
+    etcd.ctl(&["auth", "enable"]);
+    // By the connection of before, and by a new one.
+    let Renewal::Done(held) = store.renew(&held, &value(), TTL).await.unwrap() else { panic!("not renewed") };
+    assert_eq!(network(&settings).config().await.unwrap().as_deref(), Some(CONFIG));
+    etcd.ctl(&["--user", "root:rootpw", "auth", "disable"]);
+    let Renewal::Done(_) = store.renew(&held, &value(), TTL).await.unwrap() else { panic!("not renewed") };
+    store.connect_anew().await;
+    store.release(&key(), &value()).await.unwrap();
+    let gone = watch.wait_for(|snapshot| snapshot.known && snapshot.leases.leases.is_empty());
+    timeout(START, gone).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn tls_that_only_one_side_speaks_and_certificates_made_by_hand_are_explained() {
+    if !has(&["etcd", "openssl", "timeout"]) {
+        return;
+    }
+    let (dir, etcd) = with_certificate().await;
+    let ca = Some(dir.path().join("ca.pem"));
+    // Without a scheme the file says which.
+    let bare = etcd.url.trim_start_matches("https://").to_owned();
+    let settings = EtcdSettings { cafile: ca.clone(), endpoints: vec![bare.clone()], ..etcd.settings() };
+    assert_eq!(made(&network(&settings)).await, Created::Made);
+    let plain = EtcdSettings { endpoints: vec![bare], ..etcd.settings() };
+    let error = quick(network(&plain).config()).await.unwrap_err().to_string();
+    assert!(error.contains("begins with https://"), "{error}");
+
+    // As many make one for a single server, and give it as its own authority.
+    let flags = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=etcd"];
+    for (name, constraint, advice) in
+        [("ca", "CA:TRUE", Some("CA:FALSE")), ("own", "critical,CA:FALSE", None)]
+    {
+        let file = |what: &str| text(dir.path().join(format!("{name}-made.{what}")));
+        let output = Command::new("openssl")
+            .args(flags)
+            .args([
+                "-addext",
+                "subjectAltName=IP:127.0.0.1",
+                "-addext",
+                &format!("basicConstraints={constraint}"),
+            ])
+            .args(["-keyout", &file("key"), "-out", &file("pem")])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let etcd = Etcd::start("https", &["--cert-file", &file("pem"), "--key-file", &file("key")]).await;
+        let store = network(&EtcdSettings { cafile: Some(file("pem").into()), ..etcd.settings() });
+        match advice {
+            None => assert_eq!(made(&store).await, Created::Made),
+            Some(advice) => {
+                let error = quick(store.config()).await.unwrap_err().to_string();
+                assert!(error.contains(advice), "{error}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_token_that_has_expired_is_got_anew() {
     if !has(&["etcd", "etcdctl", "timeout", "openssl"]) {
         return;

@@ -260,13 +260,14 @@ fn etcd_that_stays_away_is_said_again_after_a_minute() {
 
 #[test]
 fn flanneld_says_how_it_stands() {
-    in_lab(Lab::new("errands").hosts(2).etcd(), |lab| {
+    in_lab(Lab::new("errands").hosts(2).etcd().needs(&["setpriv"]), |lab| {
         put_config(lab, VXLAN)?;
         let (h1, h2) = (lab.host(1), lab.host(2));
         let etcd = format!("--etcd-endpoints={}", lab.etcd_endpoint());
         let ask = |errand: &[&str]| h1.run(&[&["flanneld", etcd.as_str()], errand].concat());
         let nobody = ask(&["status"])?;
         ensure!(!nobody.ok() && nobody.all().contains("nobody"), "{nobody}");
+        ensure!(!h1.exists("/run/flannel"), "who only asks leaves a trace");
         let daemons = Flanneld::start_all(lab)?;
         let (env1, env2) = (daemons[0].ready()?, daemons[1].ready()?);
         eventually("each knows the other", FOLLOW, || {
@@ -283,6 +284,19 @@ fn flanneld_says_how_it_stands() {
             );
             Ok(())
         })?;
+        // Everybody may ask.
+        let unprivileged = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "flanneld", &etcd];
+        for (errand, part) in
+            [("status", "served by    flanneld (process "), ("leases", &format!("* {}", env1.subnet()))]
+        {
+            let told = h1.run(&[&unprivileged[..], &[errand]].concat())?;
+            ensure!(told.ok() && told.all().contains(part), "{errand}: {told}");
+        }
+        let refused = h1.run(&[&unprivileged[..], &["plan"]].concat())?;
+        ensure!(
+            !refused.ok() && refused.all().contains("last.json is not used: Permission denied"),
+            "{refused}"
+        );
         let leases = ask(&["leases"])?;
         let text = leases.all();
         ensure!(leases.ok() && text.contains(&format!("* {}", env1.subnet())), "{text}");

@@ -6,11 +6,13 @@ use std::process::ExitCode;
 use flannel_core::run::cli::{self, CommonFlags, Environment, Errand, FlanneldFlags};
 use flannel_core::run::daemon;
 use flannel_core::run::errands::{self, Answer};
+use flannel_core::run::store::StoreError;
 use flannel_core::touch::memory;
 
 fn main() -> ExitCode {
     memory::be_thrifty();
-    let flags: FlanneldFlags = match cli::parse(std::env::args(), &Environment::of_process()) {
+    let parsed = cli::arguments().and_then(|line| cli::parse(line, &Environment::of_process()));
+    let flags: FlanneldFlags = match parsed {
         Ok(flags) => flags,
         Err(refusal) => return refusal.exit(),
     };
@@ -24,10 +26,16 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!("{error:#}");
-            ExitCode::FAILURE
-        }
+        Err(error) => fail(&error),
+    }
+}
+
+/// Says what is wrong. A flag that cannot be used is one, also when it takes more than itself to see it.
+fn fail(error: &anyhow::Error) -> ExitCode {
+    tracing::error!("{error:#}");
+    match error.downcast_ref() {
+        Some(StoreError::Settings { .. }) => ExitCode::from(2),
+        _ => ExitCode::FAILURE,
     }
 }
 
@@ -47,9 +55,6 @@ fn run(errand: &Errand, flags: &CommonFlags) -> ExitCode {
             // Not well, or whoever reads our output has seen enough.
             _ => ExitCode::FAILURE,
         },
-        Err(error) => {
-            tracing::error!("{error:#}");
-            ExitCode::FAILURE
-        }
+        Err(error) => fail(&error),
     }
 }

@@ -73,7 +73,13 @@ fn file(state_dir: &Path, network: &NetworkName) -> PathBuf {
 /// Reads it. None if there is none or if it cannot be read: it is only a cache, and the store has the truth.
 pub fn read(state_dir: &Path, network: &NetworkName) -> Option<LastGood> {
     let path = file(state_dir, network);
-    let text = fs::read_to_string(&path).ok()?;
+    let text = fs::read_to_string(&path)
+        .inspect_err(|error| {
+            if error.kind() != io::ErrorKind::NotFound {
+                tracing::warn!("{} is not used: {error}", path.display());
+            }
+        })
+        .ok()?;
     let written: Read = serde_json::from_str(&text)
         .inspect_err(|error| tracing::warn!("{} is not used: {error}", path.display()))
         .ok()?;

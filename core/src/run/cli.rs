@@ -182,6 +182,17 @@ impl CommonFlags {
     }
 }
 
+/// The process's own arguments, its name first.
+pub fn arguments() -> Result<Vec<String>, Refusal> {
+    let text = |argument: std::ffi::OsString| {
+        argument.into_string().map_err(|argument| Refusal {
+            text: format!("{} is not text in UTF-8\n\nTry --help.\n", argument.display()),
+            status: 2,
+        })
+    };
+    std::env::args_os().map(text).collect()
+}
+
 /// Reads the command line and the environment. On `--help`, `--version` and on errors the answer is the text for the
 /// operator and the exit status.
 pub fn parse<P: Parser + CommandFactory + FromArgMatches>(

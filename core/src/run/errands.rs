@@ -13,9 +13,8 @@ use tokio::time::timeout;
 
 use super::cli::CommonFlags;
 use super::health::Counters;
-use super::hold::Door;
 use super::reconcile::{Inputs, Place, preview};
-use super::{cache, daemon, setup, survey};
+use super::{cache, daemon, hold, setup, survey};
 use crate::act::pass::chain;
 use crate::decide::plan::remains;
 use crate::touch::subnet_env::SubnetEnv;
@@ -41,7 +40,7 @@ pub struct Answer {
 /// Who serves the network here, with which subnet, and what was written for others. Asks nobody but this host.
 pub fn status(flags: &CommonFlags) -> anyhow::Result<Answer> {
     let network = setup::flannelds_network(flags);
-    let holder = Door::open(&flags.subnet_file, &network)?.holder()?;
+    let holder = hold::holder(&flags.subnet_file, &network)?;
     let mut text = String::new();
     match &holder {
         Some(holder) => writeln!(text, "served by    {holder}")?,
@@ -191,7 +190,10 @@ impl Known {
     /// The store's, else what the agent knew last; then that is said on stderr.
     fn find(flags: &CommonFlags) -> anyhow::Result<Self> {
         let last = cache::read(&flags.state_dir, &setup::flannelds_network(flags));
+        // The subnet file is everybody's to read.
+        let written = |family| SubnetEnv::previous_subnet(&flags.subnet_file, family);
         let own = last.as_ref().and_then(|last| Some(last.own.as_ref()?.subnets));
+        let own = own.or_else(|| Subnets::new(written(Family::V4), written(Family::V6)));
         let parsed = |document: &str| NetworkConfig::parse(document).ok().map(|parsed| parsed.config);
         match daemon::runtime()?.block_on(Self::of_store(flags)) {
             Ok((leases, document)) => Ok(Self { leases, config: document.as_deref().and_then(parsed), own }),

@@ -149,6 +149,16 @@ pub fn take(subnet_file: &Path, network: &NetworkName) -> Result<Hold, HoldError
     door.take().map_err(|(_, error)| error)
 }
 
+/// Who has the lock of a network, if anybody has. Whoever may read its file may ask, and leaves no trace.
+pub fn holder(subnet_file: &Path, network: &NetworkName) -> Result<Option<String>, HoldError> {
+    let path = lock_file(subnet_file, network);
+    match File::open(&path) {
+        Ok(file) => Door { network: network.clone(), path, file }.holder(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(HoldError::Io { path: path.display().to_string(), source }),
+    }
+}
+
 /// Removes the lock's file, when nothing of the network is to be left.
 pub fn remove(subnet_file: &Path, network: &NetworkName) {
     let _ = std::fs::remove_file(lock_file(subnet_file, network));
@@ -193,6 +203,9 @@ mod tests {
         let held = take(&file, &NetworkName::of_subnet_file(&file)).unwrap_err().to_string();
         assert!(held.ends_with("flannel/subnet.env"), "{held}");
         drop(other);
+        let nowhere = dir.path().join("nowhere/subnet.env");
+        assert!(holder(&nowhere, &network).unwrap().is_none() && !dir.path().join("nowhere").exists());
+        assert_eq!(holder(&file, &network).unwrap(), Door::open(&file, &network).unwrap().holder().unwrap());
         let door = Door::open(&file, &network).unwrap();
         assert!(door.holder().unwrap().is_some() && door.is_current());
         drop(first);

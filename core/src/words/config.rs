@@ -274,7 +274,7 @@ fn cidr(document: &Document<'_>, keys: &FamilyKeys) -> Result<Prefix, ConfigErro
         Family::V4 => "define the network, for example \"10.100.0.0/16\"",
         Family::V6 => "define the network, for example \"fd00:100::/48\"",
     };
-    let Some(value) = document.get(keys.network).filter(|v| !v.is_null()) else {
+    let Some(value) = document.get(keys.network) else {
         return Err(ConfigError::Missing { key: keys.network, cause: needed });
     };
     let text = value.string()?;
@@ -329,7 +329,7 @@ fn bound(
     cidr: Prefix,
     len: u8,
 ) -> Result<Option<Prefix>, ConfigError> {
-    let Some(value) = document.get(key).filter(|v| !v.is_null()) else { return Ok(None) };
+    let Some(value) = document.get(key) else { return Ok(None) };
     let text = value.string()?;
     let address: IpAddr = text.parse().map_err(|_| value.error("an address was wanted, without a length"))?;
     if Family::of(address) != keys.family {

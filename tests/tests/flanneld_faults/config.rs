@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use flannel_tests::flanneld::{Flanneld, Pod, SUBNET_FILE, SubnetEnv, leases, put_config};
+use flannel_tests::flanneld::{Flanneld, PREFIX, Pod, SUBNET_FILE, SubnetEnv, leases, put_config};
 use flannel_tests::{Lab, eventually, in_lab, ping_within, secs, unchanged};
 
 use crate::{FOLLOW, REPEAT, VXLAN};
@@ -98,9 +98,20 @@ fn a_wrong_config_is_refused_with_place_and_reason() {
         daemon.daemon().crash()?;
         let daemon = Flanneld::start(lab, host)?;
         daemon.daemon().wait_log("E102", secs(5))?;
+        // Its lease is looked after meanwhile, or the peers would drop this host when that ends.
+        daemon.daemon().wait_log("Found lease", FOLLOW)?;
         thread::sleep(Duration::from_millis(500));
         unchanged("the kernel", &works, &host.network_state()?)?;
+
+        // One that is removed is missed, and nothing else; what was wrong with it is past.
+        lab.etcdctl(&["del", &format!("{PREFIX}/config")])?;
+        daemon.daemon().wait_log("E101", FOLLOW)?;
+        let missed = daemon.said("E101").join("\n");
+        ensure!(missed.contains("was removed; this host goes on with the last one"), "{missed}");
+        ensure!(daemon.health("/readyz")?.0 == 200);
+        unchanged("the kernel", &works, &host.network_state()?)?;
         put_config(lab, VXLAN)?;
+        daemon.daemon().wait_log("not waiting any more", FOLLOW)?;
         ensure!(daemon.ready()? == env);
         Ok(())
     });

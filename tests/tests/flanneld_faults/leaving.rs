@@ -101,11 +101,18 @@ fn what_cannot_be_served_is_refused_by_name() {
         (&[], &[("FLANNELD_SUBNET_LEASE_RENEW_MARGIN", "1440")], "FLANNELD_SUBNET_LEASE_RENEW_MARGIN"),
         (&["--public-ip=somewhere"], &[], "--public-ip"),
         (&["--public-ipv6=fe80::1"], &[], "--public-ipv6"),
+        (&["--etcd-endpoints=unix:///run/etcd"], &[], "must begin with http://"),
+        (&["--etcd-endpoints=http://10.0.0.5:2379,http://::1:2379"], &[], "stands in brackets"),
+        (&["--etcd-endpoints=https://[::1]:1", "--etcd-cafile=/nowhere/ca"], &[], "etcd-cafile /nowhere/ca"),
     ] {
         let (code, stdout, stderr) = run(arguments, env);
         assert_eq!((code, stdout.as_str()), (Some(2), ""), "{arguments:?} {env:?}: {stderr}");
         assert!(stderr.contains(named), "{arguments:?} {env:?}: {named:?} is not in: {stderr}");
     }
+    let no_text = std::os::unix::ffi::OsStrExt::from_bytes(b"--etcd-prefix=\xff");
+    let output = Command::new(&flanneld).arg::<&std::ffi::OsStr>(no_text).output().expect("flanneld runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(2) && said.contains("is not text in UTF-8"), "{said}");
     let (code, stdout, _) = run(&["-version"], &[]);
     assert!(code == Some(0) && stdout.contains(env!("CARGO_PKG_VERSION")), "{code:?} {stdout}");
     let (code, stdout, _) = run(&["completions", "bash"], &[]);

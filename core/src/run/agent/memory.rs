@@ -5,6 +5,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
@@ -19,6 +20,9 @@ use crate::words::name::NetworkName;
 const PAUSE: Duration = Duration::from_millis(200);
 const PAUSE_PER_LEASE: Duration = Duration::from_millis(1);
 
+/// What could not be written is tried again, and told again, after so long.
+const AGAIN: Duration = Duration::from_secs(60);
+
 /// What is on disk, or on its way there.
 pub(super) struct Memory {
     state_dir: PathBuf,
@@ -27,13 +31,15 @@ pub(super) struct Memory {
     written: Option<Instant>,
     due: Option<Instant>,
     writing: Option<JoinHandle<()>>,
+    /// Whether what was written last is not on disk.
+    failed: Arc<AtomicBool>,
 }
 
 impl Memory {
     /// What was kept by an earlier life, if anything.
     pub(super) fn read(state_dir: PathBuf, network: NetworkName) -> Self {
         let kept = Arc::new(cache::read(&state_dir, &network).unwrap_or_default());
-        Self { state_dir, network, kept, written: None, due: None, writing: None }
+        Self { state_dir, network, kept, written: None, due: None, writing: None, failed: Arc::default() }
     }
 
     /// What was true last.
@@ -49,12 +55,14 @@ impl Memory {
     /// Keeps what is true now.
     pub(super) async fn keep(&mut self, config: &str, own: &OwnLease, leases: &Arc<LeaseSet>) {
         let same = self.kept.config == config && self.kept.own.as_ref() == Some(own);
-        if same && Arc::ptr_eq(&self.kept.leases, leases) {
+        let failed = self.failed.load(Ordering::Relaxed);
+        if same && !failed && Arc::ptr_eq(&self.kept.leases, leases) {
             return;
         }
         let now = Instant::now();
         if same {
-            let pause = PAUSE.max(PAUSE_PER_LEASE * u32::try_from(leases.leases.len()).unwrap_or(u32::MAX));
+            let usual = PAUSE.max(PAUSE_PER_LEASE * u32::try_from(leases.leases.len()).unwrap_or(u32::MAX));
+            let pause = if failed { AGAIN } else { usual };
             let soonest = now + PAUSE;
             let due = self.written.map_or(soonest, |written| {
                 written.checked_add(pause).map_or(soonest, |due| due.max(soonest))
@@ -69,13 +77,17 @@ impl Memory {
         (self.due, self.written) = (None, Some(now));
         let known = *self.kept == kept;
         self.kept = Arc::new(kept);
-        if known {
+        if known && !failed {
             return;
         }
         let (state_dir, network, kept) = (self.state_dir.clone(), self.network.clone(), self.kept.clone());
+        let failed = self.failed.clone();
         let write = move || {
-            if let Err(error) = cache::write(&state_dir, &network, &kept) {
-                tracing::warn!(%network, "the last known state could not be kept: {error}");
+            let written = cache::write(&state_dir, &network, &kept);
+            failed.store(written.is_err(), Ordering::Relaxed);
+            if let Err(error) = written {
+                let place = cache::directory(&state_dir, &network);
+                tracing::warn!(%network, "the last known state could not be kept in {}: {error}", place.display());
             }
         };
         match same {

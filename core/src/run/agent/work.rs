@@ -4,6 +4,7 @@ mod commands;
 mod looks;
 mod peers;
 mod subnet_file;
+mod told;
 mod tunnels;
 
 use std::collections::BTreeSet;
@@ -15,6 +16,7 @@ use tokio::time::{Instant, sleep_until};
 
 use self::peers::Peers;
 use self::subnet_file::inode;
+use self::told::Told;
 use super::memory::Memory;
 use super::{Command, Leased, Status, WAIT};
 use crate::decide::{changes, firewall};
@@ -39,9 +41,6 @@ use crate::words::extension::Errands;
 use crate::words::fact::TunnelHost;
 use crate::words::lease::{LeaseSet, OwnLease, Subnets};
 use crate::words::report::{Finding, Reason};
-
-/// What is waited for is said again after this long.
-const REMIND: Duration = Duration::from_secs(60);
 
 /// How an agent's work ends.
 pub(super) enum End {
@@ -98,8 +97,7 @@ pub(super) struct Work {
     /// What `PreStartupCommand` said when we last looked.
     printed: Option<Option<String>>,
     ready: bool,
-    told: Option<Finding>,
-    told_at: Instant,
+    told: Told,
     /// Broken keys that were told while no lease is to be had, and so no pass tells them.
     told_of_keys: BTreeSet<Finding>,
 }
@@ -160,8 +158,7 @@ impl Work {
             streak: 0,
             last_notice: Instant::now(),
             ready: false,
-            told: None,
-            told_at: Instant::now(),
+            told: Told::new(),
             told_of_keys: BTreeSet::new(),
         })
     }
@@ -272,9 +269,8 @@ impl Work {
             && self.document.as_ref() != Some(document)
         {
             self.read_config(document.clone());
-        } else if snapshot.known && snapshot.config.is_none() && self.config.is_none() {
-            let text = format!("network {} has none", self.settings.network);
-            self.config_trouble = Some(Finding::new(Code::CONFIG_ABSENT, text));
+        } else if snapshot.known && snapshot.config.is_none() {
+            self.miss_config();
         }
         if snapshot.known {
             let leases = self.peers.newest(&snapshot, self.own.as_ref().map(|own| &own.subnets));
@@ -302,6 +298,28 @@ impl Work {
         } else if let Some(inputs) = self.inputs() {
             self.reconciler.pass(inputs, Reason::Leases, Look::IfInDoubt);
         }
+    }
+
+    /// There is none. Whoever had one goes on with it; what was wrong with one that is gone counts no more.
+    fn miss_config(&mut self) {
+        if self.config.is_none() {
+            let text = format!("network {} has none", self.settings.network);
+            self.config_trouble = Some(Finding::new(Code::CONFIG_ABSENT, text));
+        } else if self.config_trouble.take().is_some() {
+            self.document = None;
+        }
+    }
+
+    /// That what this host serves is not in the store any more, if it is not.
+    fn missed_config(&self, snapshot: &Snapshot) -> Option<Finding> {
+        let missed = snapshot.known && snapshot.config.is_none() && self.config.is_some();
+        let network = &self.settings.network;
+        let text = || {
+            format!(
+                "that of network {network} was removed; this host goes on with the last one, and no other can join"
+            )
+        };
+        missed.then(|| Finding::new(Code::CONFIG_ABSENT, text()))
     }
 
     fn read_config(&mut self, document: String) {
@@ -370,7 +388,8 @@ impl Work {
     /// Offers the lease value; nothing is offered while the network cannot be served here.
     fn make_offer(&mut self) {
         let (Some(config), Some(survey)) = (&self.config, &self.survey) else { return };
-        if self.survey_due || self.survey_trouble.is_some() || self.config_trouble.is_some() {
+        // With a document that cannot be used the last good one counts, after a restart, too: its lease is renewed.
+        if self.survey_due || self.survey_trouble.is_some() {
             return;
         }
         let last = self.memory.last().own.as_ref();
@@ -421,18 +440,15 @@ impl Work {
             .or_else(|| self.survey_trouble.clone())
             .or_else(|| self.ipsec.state.borrow().trouble.clone())
             .or_else(|| snapshot.down.clone())
-            .or_else(|| self.tenure.borrow().waiting.clone());
-        // Whoever looks into the log later must find it, too.
-        let again = waiting.is_some() && self.told_at.elapsed() >= REMIND;
-        if waiting != self.told || again {
+            .or_else(|| self.tenure.borrow().waiting.clone())
+            .or_else(|| self.missed_config(snapshot));
+        if self.told.is_due(waiting.as_ref(), Instant::now()) {
             let network = &self.settings.network;
             match &waiting {
                 Some(finding) if self.own.is_some() => tracing::warn!(%network, "{finding}"),
                 Some(finding) => tracing::error!(%network, "waiting: {finding}"),
                 None => tracing::info!(%network, "not waiting any more"),
             }
-            self.told.clone_from(&waiting);
-            self.told_at = Instant::now();
         }
         if self.own.is_none() && self.tenure.borrow().waiting.is_some() {
             for finding in &snapshot.leases.findings {

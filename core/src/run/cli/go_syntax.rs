@@ -46,29 +46,42 @@ pub(super) fn normalize(
     let mut line: Vec<String> = arguments.next().into_iter().collect();
     let mut given: Vec<String> = Vec::new();
     while let Some(argument) = arguments.next() {
-        let argument = two_dashes(argument);
+        let mut argument = two_dashes(argument);
         if let Some(flag) = argument.strip_prefix("--") {
             let (name, value) =
                 flag.split_once('=').map_or((flag, None), |(name, value)| (name, Some(value)));
             if is_refused_switch_off(name, value) {
                 continue;
             }
-            if let Some((_, why)) = refused.iter().find(|(refused, _)| *refused == name) {
+            let why = refused.iter().find(|(refused, _)| *refused == name);
+            // `-public-ip=$PUBLIC_IP` in a unit, and nobody has set it.
+            if value == Some("") && (why.is_some() || takes_value(command, name)) {
+                continue;
+            }
+            if let Some((_, why)) = why {
                 return Err(format!("--{name} {why}"));
             }
-            if takes_value(command, name) {
-                // `-public-ip=$PUBLIC_IP` in a unit, and nobody has set it.
-                let next_is_empty = arguments.peek().is_some_and(String::is_empty);
-                match value {
-                    Some("") => continue,
-                    None if next_is_empty => {
-                        arguments.next();
-                        continue;
-                    }
-                    _ => {}
+            // Switches that clap gives no value.
+            match value.filter(|_| LINE_ONLY.contains(&name)).map(parse_bool) {
+                Some(Ok(false)) => continue,
+                Some(Ok(true)) => {
+                    line.push(format!("--{name}"));
+                    continue;
                 }
+                Some(Err(_)) | None => {}
             }
             given.push(name.to_owned());
+            if value.is_none() && takes_value(command, name) {
+                match arguments.next_if(|next| next.is_empty() || is_value(command, refused, next)) {
+                    Some(next) if next.is_empty() => {
+                        given.pop();
+                        continue;
+                    }
+                    // With `=` nobody takes a value that begins with a dash for a flag, or shows it as an unknown one.
+                    Some(next) => argument = format!("--{name}={next}"),
+                    None => {}
+                }
+            }
         }
         line.push(argument);
     }
@@ -107,6 +120,16 @@ fn is_refused_switch_off(name: &str, value: Option<&str>) -> bool {
 fn takes_value(command: &Command, name: &str) -> bool {
     let flag = command.get_arguments().find(|argument| argument.get_long() == Some(name));
     flag.is_some_and(|flag| flag.get_action().takes_values() && !flag.is_require_equals_set())
+}
+
+/// Whether what follows a flag that takes a value is meant as that, as Go takes it: everything but our own flags, before which
+/// somebody forgot it.
+fn is_value(command: &Command, refused: &[(&str, &str)], next: &str) -> bool {
+    let Some(flag) = next.strip_prefix("--").or_else(|| next.strip_prefix('-')) else { return true };
+    let name = flag.split_once('=').map_or(flag, |(name, _)| name);
+    let is_ours = command.get_arguments().any(|argument| argument.get_long() == Some(name));
+    let is_refused = refused.iter().any(|(refused, _)| *refused == name);
+    !(is_ours || is_refused || LINE_ONLY.contains(&name) || name == "h")
 }
 
 /// `-etcd-prefix=x` to `--etcd-prefix=x`; negative numbers, `-` and `-h` stay as they are.
@@ -225,6 +248,36 @@ mod tests {
         assert!(read.etcd_prefix == "/b" && !read.ip_masq && read.iface.len() == 2, "{read:?}");
         assert!(flags(&["--ip-masq="], &[]).unwrap_err().contains("--ip-masq"));
         assert!(flags(&["--healthz-port=70000"], &[]).unwrap_err().contains("--healthz-port"));
+    }
+
+    #[test]
+    fn a_value_may_begin_with_a_dash_and_a_flag_is_none() {
+        let line = [
+            "-etcd-username",
+            "root",
+            "-etcd-password",
+            "-s3cret=",
+            "-iface-regex",
+            "-x$",
+            "-healthz-port",
+            "-1",
+        ];
+        let read = flags(&line, &[]).unwrap();
+        assert_eq!(read.etcd_password.map(|password| password.reveal().clone()).as_deref(), Some("-s3cret="));
+        assert!(read.iface_regex[0].matches("a-x") && read.healthz_port == -1);
+        let forgotten = flags(&["-etcd-username", "root", "--etcd-password", "-ip-masq"], &[]).unwrap_err();
+        assert!(forgotten.contains("a value is required for '--etcd-password"), "{forgotten}");
+    }
+
+    #[test]
+    fn what_go_takes_of_switches_and_of_nothing_is_taken() {
+        let nothing = ["--kubeconfig-file=", "-vmodule=", "--version=false", "-help=0", "-etcd-prefix=/x"];
+        assert_eq!(flags(&nothing, &[]).unwrap().etcd_prefix, "/x");
+        assert!(flags(&["-vmodule=a=1"], &[]).unwrap_err().contains("--vmodule"));
+        assert!(flags(&["--version=no"], &[]).unwrap_err().contains("--version"));
+        let line = ["flanneld", "-version=true"].map(str::to_owned);
+        let shown = parse::<Flags>(line, &Environment::default()).unwrap_err();
+        assert!(shown.status == 0 && shown.text.contains(env!("CARGO_PKG_VERSION")), "{}", shown.text);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 
 mod cause;
 mod client;
+mod endpoint;
 mod follow;
 mod leases;
 mod pulse;
@@ -32,7 +33,7 @@ pub const DEFAULT_PREFIX: &str = "/coreos.com/network";
 /// How to reach a cluster.
 #[derive(Clone, Debug)]
 pub struct EtcdSettings {
-    /// URLs, or `host:port` for plain HTTP.
+    /// URLs, or `host:port`: plain HTTP, or TLS if one of the files is given.
     pub endpoints: Vec<String>,
     /// Where the networks live; slashes are tidied as upstream does.
     pub prefix: String,

@@ -120,7 +120,7 @@ pub(super) fn read(
     document: &Document<'_>,
     findings: &mut Vec<Finding>,
 ) -> Result<BackendConfig, ConfigError> {
-    let Some(value) = document.get("Backend") else {
+    let Some(value) = document.get_any("Backend") else {
         findings.push(Finding::new(Code::BACKEND_ABSENT, "Backend is missing, udp is used"));
         return Ok(BackendConfig::Udp(UdpConfig::default()));
     };

@@ -54,10 +54,24 @@ impl<'a> Document<'a> {
         Ok(Self { text, path: String::new(), entries: entries.0 })
     }
 
-    /// The last value whose key is this one in any case.
+    /// The last value whose key is this one in any case. To Go `null` says nothing.
     pub(super) fn get(&self, key: &str) -> Option<Value<'a>> {
-        let (_, raw) = self.entries.iter().rev().find(|(name, _)| name.eq_ignore_ascii_case(key))?;
-        Some(Value { text: self.text, key: format!("{}{key}", self.path), raw: raw.get() })
+        self.values(key).find(|value| !value.is_null())
+    }
+
+    /// The same where `null` is wrong.
+    pub(super) fn get_any(&self, key: &str) -> Option<Value<'a>> {
+        self.values(key).next()
+    }
+
+    /// The last one first.
+    fn values(&self, key: &str) -> impl Iterator<Item = Value<'a>> {
+        let named = self.entries.iter().rev().filter(move |(name, _)| name.eq_ignore_ascii_case(key));
+        named.map(move |(_, raw)| Value {
+            text: self.text,
+            key: format!("{}{key}", self.path),
+            raw: raw.get(),
+        })
     }
 
     pub(super) fn unknown_keys(&self, known: &[&str]) -> Vec<Finding> {

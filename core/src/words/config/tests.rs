@@ -40,6 +40,23 @@ fn defaults_of_the_subnets_are_upstreams() {
 }
 
 #[test]
+fn null_says_nothing_but_where_it_names_the_backend() {
+    let text = r#"{"Network":"10.5.0.0/16","SubnetLen":26,"SubnetLen":null,"SubnetMax":null,"EnableIPv6":null,
+                   "Backend":{"Type":"vxlan","VNI":null,"Port":4789,"port":null,"GBP":null}}"#;
+    let Parsed { config, findings } = parsed(text);
+    assert_eq!((config.v4.unwrap().subnet_len(), config.v6, findings.len()), (26, None, 0));
+    let BackendConfig::Vxlan(vxlan) = config.backend else { panic!() };
+    assert_eq!((vxlan.vni.id(), vxlan.port.number(), vxlan.gbp), (1, 4789, false));
+    for (wrong, key) in [
+        (r#"{"Network":"10.5.0.0/16","Backend":null}"#, "Backend"),
+        (r#"{"Network":"10.5.0.0/16","Backend":{"Type":null}}"#, "no Type"),
+        (r#"{"Network":null,"Backend":{"Type":"vxlan"}}"#, "Network is missing"),
+    ] {
+        assert!(error(wrong).contains(key), "{wrong}: {}", error(wrong));
+    }
+}
+
+#[test]
 fn what_operators_type_is_understood() {
     let text = r#"{"Network":"172.7.0.0/16","Backend":{"Type":"VxLAN","Directrouting":true}}"#;
     let BackendConfig::Vxlan(vxlan) = parsed(text).config.backend else { panic!() };

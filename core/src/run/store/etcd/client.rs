@@ -1,7 +1,7 @@
 //! The connection: one endpoint at a time, a deadline on every call, errors that name endpoint and cause.
 
 use std::error::Error as _;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -10,11 +10,13 @@ use tokio::sync::{Mutex, watch};
 use tokio::time::{Instant, timeout};
 
 use super::EtcdSettings;
-use super::cause::cause;
+use super::cause::{cause, refusal};
+use super::endpoint;
 use super::pulse::Pulse;
 use super::tls::Tls;
 use crate::run::health::Counters;
 use crate::run::store::{CALL_DEADLINE, StoreError};
+use crate::words::secret::Secret;
 
 /// HTTP/2 ping: how often while a call or a watch is open, and how long until the path counts as dead. etcd closes
 /// connections that ping more often than every 5 s.
@@ -46,6 +48,11 @@ pub(super) struct Cluster {
 struct Endpoint {
     url: String,
     options: ConnectOptions,
+    user: Option<Arc<(String, Secret<String>)>>,
+    /// Whether it was said that it asks for no user.
+    open: AtomicBool,
+    /// Whether it has ever given an answer.
+    known: AtomicBool,
     /// For https.
     tls: Option<Arc<Tls>>,
     connection: Mutex<Option<Connection>>,
@@ -63,6 +70,9 @@ pub(super) struct Line {
     pub(super) client: Client,
     pub(super) pulse: Arc<Pulse>,
 }
+
+/// How etcd says that it asks nobody who he is.
+const NO_USERS: &str = "authentication is not enabled";
 
 /// Why a call on one endpoint failed.
 enum Failure {
@@ -86,43 +96,27 @@ impl std::fmt::Debug for Cluster {
 
 impl Cluster {
     pub(super) fn new(settings: &EtcdSettings) -> Result<Self, StoreError> {
-        let tls = Tls::new(settings)?.map(Arc::new);
-        let mut options = ConnectOptions::new()
+        let urls = endpoint::urls(settings)?;
+        let tls = Tls::new(settings, urls.iter().any(|url| endpoint::is_secure(url)))?.map(Arc::new);
+        let options = ConnectOptions::new()
             .with_connect_timeout(CONNECT)
             .with_keep_alive(PING.0, PING.1)
             .with_keep_alive_while_idle(false)
             .with_require_leader(true);
-        if let Some((user, password)) = &settings.user {
-            options = options.with_user(user, password.reveal()).with_auto_token_refresh(true);
-        }
-        let endpoints: Vec<_> = settings
-            .endpoints
-            .iter()
-            .map(|url| {
-                let url = match url.contains("://") {
-                    true => url.clone(),
-                    false => format!("http://{url}"),
-                };
-                if url.contains('@') {
-                    return Err(StoreError::Settings {
-                        what: "etcd endpoints".into(),
-                        cause: "one holds a user name; give it as --etcd-username and FLANNELD_ETCD_PASSWORD"
-                            .into(),
-                    });
-                }
-                let secure = url.starts_with("https://");
-                if !secure && !url.starts_with("http://") {
-                    let what = format!("etcd endpoint {url:?}");
-                    return Err(StoreError::Settings {
-                        what,
-                        cause: "it must begin with http:// or https://".into(),
-                    });
-                }
+        let user = settings.user.clone().map(Arc::new);
+        let endpoints: Vec<_> = urls
+            .into_iter()
+            .map(|url| Endpoint {
                 // As upstream: certificates given for a plain endpoint are not used.
-                let tls = tls.clone().filter(|_| secure);
-                Ok(Endpoint { url, options: options.clone(), tls, connection: Mutex::new(None) })
+                tls: tls.clone().filter(|_| endpoint::is_secure(&url)),
+                url,
+                options: options.clone(),
+                user: user.clone(),
+                open: AtomicBool::new(false),
+                known: AtomicBool::new(false),
+                connection: Mutex::new(None),
             })
-            .collect::<Result<_, _>>()?;
+            .collect();
         match endpoints.is_empty() {
             true => Err(StoreError::Settings {
                 what: "etcd endpoints".into(),
@@ -213,6 +207,7 @@ impl Cluster {
             let attempt = timeout(patience, endpoint.attempt(&call)).await;
             let cause = match attempt {
                 Ok(Ok(answer)) => {
+                    endpoint.known.store(true, Ordering::Relaxed);
                     self.current.store(at, Ordering::Relaxed);
                     return Ok(answer);
                 }
@@ -220,7 +215,7 @@ impl Cluster {
                 Ok(Err(Failure::Call(error))) if elsewhere(&error) => cause(&error),
                 Ok(Err(Failure::Call(error))) => {
                     let endpoint = endpoint.url.clone();
-                    return Err(StoreError::Refused { tried, endpoint, cause: cause(&error) });
+                    return Err(StoreError::Refused { tried, endpoint, cause: refusal(&error) });
                 }
                 Err(_) => {
                     endpoint.forget().await;
@@ -239,12 +234,42 @@ impl Endpoint {
         F: Future<Output = Result<T, Error>>,
     {
         match call(self.line().await?).await {
-            // Users or roles were changed since we got our token; the library asks for a new one only when it has expired.
-            Err(error) if error.to_string().contains("revision of auth store is old") => {
+            // Users or roles were changed since we got our token; the library asks for a new one only when it has expired. Or
+            // whether one is needed has changed.
+            Err(error) if self.wants_token(&error) => {
                 self.forget().await;
                 Ok(call(self.line().await?).await?)
             }
             answer => Ok(answer?),
+        }
+    }
+
+    fn wants_token(&self, error: &Error) -> bool {
+        // The last: it wants none any more, and the library has asked for a new one.
+        const SAID: [&str; 3] = ["revision of auth store is old", "user name is empty", NO_USERS];
+        let text = error.to_string();
+        self.user.is_some() && SAID.iter().any(|said| text.contains(said))
+    }
+
+    /// With the user, if etcd asks for one: as with upstream he may be given before `etcdctl auth enable`, and stay after `disable`.
+    async fn connect(&self, options: ConnectOptions) -> Result<Client, Error> {
+        let Some(user) = &self.user else { return Client::connect([&self.url], Some(options)).await };
+        let (name, password) = (&user.0, user.1.reveal());
+        let known = options.clone().with_user(name, password).with_auto_token_refresh(true);
+        match Client::connect([&self.url], Some(known)).await {
+            Err(error) if error.to_string().contains(NO_USERS) => {
+                if !self.open.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(
+                        "etcd at {} asks for no user: --etcd-username is not used until it does",
+                        self.url
+                    );
+                }
+                Client::connect([&self.url], Some(options)).await
+            }
+            client => {
+                self.open.store(false, Ordering::Relaxed);
+                client
+            }
         }
     }
 
@@ -262,7 +287,7 @@ impl Endpoint {
         {
             return Ok(line.clone());
         }
-        let client = Client::connect([&self.url], Some(options)).await?;
+        let client = self.connect(options).await?;
         let line = Line { client, pulse: Arc::new(Pulse::new()) };
         *connection = Some(Connection { line: line.clone(), generation });
         Ok(line)
@@ -277,7 +302,11 @@ impl Endpoint {
     /// The cause with its endpoint. A server that wants a certificate and gets none says so after the handshake of TLS 1.3,
     /// in an alert that may be lost with the connection.
     fn told(&self, cause: &str) -> String {
-        let hint = self.tls.as_ref().and_then(|tls| tls.hint(cause));
+        let hint = match &self.tls {
+            Some(tls) => tls.hint(cause),
+            None if self.known.load(Ordering::Relaxed) => None,
+            None => endpoint::hint(cause),
+        };
         format!("{}: {cause}{}", self.url, hint.map(|hint| format!(" ({hint})")).unwrap_or_default())
     }
 }

@@ -191,7 +191,7 @@ fn tell_down(network: &NetworkName, sender: &watch::Sender<Snapshot>, error: &St
         match was_up {
             true => tracing::warn!("network {network}: {error}"),
             // Still away, for another reason.
-            false => tracing::info!("network {network}: {error}"),
+            false => tracing::debug!("network {network}: {error}"),
         }
     }
 }

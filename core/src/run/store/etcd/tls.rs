@@ -39,10 +39,9 @@ struct State {
 type Stamp = (u64, u64, i64, i64);
 
 impl Tls {
-    /// Reads the files that the settings name; none if no endpoint is TLS and nothing is named.
-    pub(super) fn new(settings: &EtcdSettings) -> Result<Option<Self>, StoreError> {
-        let EtcdSettings { cafile, certfile, keyfile, endpoints, .. } = settings;
-        let secure = endpoints.iter().any(|url| url.starts_with("https://"));
+    /// Reads the files that the settings name; none if no endpoint is TLS (`secure`) and nothing is named.
+    pub(super) fn new(settings: &EtcdSettings, secure: bool) -> Result<Option<Self>, StoreError> {
+        let EtcdSettings { cafile, certfile, keyfile, .. } = settings;
         let pair = match (certfile.clone(), keyfile.clone()) {
             (Some(cert), Some(key)) => Some((cert, key)),
             (None, None) => None,
@@ -117,6 +116,26 @@ impl Tls {
                 }
                 _ => format!("its authority is not among the system's in {path}; give it as --etcd-cafile"),
             });
+        }
+        // What certificates made by hand look like, in the order of how common they are.
+        const MADE: [(&str, &str); 4] = [
+            (
+                "CaUsedAsEndEntity",
+                "it shows the certificate of an authority: sign one for the server, or make this one anew with \
+                 openssl req -x509 -addext basicConstraints=critical,CA:FALSE",
+            ),
+            (
+                "UnsupportedCertVersion",
+                "its certificate is of version 1: sign it with an -extfile that says subjectAltName",
+            ),
+            ("certificate expired", "renew etcd's certificate, if this host's clock is right"),
+            ("not valid yet", "is this host's clock right?"),
+        ];
+        if let Some((_, advice)) = MADE.iter().find(|(said, _)| cause.contains(said)) {
+            return Some((*advice).to_owned());
+        }
+        if cause.contains("handshake eof") || cause.contains("InvalidContentType") {
+            return Some("if it speaks no TLS, its endpoint begins with http://".to_owned());
         }
         // How rustls says that the server refused us, and how hyper and the kernel say that it hung up: what comes first is chance.
         const REJECTED: [&str; 4] =
