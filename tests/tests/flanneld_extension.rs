@@ -234,7 +234,24 @@ fn a_command_that_hangs_or_fails_holds_up_nobody_and_works_in_the_end() {
             ensure!(one.said("works again").len() == 1, "{}", one.daemon().tail());
             Ok(())
         })?;
-        reached(&env2, bad)
+        reached(&env2, bad)?;
+
+        // One that hangs for an hour is over when the config has another.
+        put_config(
+            lab,
+            &crate::routes(
+                json!({"PreStartupCommand": "touch /run/hangs; sleep 4001", "CommandTimeout": 3600}),
+            ),
+        )?;
+        eventually("it hangs", FOLLOW, || lab.host(1).exists("/run/hangs"))?;
+        put_config(lab, &crate::routes(json!({"PreStartupCommand": "touch /run/mended"})))?;
+        eventually("the other one runs", FOLLOW, || lab.host(1).exists("/run/mended"))?;
+        one.daemon().wait_log("PreStartupCommand was killed: the network config has others now", FOLLOW)?;
+        eventually("nothing of it is left", FOLLOW, || {
+            let left = lab.host(1).sh("pgrep -f '^sleep 4001' | wc -l")?;
+            ensure!(left.trim() == "0", "{left} commands are left behind");
+            Ok(())
+        })
     });
 }
 

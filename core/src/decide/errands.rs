@@ -21,6 +21,18 @@ pub enum Wanted {
     Served(Arc<Errands>),
 }
 
+impl Wanted {
+    /// Whether the commands of this config are not wanted any more.
+    pub fn overtakes(&self, config: &ExtensionConfig) -> bool {
+        match self {
+            Self::Unknown => false,
+            Self::Nothing => true,
+            Self::Prepared(wanted) => !same_commands(config, wanted),
+            Self::Served(errands) => !same_commands(config, &errands.config),
+        }
+    }
+}
+
 /// A peer that commands were told of.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Told {

@@ -210,7 +210,15 @@ impl Worker {
             }
             return self.ended(&step, errand, None);
         };
-        let ran = command::run(line, &errand, config.deadline()).await;
+        let makes = !matches!(step.occasion, Occasion::Shutdown | Occasion::SubnetRemove);
+        let ran = tokio::select! {
+            ran = command::run(line, &errand, config.deadline()) => ran,
+            () = overtaken(self.inbox.clone(), &config), if makes => {
+                let what = about(&step, &errand);
+                tracing::info!(network = %self.network, "{what} was killed: the network config has others now");
+                return;
+            }
+        };
         self.counters.command(self.network.as_str(), step.occasion, ran.is_ok());
         match ran {
             Ok((printed, said)) => {
@@ -308,6 +316,15 @@ impl Worker {
                 "{} could not be written, so a restart may tell commands twice: {error}", self.path.display()
             ),
         }
+    }
+}
+
+/// Waits until commands of this config are not wanted any more: whoever puts another in the place of one that hangs need not wait
+/// for its deadline.
+async fn overtaken(mut inbox: watch::Receiver<Wanted>, config: &ExtensionConfig) {
+    if inbox.wait_for(|wanted| wanted.overtakes(config)).await.is_err() {
+        // Nobody is left who could want anything; this task is about to end.
+        std::future::pending::<()>().await;
     }
 }
 
