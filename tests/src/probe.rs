@@ -1,6 +1,6 @@
 //! Questions about the network, and the one way to wait: on a state, with a deadline.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::os::unix::net::UnixStream;
 use std::thread;
@@ -84,6 +84,7 @@ impl Answer for String {}
 impl Answer for UnixStream {}
 impl Answer for Container {}
 impl<T> Answer for Vec<T> {}
+impl<T> Answer for BTreeSet<T> {}
 impl<K, V> Answer for BTreeMap<K, V> {}
 
 impl<T: Answer> Answer for &T {

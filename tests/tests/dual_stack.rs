@@ -1,6 +1,7 @@
 //! Networks with IPv6: what flanneld writes and does for both families, and that containers of the CNI plugin reach each other
 //! by both.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::net::Ipv6Addr;
 use std::process::Command;
@@ -144,6 +145,28 @@ fn a_network_that_gets_ipv6_keeps_its_ipv4_subnets() {
             })?;
         }
         advised("still have addresses of fd42:")?;
+        // Without IPv4 it is the other half that stays.
+        put_config(lab, VXLAN)?;
+        let v6 = |leases: BTreeMap<String, String>| -> BTreeSet<String> {
+            leases.keys().map(|key| key.split_once('&').map_or("", |(_, v6)| v6).to_owned()).collect()
+        };
+        let both = eventually("every lease has two halves again", FOLLOW, || {
+            let both = v6(leases(lab)?);
+            ensure!(both.len() == before.len() && !both.contains(""), "{both:?}");
+            Ok(both)
+        })?;
+        put_config(lab, V6_ONLY)?;
+        eventually("every lease is of IPv6 alone", FOLLOW, || {
+            let now = leases(lab)?;
+            ensure!(
+                now.keys().all(|key| key.starts_with("0.0.0.0-0&")) && v6(now.clone()) == both,
+                "{both:?} became {now:?}"
+            );
+            Ok(())
+        })?;
+        for daemon in &daemons {
+            ensure!(daemon.said("E138").is_empty(), "{:?}", daemon.said("E138"));
+        }
         ensure!(daemons.iter().all(|daemon| daemon.daemon().alive()));
         Ok(())
     });

@@ -63,13 +63,13 @@ pub fn compatible(config: &NetworkConfig, subnets: &Subnets) -> bool {
     })
 }
 
-/// Whether two values name the same holder: the same public IPv4 address or, where neither has one, IPv6 address.
+/// Whether two values name the same holder: the same public IPv4 address or, where one of them has none, IPv6 address.
 /// An unspecified address is nobody's, so a reservation without an address belongs to no node.
 pub fn same_holder(a: &LeaseValue, b: &LeaseValue) -> bool {
     match (a.public(Family::V4), b.public(Family::V4)) {
         (Some(a), Some(b)) => a == b,
-        (None, None) => a.public_ipv6.is_some() && a.public_ipv6 == b.public_ipv6,
-        (Some(_), None) | (None, Some(_)) => false,
+        // Who has both is still itself when its network loses IPv4, or gets it.
+        _ => a.public_ipv6.is_some() && a.public_ipv6 == b.public_ipv6,
     }
 }
 

@@ -19,6 +19,7 @@ use self::subnet_file::inode;
 use self::told::Told;
 use super::memory::Memory;
 use super::{Command, Leased, Status, WAIT};
+use crate::decide::allocate::compatible;
 use crate::decide::{changes, firewall};
 use crate::run::extension::Extension;
 use crate::run::hold::{self, Hold};
@@ -273,7 +274,9 @@ impl Work {
             self.miss_config();
         }
         if snapshot.known {
-            let leases = self.peers.newest(&snapshot, self.own.as_ref().map(|own| &own.subnets));
+            let fits = |own: &&Subnets| self.config.as_ref().is_some_and(|config| compatible(config, own));
+            let own = self.own.as_ref().map(|own| &own.subnets).filter(fits);
+            let leases = self.peers.newest(&snapshot, own);
             if self.leases != leases {
                 self.leases = leases;
                 self.leases_due = true;

@@ -31,7 +31,8 @@ impl Peers {
         self.seen = leases.clone();
     }
 
-    /// The leases to plan with, by the newest snapshot. `own` is what this host has, if it has anything.
+    /// The leases to plan with, by the newest snapshot. `own` is what this host has, if it has anything that fits the config: what
+    /// does not, every host gives back by itself.
     pub(super) fn newest(&mut self, snapshot: &Snapshot, own: Option<&Subnets>) -> Arc<LeaseSet> {
         let rewound = snapshot.revision < self.revision;
         self.revision = snapshot.revision;
