@@ -15,6 +15,7 @@ mod inbound;
 mod memory;
 mod outbound;
 mod peer_table;
+mod running;
 mod sockets;
 
 use std::collections::BTreeMap;
@@ -23,8 +24,8 @@ use std::time::Instant;
 
 use boringtun::x25519;
 
-use self::engine::Running;
 use self::memory::{Memory, peers};
+use self::running::Running;
 use super::settings::AgentSettings;
 use super::udp::device::CONTROL;
 use crate::act::pass::chain;

@@ -6,6 +6,7 @@
 pub mod conntrack;
 mod decode;
 mod element;
+mod encapsulation;
 mod encode;
 mod expression;
 mod foreign;

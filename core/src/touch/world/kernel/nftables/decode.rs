@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use super::encapsulation;
 use super::encode::{FULLY_RANDOM, INTERVAL, INTERVAL_END, hook_number, kind_name, lower};
 use super::expression::{Expression, Meta, NatKind};
 use super::packet::{key_of, number_of, offset, protocol_of};
 use super::port_map;
-use super::tunnel_guard;
 use super::wire::{Attributes, Socket, attribute, attributes, kind, number, text};
 use crate::touch::world::WorldError;
 use crate::words::addr::{Family, Prefix};
@@ -364,7 +364,7 @@ fn raise_test<'a>(
         [Expression::Meta(Meta::Mark), Expression::Compare { equal: true, value }, rest @ ..] => {
             Some((Match::Mark { mask: u32::MAX, value: word(value)? }, rest))
         }
-        _ => port_map::raise_test(list).or_else(|| tunnel_guard::raise_test(list)),
+        _ => port_map::raise_test(list).or_else(|| encapsulation::raise_test(list)),
     }
 }
 

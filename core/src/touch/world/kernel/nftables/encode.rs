@@ -2,10 +2,10 @@
 
 use std::net::IpAddr;
 
+use super::encapsulation;
 use super::expression::{Expression, Meta, address_at, depend};
 use super::packet::{key_of, number_of, octets, offset};
 use super::port_map;
-use super::tunnel_guard;
 use super::wire::{APPEND, Attributes, Batch, CREATE, NEW, kind};
 use crate::words::addr::{Family, Prefix};
 use crate::words::rule::{
@@ -369,7 +369,7 @@ pub(super) fn lower(table: TableFamily, rule: &Rule) -> Vec<Expression> {
             Match::LocalDestination | Match::Established { .. } | Match::Translated { .. } => {
                 port_map::lower_test(&mut out, test);
             }
-            Match::Encapsulated(encapsulation) => tunnel_guard::lower_test(&mut out, *encapsulation),
+            Match::Encapsulated(encapsulation) => encapsulation::lower_test(&mut out, *encapsulation),
             Match::Mark { mask, value } => {
                 out.push(Expression::Meta(Meta::Mark));
                 if *mask != u32::MAX {
