@@ -57,5 +57,8 @@ fn ipsec_says_what_is_in_its_way() {
     assert!(overlap(&vxlan, &[network]).is_some());
     case.own.value.public_ip = "203.0.113.7".parse().unwrap();
     assert_eq!(case.findings(), ["E114 the public address is 203.0.113.7, eth0 has 192.168.100.1"]);
-    assert_eq!(case.plan().associations, None);
+    let plan = case.plan();
+    assert_eq!(plan.associations, None);
+    // What they hold back would leave in clear.
+    assert!(plan.facts.iter().any(|fact| matches!(fact, Fact::Policy(_))), "{:?}", plan.facts);
 }

@@ -48,7 +48,7 @@ impl Backend for Ipsec {
             );
         }
         let Some(own) = scene.own.subnets.v4() else { return };
-        let Some(local) = local(scene, draft) else { return };
+        let Some(IpAddr::V4(local)) = scene.own.value.public(Family::V4) else { return };
         let mut peers = BTreeMap::new();
         for place in scene.places(Family::V4, draft) {
             if let IpAddr::V4(remote) = place.public {
@@ -59,25 +59,26 @@ impl Backend for Ipsec {
             policies(own, local, *subnet, *remote).into_iter().for_each(|fact| draft.add(fact));
         }
         unrouted(scene, &peers, draft);
-        draft.associations = Some(Associations { config: self.options.clone(), local, own, peers });
+        // Also without the address the policies stay, as when the uplink gets another one: what they hold back would leave in clear.
+        if is_here(local, scene, draft) {
+            draft.associations = Some(Associations { config: self.options.clone(), local, own, peers });
+        }
     }
 }
 
 /// ESP packets leave with our public address and come to it, so the uplink itself must have it.
-fn local(scene: &Scene<'_>, draft: &mut Draft) -> Option<Ipv4Addr> {
+fn is_here(public: Ipv4Addr, scene: &Scene<'_>, draft: &mut Draft) -> bool {
     let uplink = &scene.node.uplink;
-    let (on_link, public) = (uplink.address(Family::V4), scene.own.value.public(Family::V4));
-    match public {
-        Some(IpAddr::V4(local)) if public == on_link => Some(local),
-        _ => {
-            let shown = |ip: Option<IpAddr>| ip.map_or_else(|| "none".to_owned(), |ip| ip.to_string());
-            draft.find(
-                Code::PUBLIC_IP_FOREIGN,
-                format!("the public address is {}, {} has {}", shown(public), uplink.link, shown(on_link)),
-            );
-            None
-        }
+    let on_link = uplink.address(Family::V4);
+    if on_link == Some(public.into()) {
+        return true;
     }
+    let shown = on_link.map_or_else(|| "none".to_owned(), |ip| ip.to_string());
+    draft.find(
+        Code::PUBLIC_IP_FOREIGN,
+        format!("the public address is {public}, {} has {shown}", uplink.link),
+    );
+    false
 }
 
 fn policies(own: Prefix, local: Ipv4Addr, subnet: Prefix, remote: Ipv4Addr) -> [Fact; 3] {

@@ -1,8 +1,9 @@
 //! A talk with one charon: what it has of ours, and what it is told.
 //!
-//! **Values** — upstream pkg/backend/ipsec/handle_charon.go, as swanctl.conf(5) names them. Two differ, and no peer sees that: a key
-//! belongs to both addresses, not to each of them alone, so that it is never taken for a connection of somebody else's; and it has a
-//! name, so that it can be taken away again.
+//! **Values** — upstream pkg/backend/ipsec/handle_charon.go, as swanctl.conf(5) names them. Three differ: a key
+//! belongs to both addresses, not to each of them alone, so that it is never taken for a connection of somebody else's; it has a
+//! name, so that it can be taken away again; and tunnels do not move to other addresses by themselves (MOBIKE, RFC 4555), which peers
+//! agree to do without.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -200,6 +201,9 @@ fn particulars(connection: &Connection, config: &IpsecConfig) -> Request {
         // For ever.
         .value("keyingtries", "0")
         .value("encap", if config.udp_encap { "yes" } else { "no" })
+        // When an address goes, charon would move its end of the tunnel to another one, of IPv6 for example, for which there are no
+        // policies. Which addresses a tunnel has is said by leases.
+        .value("mobike", "no")
         .section("local", psk())
         .section("remote", psk())
         .section("children", Request::default().section(&connection.child(), child))
