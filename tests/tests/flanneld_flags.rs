@@ -161,6 +161,30 @@ fn an_address_that_changes_is_published_in_the_same_lease() {
 }
 
 #[test]
+fn containers_addresses_are_never_the_uplinks() {
+    in_lab(Lab::new("not-ours").hosts(1).etcd(), |lab| {
+        put_config(lab, VXLAN)?;
+        let host = lab.host(1);
+        // It fits what containers have, too.
+        let daemon = Flanneld::start_with(lab, host, &["--iface-regex=^10\\."])?;
+        let env = daemon.ready()?;
+        Pod::new(host, &env, 2)?;
+        let ip = host.ip().to_string();
+        host.sh(&format!("ip addr del {ip}/24 dev eth0"))?;
+        daemon.daemon().wait_log("E113", FOLLOW)?;
+        host.sh(&format!("ip addr add {ip}/24 dev eth0"))?;
+        daemon.daemon().wait_log("not waiting any more", FOLLOW)?;
+        let others =
+            daemon.said("Using interface with name").into_iter().filter(|line| !line.contains("name eth0"));
+        ensure!(others.count() == 0, "{:#?}", daemon.said("Using interface"));
+        ensure!(published(lab, &env.key())? == ip, "{:?}", leases(lab)?);
+        let shown = host.out(&["ip", "-d", "link", "show", "flannel.1"])?;
+        ensure!(shown.contains(&format!("local {ip} dev eth0 ")), "{shown}");
+        Ok(())
+    });
+}
+
+#[test]
 fn what_nothing_takes_leads_nowhere() {
     in_lab(Lab::new("blackhole").hosts(1).etcd(), |lab| {
         put_config(lab, VXLAN)?;

@@ -160,6 +160,7 @@ pub fn plan(flags: &CommonFlags) -> anyhow::Result<Answer> {
     let mut settings =
         setup::agent(flags, &setup::etcd(flags)?, network, Counters::default(), isolated_from)?;
     settings.masquerade |= SubnetEnv::read(&flags.subnet_file).is_ok_and(|env| env.ip_masq);
+    settings.uplink.never = Family::BOTH.into_iter().filter_map(|family| own.subnets.of(family)).collect();
     let survey =
         survey::take(&settings, &config, None, None).map_err(|finding| anyhow::anyhow!("{finding}"))?;
     let inputs = Inputs {

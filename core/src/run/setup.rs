@@ -58,6 +58,7 @@ pub fn agent(
             choice: UplinkChoice::of_flags(&flags.iface, &flags.iface_regex, flags.iface_can_reach),
             public_v4: flags.public_ip,
             public_v6: flags.public_ipv6,
+            never: Vec::new(),
         },
         subnet_file: subnet_file(flags, &network),
         state_dir: flags.state_dir.clone(),

@@ -58,6 +58,13 @@ impl Survey {
         let addresses = addresses.iter().filter_map(|(what, own)| Some(format!("{what} {}", (*own)?)));
         let addresses = addresses.collect::<Vec<_>>().join(" and ");
         tracing::info!(%network, "Using interface with name {} and {addresses}", self.uplink.link);
+        let unused = [
+            ("--public-ip", sought.public_v4.is_some() && public.v4.is_none(), Family::V4),
+            ("--public-ipv6", sought.public_v6.is_some() && public.v6.is_none(), Family::V6),
+        ];
+        for (flag, _, family) in unused.into_iter().filter(|(_, is_unused, _)| *is_unused) {
+            tracing::warn!(%network, "{flag} is not used: the network config enables no {family}");
+        }
         let externals = [("", public.v4.map(IpAddr::from)), ("v6 ", public.v6.map(IpAddr::from))];
         for (v6, external) in externals.into_iter().filter_map(|(v6, address)| Some((v6, address?))) {
             match sought.is_said(external) {

@@ -18,7 +18,7 @@ pub use self::pick::Pick;
 use self::pick::{Ground, pick};
 use super::world::WorldError;
 use super::world::kernel::Kernel;
-use crate::words::addr::Family;
+use crate::words::addr::{Family, Prefix};
 use crate::words::name::{LinkName, NameError};
 use crate::words::node::Uplink;
 use crate::words::units::OutOfRange;
@@ -41,6 +41,8 @@ pub struct Sought {
     pub public_v4: Option<Ipv4Addr>,
     /// The same for IPv6 (`--public-ipv6`).
     pub public_v6: Option<Ipv6Addr>,
+    /// Addresses in these are containers', our devices' and their bridges': no way to a peer, whatever an expression matches.
+    pub never: Vec<Prefix>,
 }
 
 /// One way to say which. Prints as the flag that says it.
@@ -178,7 +180,7 @@ impl UplinkChoice {
 impl Sought {
     /// What is to be found, and nothing more.
     pub fn by(choice: UplinkChoice) -> Self {
-        Self { choice, public_v4: None, public_v6: None }
+        Self { choice, public_v4: None, public_v6: None, never: Vec::new() }
     }
 
     /// The address of a family at which peers reach us: the one that was said, else the interface's.
@@ -222,6 +224,10 @@ pub fn read(
 
 fn ground(kernel: &mut Kernel, sought: &Sought) -> Result<Ground, WorldError> {
     let mut ground = Ground { interfaces: kernel.interfaces()?, ..Ground::default() };
+    let is_containers = |address: IpAddr| sought.never.iter().any(|prefix| prefix.contains(address));
+    for interface in &mut ground.interfaces {
+        interface.addresses.retain(|own| !is_containers(own.address.address()));
+    }
     for wanted in sought.choice.wanted() {
         if let Wanted::Toward(address) = wanted {
             ground.ways.insert(*address, kernel.way_to(*address)?);

@@ -35,6 +35,7 @@ use crate::run::tenure::{Offer, Tenure, TenureState};
 use crate::touch::identity;
 use crate::touch::other_agents::OtherAgent;
 use crate::touch::subnet_env::SubnetEnv;
+use crate::touch::uplink::Sought;
 use crate::words::addr::{Family, Prefix};
 use crate::words::code::Code;
 use crate::words::config::NetworkConfig;
@@ -81,6 +82,8 @@ pub(super) struct Work {
     /// The subnet file as we wrote it, or as somebody did whom we have looked at.
     file: Option<u64>,
     file_due: bool,
+    /// Where containers have, or had, their addresses: what was served, and no config that was refused.
+    containers: BTreeSet<Prefix>,
     /// CIDRs of earlier configs.
     former: BTreeSet<Prefix>,
     failures: u32,
@@ -123,6 +126,8 @@ impl Work {
         // Whoever served here last, another version or another program, may have served another Network.
         let former = SubnetEnv::read(&settings.subnet_file).map(|env| env.networks).unwrap_or_default();
         let former = former.into_iter().collect();
+        let written = |family| SubnetEnv::previous_subnet(&settings.subnet_file, family);
+        let containers = Family::BOTH.into_iter().filter_map(written).collect();
         Ok(Self {
             extension: commands::spawn(&settings),
             ipsec: Ipsec::spawn(&settings.network),
@@ -152,6 +157,7 @@ impl Work {
             env: None,
             file: None,
             file_due: false,
+            containers,
             former,
             failures: 0,
             next_look: Instant::now() + WAIT,
@@ -365,7 +371,8 @@ impl Work {
         }
         let Some(printed) = self.prepared(&config) else { return };
         self.survey_due = false;
-        let settings = self.settings.clone();
+        let mut settings = self.settings.clone();
+        settings.uplink = self.sought();
         let known = self.survey.as_ref().map(|survey| survey.uplink.link);
         let survey =
             tokio::task::spawn_blocking(move || survey::take(&settings, &config, known, printed)).await;
@@ -382,10 +389,23 @@ impl Work {
                 }
                 self.survey = Some(survey);
                 self.served = self.config.clone();
+                self.containers.extend(self.served.iter().flat_map(|config| config.cidrs()));
                 self.survey_trouble = None;
             }
             Err(finding) => self.survey_trouble = Some(finding),
         }
+    }
+
+    /// Which interface is wanted. Never one of containers: when the uplink loses its address for a moment, an expression that fits
+    /// their addresses, too, would find them, and stay there.
+    pub(super) fn sought(&self) -> Sought {
+        let mut sought = self.settings.uplink.clone();
+        let own = self
+            .own
+            .iter()
+            .flat_map(|own| Family::BOTH.into_iter().filter_map(|family| own.subnets.of(family)));
+        sought.never = self.containers.iter().copied().chain(own).collect();
+        sought
     }
 
     /// Offers the lease value; nothing is offered while the network cannot be served here.

@@ -16,7 +16,7 @@ impl Thread {
         let public = Public::of_node(&node);
         let own_writes = self.own_writes.clone();
 
-        let before = Inputs { leases: known.leases().clone(), ..inputs.clone() };
+        let before = Inputs { leases: known.leases().clone(), ..Inputs::clone(inputs) };
         let few = delta(&self.plan_inputs(&before, &node), &inputs.leases);
         if let Some((old, new)) = few.filter(|(old, new)| known.fits(old, new)) {
             let kernel = open(&mut self.kernel).ok()?;

@@ -70,14 +70,14 @@ pub(in crate::run) struct ReaderInputs {
 #[derive(Clone, Debug)]
 pub(in crate::run) enum Sight {
     /// A lease of our own.
-    Own(Inputs),
+    Own(Box<Inputs>),
     /// Another agent's.
     Others(ReaderInputs),
 }
 
 impl From<Inputs> for Sight {
     fn from(inputs: Inputs) -> Self {
-        Self::Own(inputs)
+        Self::Own(Box::new(inputs))
     }
 }
 

@@ -47,7 +47,7 @@ impl Work {
             own: own.clone(),
             leases: self.leases.clone(),
             uplink: survey.uplink.link,
-            sought: self.settings.uplink.clone(),
+            sought: self.sought(),
             identity: survey.identity.clone(),
             isolated_from: self.settings.isolated_from.borrow().clone(),
             former: self.former.clone(),

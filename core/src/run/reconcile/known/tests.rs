@@ -164,7 +164,12 @@ fn plays(backend: &str, guard: bool, steps: &[Vec<Event>]) -> Result<usize, Test
         own: own.clone(),
         leases: Arc::new(leases.clone()),
         uplink: node.uplink.link,
-        sought: Sought { choice: UplinkChoice::DefaultRoute, public_v4: None, public_v6: None },
+        sought: Sought {
+            choice: UplinkChoice::DefaultRoute,
+            public_v4: None,
+            public_v6: None,
+            never: Vec::new(),
+        },
         identity: node.identity.clone(),
         isolated_from: BTreeSet::new(),
         former: BTreeSet::new(),
