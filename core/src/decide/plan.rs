@@ -243,7 +243,8 @@ fn territory(inputs: &Inputs<'_>, facts: &Facts) -> Territory {
 ///
 /// No conflict are default routes, routes of flannel devices, and what lies inside the network with at least a subnet's
 /// length and leaves by a bridge or through a gateway: `docker0` with `--bip`, `cni0`, the peer routes that Go's
-/// host-gw left behind.
+/// host-gw left behind. A bridge may still have a subnet of any length that this network's can have: that of a time before
+/// `SubnetLen` was changed. What others have there is not routed past it ([`Scene`]).
 pub fn overlap(config: &NetworkConfig, routes: &[HostRoute]) -> Option<Finding> {
     // Its commands make routes of any kind there, which a restart finds.
     let commands = matches!(config.backend, BackendConfig::Extension(_));
@@ -255,8 +256,14 @@ pub fn overlap(config: &NetworkConfig, routes: &[HostRoute]) -> Option<Finding> 
     let ranges = || config.v4.iter().chain(config.v6.iter());
     let (route, range) = routes.iter().flat_map(|route| ranges().map(move |range| (route, range))).find(
         |(route, range)| {
+            let least = if route.bridge && route.via.is_none() {
+                // A network has room for four of them.
+                range.cidr.len() + 2
+            } else {
+                range.subnet_len()
+            };
             let part = range.cidr.covers(&route.destination)
-                && route.destination.len() >= range.subnet_len()
+                && route.destination.len() >= least
                 && (route.bridge || route.via.is_some());
             let part = part || (commands && range.cidr.covers(&route.destination));
             let flannels = route.link.is_some_and(|link| link.as_str().starts_with("flannel"));

@@ -162,7 +162,10 @@ pub(super) fn take(
     let addresses = addresses.map(|found| found.address.address()).collect();
     let routes =
         kernel.routes_of_others(&plan::remains(&settings.network, config.cidrs())).map_err(|e| absent(&e))?;
-    if let Some(finding) = plan::overlap(config, &routes) {
+    // Behind a bridge may be containers; behind the one that leads to the peers is everybody.
+    let mut judged = routes.clone();
+    judged.iter_mut().for_each(|route| route.bridge &= route.link != Some(uplink.link));
+    if let Some(finding) = plan::overlap(config, &judged) {
         return Err(finding);
     }
     let backend = backend::of(&config.backend);

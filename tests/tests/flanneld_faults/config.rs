@@ -229,6 +229,19 @@ fn subnets_of_another_size_and_another_port_replace_what_was_there() {
         ensure!(leases(lab)?.len() == 2, "{:?}", leases(lab)?);
         let envs = lab.hosts().iter().map(SubnetEnv::read).collect::<Result<Vec<_>>>()?;
         let pods = [Pod::new(lab.host(1), &envs[0], 2)?, Pod::new(lab.host(2), &envs[1], 2)?];
-        ping_within(FOLLOW, &pods[0], pods[1].ip())
+        ping_within(FOLLOW, &pods[0], pods[1].ip())?;
+
+        // Smaller ones, while the bridges still have theirs: nobody gets a part of what is on its own one.
+        put_config(lab, &OTHER.replace("26", "27"))?;
+        for (daemon, before) in daemons.iter().zip(&envs) {
+            eventually(format!("{} has a smaller one", daemon.host().name()), FOLLOW, || {
+                let env = SubnetEnv::read(daemon.host())?;
+                ensure!(env.len == 27 && daemon.health("/readyz")?.0 == 200, "{}", env.text);
+                let (old, new) = (u32::from(before.base()), u32::from(env.base()));
+                ensure!(new >> 6 != old >> 6, "{} is on the bridge with {}", env.subnet(), before.subnet());
+                Ok(())
+            })?;
+        }
+        Ok(())
     });
 }

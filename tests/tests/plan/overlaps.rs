@@ -23,6 +23,8 @@ fn routes_of_the_host_that_a_network_may_not_cover() {
         ("10.100.5.0/24", Some("10.100.5.0"), "flannel.1", false),
         ("10.100.5.0/24", None, "docker0", true),
         ("10.100.5.0/24", None, "cni0", true),
+        // From when a host had more.
+        ("10.100.64.0/18", None, "docker0", true),
         ("10.100.9.0/24", Some("192.168.100.2"), "eth0", false),
     ] {
         assert_eq!(found(destination, via, link, bridge), None, "{destination} {link}");
@@ -33,6 +35,7 @@ fn routes_of_the_host_that_a_network_may_not_cover() {
         ("10.0.0.0/8", Some("192.168.100.254"), "eth0", false),
         ("10.100.0.0/17", Some("192.168.100.254"), "eth0", false),
         ("10.100.0.0/16", None, "br0", true),
+        ("10.100.0.0/17", None, "br0", true),
     ] {
         let via_text = via.map(|via| format!(" via {via}")).unwrap_or_default();
         assert_eq!(
