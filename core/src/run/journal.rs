@@ -101,10 +101,17 @@ impl Journal {
     fn findings(&mut self, findings: &[Finding]) {
         let network = self.network.as_str();
         let now: BTreeSet<Finding> = findings.iter().cloned().collect();
-        for new in now.difference(&self.findings).take(LINES_MAX) {
+        let (new, ended) = (now.difference(&self.findings), self.findings.difference(&now));
+        if let more @ 1.. = new.clone().count().saturating_sub(LINES_MAX) {
+            tracing::warn!(network, "of what follows only {LINES_MAX} are told, and {more} more are not");
+        }
+        for new in new.take(LINES_MAX) {
             tracing::warn!(network, "{new}");
         }
-        for ended in self.findings.difference(&now).take(LINES_MAX) {
+        if let more @ 1.. = ended.clone().count().saturating_sub(LINES_MAX) {
+            tracing::info!(network, "over: {LINES_MAX} that follow, and {more} more");
+        }
+        for ended in ended.take(LINES_MAX) {
             tracing::info!(network, "over: {} {}: {}", ended.code, ended.code.title(), ended.text);
         }
         self.findings = now;

@@ -56,7 +56,23 @@ fn malformed_keys_cost_no_peer() {
         }
         let seen = stream.stop_after(11)?;
         ensure!(seen.sent > 10 && seen.lost() == 0, "{seen:?}");
-        Ok(())
+
+        // Many at once are told in part, and how many are not.
+        for n in 0..45 {
+            lab.etcdctl(&["put", &format!("{PREFIX}/subnets/nonsense{n}"), "{}"])?;
+        }
+        daemons[1].daemon().crash()?;
+        let again = Flanneld::start(lab, lab.host(2))?;
+        again.ready()?;
+        let more = "of what follows only 40 are told, and 5 more are not";
+        eventually("it is said", FOLLOW, || {
+            ensure!(
+                again.said(more).len() == 1 && again.said("E107").len() == 40,
+                "{}",
+                again.daemon().tail()
+            );
+            Ok(())
+        })
     });
 }
 
