@@ -49,6 +49,28 @@ fn line(env: &SubnetEnv, host: &Host, data: &str) -> String {
     format!("{} {} ::/0 <nil> <{data}>", env.subnet(), host.ip())
 }
 
+/// Commands may make any routes, so their network may be one in which the hosts are, too.
+#[test]
+fn hosts_may_have_addresses_of_the_network() {
+    in_lab(Lab::new("ext-inside").hosts(1).etcd(), |lab| {
+        put_config(lab, &routes(json!({})).replace("10.100.0.0/16", "10.64.0.0/10"))?;
+        let (one, env) = start(lab, 1)?;
+        let host = lab.host(1);
+        Pod::new(host, &env, 2)?;
+        // A reason to look at the uplink again.
+        let ip = host.ip();
+        host.sh(&format!("ip addr del {ip}/24 dev eth0; sleep 0.2; ip addr add {ip}/24 dev eth0"))?;
+        host.sh("ip route replace default via 10.77.0.1")?;
+        eventually("it serves with the same address", FOLLOW, || {
+            ensure!(one.health("/readyz")?.0 == 200, "{}", one.daemon().tail());
+            Ok(())
+        })?;
+        let value = leases(lab)?.remove(&env.key()).context("no lease")?;
+        ensure!(value.contains(&format!(r#""PublicIP":"{ip}""#)), "{value}");
+        Ok(())
+    });
+}
+
 #[test]
 fn a_script_makes_routes_and_is_told_who_comes_and_goes() {
     in_lab(Lab::new("ext-routes").hosts(3).etcd(), |lab| {

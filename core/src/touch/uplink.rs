@@ -41,7 +41,7 @@ pub struct Sought {
     pub public_v4: Option<Ipv4Addr>,
     /// The same for IPv6 (`--public-ipv6`).
     pub public_v6: Option<Ipv6Addr>,
-    /// Addresses in these are containers', our devices' and their bridges': no way to a peer, whatever an expression matches.
+    /// This host's subnets: addresses in them are our devices' and containers' bridges', no way to a peer, whatever an expression matches.
     pub never: Vec<Prefix>,
 }
 

@@ -82,7 +82,7 @@ pub(super) struct Work {
     /// The subnet file as we wrote it, or as somebody did whom we have looked at.
     file: Option<u64>,
     file_due: bool,
-    /// Where containers have, or had, their addresses: what was served, and no config that was refused.
+    /// Where containers of this host have, or had, their addresses: its subnets.
     containers: BTreeSet<Prefix>,
     /// CIDRs of earlier configs.
     former: BTreeSet<Prefix>,
@@ -265,7 +265,7 @@ impl Work {
         self.leases = last.leases.clone();
         self.peers.restored(&self.leases);
         self.config = Some(Arc::new(parsed.config));
-        self.own = Some(own);
+        self.holds(own);
         self.look(Reason::Startup, Duration::ZERO);
     }
 
@@ -321,14 +321,14 @@ impl Work {
 
     /// That what this host serves is not in the store any more, if it is not.
     fn missed_config(&self, snapshot: &Snapshot) -> Option<Finding> {
-        let missed = snapshot.known && snapshot.config.is_none() && self.config.is_some();
+        if !snapshot.known || snapshot.config.is_some() || self.config.is_none() {
+            return None;
+        }
         let network = &self.settings.network;
-        let text = || {
-            format!(
-                "that of network {network} was removed; this host goes on with the last one, and no other can join"
-            )
-        };
-        missed.then(|| Finding::new(Code::CONFIG_ABSENT, text()))
+        let text = format!(
+            "that of network {network} was removed; this host goes on with the last one, and no other can join"
+        );
+        Some(Finding::new(Code::CONFIG_ABSENT, text))
     }
 
     fn read_config(&mut self, document: String) {
@@ -389,23 +389,23 @@ impl Work {
                 }
                 self.survey = Some(survey);
                 self.served = self.config.clone();
-                self.containers.extend(self.served.iter().flat_map(|config| config.cidrs()));
                 self.survey_trouble = None;
             }
             Err(finding) => self.survey_trouble = Some(finding),
         }
     }
 
-    /// Which interface is wanted. Never one of containers: when the uplink loses its address for a moment, an expression that fits
-    /// their addresses, too, would find them, and stay there.
+    /// This host has a lease.
+    fn holds(&mut self, own: OwnLease) {
+        self.containers.extend(Family::BOTH.into_iter().filter_map(|family| own.subnets.of(family)));
+        self.own = Some(own);
+    }
+
+    /// Which interface is wanted. Never a bridge of containers or flannel's own device: when the uplink loses its address for a moment,
+    /// an expression that fits their addresses, too, would find them, and stay there. Other addresses of the network are not meant:
+    /// hosts may have some.
     pub(super) fn sought(&self) -> Sought {
-        let mut sought = self.settings.uplink.clone();
-        let own = self
-            .own
-            .iter()
-            .flat_map(|own| Family::BOTH.into_iter().filter_map(|family| own.subnets.of(family)));
-        sought.never = self.containers.iter().copied().chain(own).collect();
-        sought
+        Sought { never: self.containers.iter().copied().collect(), ..self.settings.uplink.clone() }
     }
 
     /// Offers the lease value; nothing is offered while the network cannot be served here.
@@ -439,7 +439,7 @@ impl Work {
         if let Some(own) = state.own
             && self.own.as_ref() != Some(&own)
         {
-            self.own = Some(own);
+            self.holds(own);
             self.ready = false;
             self.look(Reason::Leases, Duration::ZERO);
         }

@@ -43,7 +43,9 @@ fn url(text: &str, files: bool) -> Result<String, StoreError> {
     let authority = uri.authority().map(|authority| authority.as_str()).unwrap_or_default();
     let port = authority.rsplit_once(':').map(|(_, port)| port).filter(|port| !port.ends_with(']'));
     match port {
-        Some(port) if port.parse::<u16>().is_err() => Err(wrong("its port is no number from 1 to 65535")),
+        Some(port) if !port.parse::<u16>().is_ok_and(|port| port > 0) => {
+            Err(wrong("its port is no number from 1 to 65535"))
+        }
         _ => Ok(url),
     }
 }
@@ -82,6 +84,7 @@ mod tests {
             ("http://", "no URL"),
             ("http://10.0.0.5:99999", "port"),
             ("http://10.0.0.5:", "port"),
+            ("http://10.0.0.5:0", "port"),
             ("unix:///run/etcd.sock", "http://"),
             ("ftp://a:1", "http://"),
         ] {
